@@ -1,0 +1,37 @@
+"""Every error this package raises on purpose derives from `DyvteError`; messages name the argument, what was given, what is accepted."""
+
+
+class DyvteError(Exception):
+    """Base class."""
+
+
+class InvalidArgumentError(DyvteError, ValueError):
+    """An argument has a value or a shape that is not accepted."""
+
+
+class ImageError(DyvteError, ValueError):
+    """An image is missing, unreadable, truncated or too large."""
+
+
+class PromptError(DyvteError, ValueError):
+    """A prompt does not fit: image marks and pictures disagree, or it is longer than `max_len`."""
+
+
+class ModelError(DyvteError):
+    """A checkpoint is missing, damaged (NaN weights), or of a family the engine does not run."""
+
+
+class HeadsError(DyvteError):
+    """Exit heads are missing, damaged, or made for another model shape."""
+
+
+class DeviceError(DyvteError):
+    """A device, dtype or attention backend that this machine or this build does not have."""
+
+
+class CacheError(DyvteError):
+    """The K/V page pool cannot hold what was asked."""
+
+
+class NativeLibraryError(DyvteError, ImportError):
+    """The native library is missing or does not load."""
