@@ -1,0 +1,15 @@
+"""What ships with the package: the small default model "nano" with its exit heads, and example pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+NANO = _HERE / "nano"
+NANO_HEADS = NANO / "exit_heads.safetensors"
+EXAMPLES = _HERE / "examples"
+
+
+def resolve_model(model: str | Path) -> str:
+    """The folder of a shipped model ("nano"), any other name or path as it is."""
+    return str(NANO) if str(model) == "nano" else str(model)

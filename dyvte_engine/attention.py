@@ -1,0 +1,93 @@
+"""Prefill attention: causal, variable length, packed rows; one backend chosen once, by trying it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import DeviceError
+
+BACKENDS = ("flash_attn", "torch_flash", "sdpa")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of the packed sequences: `cu` int32 [B+1] on the device, `host` the same as a list of lengths."""
+
+    cu: Tensor
+    host: list[int]
+
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor, Lengths, float], Tensor]  # q [N,Hq,D], k, v [N,Hkv,D] -> [N,Hq,D]
+
+
+def _flash_attn_package(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    longest = max(lengths.host)
+    return flash_attn_varlen_func(q, k, v, lengths.cu, lengths.cu, longest, longest, softmax_scale=scale, causal=True)
+
+
+def _torch_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
+    longest = max(lengths.host)
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, lengths.cu, lengths.cu, longest, longest, 0.0, True, False, scale=scale
+    )[0]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    start = 0
+    for n in lengths.host:
+        rows = slice(start, start + n)
+        q_b, k_b, v_b = (t[None, rows].transpose(1, 2) for t in (q, k, v))  # [1, H, n, D]
+        o = torch.nn.functional.scaled_dot_product_attention(
+            q_b, k_b, v_b, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out[rows] = o[0].transpose(0, 1)
+        start += n
+    return out
+
+
+_FUNCTIONS: dict[str, AttentionFn] = {"flash_attn": _flash_attn_package, "torch_flash": _torch_flash, "sdpa": _sdpa}
+
+
+def try_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str | None:
+    """Run a tiny call of one backend. Returns None if it works here, else the reason in one sentence."""
+    if device.type == "cpu" and name != "sdpa":
+        return "runs on CUDA devices only"
+    try:
+        q = torch.randn(5, 2, head_dim, device=device).to(dtype)
+        lengths = Lengths(torch.tensor([0, 2, 5], dtype=torch.int32, device=device), [2, 3])
+        got = _FUNCTIONS[name](q, q, q, lengths, 1 / math.sqrt(head_dim))
+        want = _sdpa(q, q, q, lengths, 1 / math.sqrt(head_dim))
+        if not torch.allclose(got.float(), want.float(), atol=3e-2):
+            return "its result differs from scaled_dot_product_attention"
+    except ImportError as e:
+        return f"not importable: {e}"
+    except Exception as e:  # whatever a backend raises is the reason it does not work here
+        return f"{type(e).__name__}: {str(e).splitlines()[0]}"
+    return None
+
+
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, order: Sequence[str] = BACKENDS
+) -> tuple[str, AttentionFn]:
+    """The backend asked for, or with "auto" the first of `order` that works here.
+
+    Raises:
+        DeviceError: unknown name, or the named backend does not work here (with the reason).
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise DeviceError(f"attn_backend {name!r} is not known; accepted: auto, {', '.join(BACKENDS)}")
+    reasons = []
+    for candidate in order if name == "auto" else (name,):
+        reason = try_backend(candidate, device, dtype, head_dim)
+        if reason is None:
+            return candidate, _FUNCTIONS[candidate]
+        reasons.append(f"{candidate}: {reason}")
+    raise DeviceError(f"attn_backend {name!r} does not work on {device} with {dtype}; " + "; ".join(reasons))

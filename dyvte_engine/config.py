@@ -1,0 +1,83 @@
+"""Plain records: the decoder's shape, read from a Hugging Face config, and the engine's options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import InvalidArgumentError, ModelError
+
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt's length
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of one Llama-family decoder; `rope_type` is transformers' name for the position encoding."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+
+    @property
+    def kv_bytes_per_row(self) -> int:
+        """Numbers (not bytes of a dtype) that one cached token holds in one layer: K and V."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @classmethod
+    def from_hf(cls, config: Any) -> DecoderShape:
+        """Read the text config of a transformers model.
+
+        Raises:
+            ModelError: the decoder is not of the Llama family, or uses something the loop does not do.
+        """
+        if config.model_type not in _LLAMA_LIKE:
+            raise ModelError(
+                f"decoder model_type {config.model_type!r} is not supported; accepted: {', '.join(_LLAMA_LIKE)}"
+            )
+        if config.hidden_act not in ("silu", "swish"):
+            raise ModelError(f"decoder hidden_act {config.hidden_act!r} is not supported; accepted: silu")
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in _FIXED_ROPE:
+            raise ModelError(f"rope_type {rope_type!r} is not supported; accepted: {', '.join(_FIXED_ROPE)}")
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            raise ModelError("decoders with sliding-window layers are not supported")
+        heads = config.num_attention_heads
+        return cls(
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            # A window that is never outgrown changes nothing, so it only bounds the prompt.
+            max_positions=min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 1 << 30),
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of an `Engine`, as `Engine.from_pretrained` explains them."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attn_backend: str = "auto"
+    max_batch: int = 8
+    max_len: int | None = None
+    page_size: int = 16
+    drop_early_kv: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_len", "page_size"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1) and not (name == "max_len" and value is None):
+                raise InvalidArgumentError(f"{name} is {value!r}; accepted: an integer of at least 1")

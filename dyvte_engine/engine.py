@@ -1,0 +1,285 @@
+"""`Engine`: a checkpoint and a policy, ready to answer questions about pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .assets import resolve_model
+from .attention import choose_backend
+from .config import EngineConfig
+from .errors import DeviceError, InvalidArgumentError, PromptError
+from .generation import GenerationResult, PrefillFigures, Request, Running, StreamChunk, TokenLoop
+from .kv_cache import KVCache, PagePool
+from .models import TokenizedPrompt, VisionLanguageModel
+from .models.adapters import load_model
+from .policies import KeepAll, VisualTokenPolicy
+from .prefill import prefill
+from .prompts import as_batch, is_single, render
+from .sampling import merge_config
+from .segments import Pack
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEFAULT_NEW_TOKENS = 128
+
+
+class Engine:
+    """Answers questions about pictures with a Hugging Face checkpoint, its decoder run in this project's loop.
+
+    Not thread-safe: one call at a time.
+    """
+
+    def __init__(self, model: VisionLanguageModel, config: EngineConfig, policy: VisualTokenPolicy | None = None):
+        self.model, self.config = model, config
+        self.max_len = model.decoder.max_len
+        shape = model.shape
+        self.attn_backend, self._attend = choose_backend(
+            config.attn_backend, config.device, config.dtype, shape.head_dim
+        )
+        pages = shape.num_layers * config.max_batch * -(-self.max_len // config.page_size)
+        self.pool = PagePool(shape, pages, config.page_size, config.dtype, config.device)
+        self.policy = policy or KeepAll()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "nano",
+        policy: VisualTokenPolicy | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        attn_backend: str = "auto",
+        max_batch: int = 8,
+        max_len: int | None = None,
+        page_size: int = 16,
+        drop_early_kv: bool = False,
+        trust_remote_code: bool = False,
+    ) -> Engine:
+        """Load a LLaVA-family checkpoint: a folder, a hub id, or "nano", the model that comes with the package.
+
+        Args:
+            policy: when visual tokens leave; default `KeepAll()`.
+            dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" is bfloat16 on CUDA, float32 on CPU.
+            device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where there is one.
+            attn_backend: "auto", "flash_attn", "torch_flash" or "sdpa" (prefill; decoding uses the own kernel).
+            max_batch, max_len: sequences run together, and prompt + answer tokens of each; they size the K/V pool.
+                max_len defaults to the model's positions, at most 4096.
+            page_size: rows of one K/V page.
+            drop_early_kv: after the prefill, take the rows that left out of the earlier layers' K/V too.
+
+        Raises:
+            ModelError, DeviceError, HeadsError, InvalidArgumentError: each with the argument and what is accepted.
+        """
+        target = _resolve_device(device)
+        config = EngineConfig(
+            target, _resolve_dtype(dtype, target), attn_backend, max_batch, max_len, page_size, drop_early_kv
+        )
+        return cls(load_model(resolve_model(model), config.dtype, target, max_len, trust_remote_code), config, policy)
+
+    @property
+    def policy(self) -> VisualTokenPolicy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: VisualTokenPolicy) -> None:
+        if not isinstance(policy, VisualTokenPolicy):
+            raise InvalidArgumentError(f"policy is a {type(policy).__name__}; accepted: a VisualTokenPolicy")
+        self._policy = policy.bind(self.model)
+
+    def generate(
+        self,
+        prompts: Any,
+        images: Any = None,
+        *,
+        chat: bool = True,
+        seed: int | Sequence[int] = 0,
+        generation_config: Any = None,
+        **options: Any,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Answer one prompt or a list of them (batches of at most `max_batch`).
+
+        Args:
+            prompts: a question, a conversation (messages as transformers takes them), or a list of either.
+            images: for one prompt a picture or a list; for many, such an entry (or None) for each. Paths or PIL images.
+                `<image>` in a question says where a picture goes; without it they come first.
+            chat: apply the checkpoint's chat template to questions; False takes them as finished text.
+            seed: seeds sequence i with seed + i, or one seed for each.
+            generation_config: transformers' GenerationConfig instead of the checkpoint's own.
+            **options: max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
+                no_repeat_ngram_size, min_new_tokens, stop_strings, eos_token_id: as in transformers.
+
+        Raises:
+            PromptError, ImageError, InvalidArgumentError: before anything is computed.
+        """
+        chunks = self.stream(prompts, images, chat=chat, seed=seed, generation_config=generation_config, **options)
+        results = {c.index: c.result for c in chunks if c.result is not None}
+        return results[0] if is_single(prompts) else [results[i] for i in range(len(results))]
+
+    def stream(
+        self,
+        prompts: Any,
+        images: Any = None,
+        *,
+        chat: bool = True,
+        seed: int | Sequence[int] = 0,
+        generation_config: Any = None,
+        **options: Any,
+    ) -> Iterator[StreamChunk]:
+        """As `generate`, yielding every token as it comes; the last chunk of a prompt carries its result.
+
+        Arguments are checked at the call, not at the first token.
+        """
+        batch, pictures = as_batch(prompts, images)
+        config = merge_config(self.model.hf.generation_config, generation_config, options)
+        texts = [render(p, len(i), self.model.processor, chat) for p, i in zip(batch, pictures, strict=True)]
+        seeds = [seed + i for i in range(len(batch))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(batch):
+            raise InvalidArgumentError(f"seed has {len(seeds)} entries for {len(batch)} prompts")
+        inputs = self.model.tokenize(texts, pictures)
+        budgets = [self._budget(len(i.input_ids), config.max_new_tokens) for i in inputs]
+        batches = [slice(i, i + self.config.max_batch) for i in range(0, len(batch), self.config.max_batch)]
+        return (c for b in batches for c in self._stream_batch(b.start, inputs[b], budgets[b], config, seeds[b]))
+
+    def prefill(
+        self,
+        inputs_embeds: Tensor | Sequence[Tensor],
+        visual_mask: Tensor | Sequence[Tensor],
+        position_ids: Tensor | Sequence[Tensor] | None = None,
+    ) -> Running:
+        """The lower entry, for models whose vision code lives elsewhere: prefill one or more sequences under the policy.
+
+        Args:
+            inputs_embeds: [n, d] of one sequence, or a list of such; moved to the engine's device and dtype.
+            visual_mask: bool [n] for each, true at visual tokens.
+            position_ids: integer [n] for each, ascending and below `max_len`; default 0..n-1.
+
+        Returns:
+            A `Running` batch: `.logits`, `.step(tokens)`, `.exit_layers`; close it (or use `with`) to free its cache.
+
+        Raises:
+            InvalidArgumentError: shapes, dtypes or values that do not fit, naming the argument.
+        """
+        embeds, masks = _as_list(inputs_embeds), _as_list(visual_mask)
+        positions = [torch.arange(len(e)) for e in embeds] if position_ids is None else _as_list(position_ids)
+        if not len(embeds) == len(masks) == len(positions):
+            raise InvalidArgumentError(
+                f"{len(embeds)} inputs_embeds, {len(masks)} visual_mask, {len(positions)} position_ids"
+            )
+        if not 1 <= len(embeds) <= self.config.max_batch:
+            raise InvalidArgumentError(
+                f"inputs_embeds holds {len(embeds)} sequences; accepted: 1 to max_batch {self.config.max_batch}"
+            )
+        for e, m, p in zip(embeds, masks, positions, strict=True):
+            self._check_entry(e, m, p)
+        device = self.config.device
+        return self._prefill(
+            [e.to(device, self.config.dtype) for e in embeds],
+            [m.cpu() for m in masks],
+            [p.to(device, torch.int32) for p in positions],
+        )
+
+    def _check_entry(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> None:
+        n = len(embeds)
+        if (
+            embeds.dim() != 2
+            or embeds.shape[1] != self.model.shape.hidden_size
+            or n == 0
+            or not embeds.is_floating_point()
+        ):
+            given = f"{embeds.dtype} {list(embeds.shape)}"
+            raise InvalidArgumentError(
+                f"inputs_embeds is {given}; accepted: floating [n >= 1, {self.model.shape.hidden_size}]"
+            )
+        if mask.dtype != torch.bool or mask.shape != (n,):
+            raise InvalidArgumentError(f"visual_mask is {mask.dtype} {list(mask.shape)}; accepted: bool [{n}]")
+        if positions.is_floating_point() or positions.shape != (n,):
+            raise InvalidArgumentError(
+                f"position_ids is {positions.dtype} {list(positions.shape)}; accepted: integer [{n}]"
+            )
+        if positions[0] < 0 or positions[-1] >= self.max_len or (positions.diff() <= 0).any():
+            raise InvalidArgumentError(f"position_ids must ascend within 0 to {self.max_len - 1} (max_len - 1)")
+
+    @torch.inference_mode()
+    def _prefill(self, embeds: Sequence[Tensor], visual: Sequence[Tensor], positions: Sequence[Tensor]) -> Running:
+        cache = KVCache(self.pool, self.model.shape.num_layers, len(embeds), self.max_len)
+        try:
+            pack = Pack.from_sequences(visual, positions)
+            done = prefill(
+                self.model.decoder,
+                self._attend,
+                cache,
+                torch.cat(list(embeds)),
+                pack,
+                self.policy,
+                self.config.drop_early_kv,
+            )
+            following = torch.stack([p[-1] + 1 for p in positions]).to(torch.int32)
+            return Running(self.model.decoder, cache, done, following)
+        except BaseException:
+            cache.close()
+            raise
+
+    def _budget(self, prompt_len: int, max_new_tokens: int | None) -> int:
+        """Answer tokens a prompt of `prompt_len` tokens may have. Raises PromptError when it does not fit."""
+        room = self.max_len - prompt_len
+        wanted = min(_DEFAULT_NEW_TOKENS, max(room, 1)) if max_new_tokens is None else max_new_tokens
+        if wanted > room:
+            raise PromptError(
+                f"the prompt has {prompt_len} tokens and max_new_tokens is {wanted}; accepted: together at most max_len {self.max_len}"
+            )
+        return wanted
+
+    def _stream_batch(
+        self, first: int, inputs: list[TokenizedPrompt], budgets: list[int], config: Any, seeds: list[int]
+    ) -> Iterator[StreamChunk]:
+        started = time.perf_counter() - sum(i.seconds for i in inputs)
+        prepared = self.model.prepare(inputs)
+        if self.config.device.type == "cuda":
+            torch.cuda.synchronize(self.config.device)
+        vision_s = time.perf_counter() - started
+        requests = [
+            Request(list(i.input_ids), int(p.visual.sum()), i.n_images, n)
+            for i, p, n in zip(inputs, prepared, budgets, strict=True)
+        ]
+        loop = TokenLoop(requests, config, self.model.processor.tokenizer, seeds, self.config.device)
+        with self._prefill(*zip(*((p.inputs_embeds, p.visual, p.positions) for p in prepared), strict=True)) as running:
+            figures = [
+                PrefillFigures.of(running, b, r.n_images, self.model.hf.config.vision_config)
+                for b, r in enumerate(requests)
+            ]
+            for b, token, text in loop.run(running):
+                request = requests[b]
+                result = request.result(figures[b], started, vision_s) if request.finish_reason else None
+                yield StreamChunk(first + b, token, text, result)
+
+
+def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    """The device, made sure of. Raises DeviceError when it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise DeviceError(f"device {device!r} is not known: {e}; accepted: auto, cpu, cuda, cuda:N") from e
+    if resolved.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {device!r} is not supported; accepted: auto, cpu, cuda, cuda:N")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {device!r} is not there: this torch sees {torch.cuda.device_count()} CUDA devices")
+    return resolved
+
+
+def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved not in _DTYPES.values():
+        raise DeviceError(f"dtype {dtype!r} is not supported; accepted: auto, {', '.join(_DTYPES)}")
+    return resolved

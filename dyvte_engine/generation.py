@@ -1,0 +1,212 @@
+"""From prepared prompts to tokens: the token loop of one batch, its stop rules and its figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from .decode import decode_step
+from .flops import paper_flops, true_flops, vision_flops
+from .kv_cache import KVCache
+from .models import Decoder
+from .prefill import Prefilled
+from .sampling import Sampler
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Figures of one answer. Bytes are those of the pages held right after the prefill.
+
+    Attributes:
+        exit_layer: layer after which the last visual token left; None if some stayed or there were none.
+        tokens_per_layer: prompt rows that each layer computed.
+        ttft_s: seconds from the call to the first token of this batch (processor, vision, prefill, sampling).
+        vision_s: the part of it spent in processor, vision tower and projector.
+        decode_tokens_per_s: this sequence's tokens after the first, over the time they took; 0 for one token.
+        prefill_tflops: the paper's count (spec section 4), vision tower included; `_keep_all` without any exit.
+        prefill_tflops_true: grouped-query projections and causal attention counted as they are, LM head included.
+    """
+
+    exit_layer: int | None
+    visual_tokens: int
+    text_tokens: int
+    new_tokens: int
+    tokens_per_layer: list[int]
+    ttft_s: float
+    vision_s: float
+    decode_tokens_per_s: float
+    prefill_tflops: float
+    prefill_tflops_keep_all: float
+    prefill_tflops_true: float
+    prefill_tflops_true_keep_all: float
+    kv_bytes: int
+    kv_bytes_keep_all: int
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """An answer. `finish_reason`: "stop" (end token), "stop_string" or "length"; `token_ids` hold the end token, `text` does not."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: GenerationStats
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """One token of prompt `index`: the text it adds (may be empty) and, with the last one, the whole `result`."""
+
+    index: int
+    token_id: int
+    text: str
+    result: GenerationResult | None = None
+
+
+class Running:
+    """A prefilled batch that can be stepped: `logits` f32 [B, vocab] of the next token, its cache and what the prefill did."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, prefilled: Prefilled, next_positions: Tensor):
+        self.decoder, self.cache = decoder, cache
+        self.exit_layers, self.rows = prefilled.exit_layers, prefilled.rows
+        self.positions = next_positions  # int32 [B]
+        self.logits = decoder.logits(prefilled.hidden)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Append one token to every sequence; returns (and keeps) the next logits."""
+        ids = torch.tensor(tokens, device=self.positions.device)
+        self.logits = decode_step(self.decoder, self.cache, ids, self.positions)
+        self.positions = self.positions + 1
+        return self.logits
+
+    def select(self, keep: Sequence[int]) -> None:
+        """Go on with the sequences listed; the others give their memory back."""
+        self.cache.select(keep)
+        index = torch.tensor(list(keep), device=self.positions.device)
+        self.positions, self.logits = self.positions[index], self.logits[index]
+
+    def close(self) -> None:
+        """Give all memory of the cache back."""
+        self.cache.close()
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class PrefillFigures:
+    """The part of `GenerationStats` that is known after the prefill."""
+
+    exit_layer: int | None
+    tokens_per_layer: list[int]
+    prefill_tflops: float
+    prefill_tflops_keep_all: float
+    prefill_tflops_true: float
+    prefill_tflops_true_keep_all: float
+    kv_bytes: int
+    kv_bytes_keep_all: int
+
+    @classmethod
+    def of(cls, running: Running, b: int, n_images: int, vision_config: Any) -> PrefillFigures:
+        """Figures of sequence b, read before any sequence leaves the batch."""
+        shape, pool = running.decoder.shape, running.cache.pool
+        rows = [layer[b] for layer in running.rows]
+        full = [rows[0]] * shape.num_layers
+        vision = n_images * vision_flops(vision_config)
+        return cls(
+            exit_layer=running.exit_layers[b],
+            tokens_per_layer=rows,
+            prefill_tflops=paper_flops(shape, rows, vision) / 1e12,
+            prefill_tflops_keep_all=paper_flops(shape, full, vision) / 1e12,
+            prefill_tflops_true=true_flops(shape, rows, vision) / 1e12,
+            prefill_tflops_true_keep_all=true_flops(shape, full, vision) / 1e12,
+            kv_bytes=running.cache.bytes_of(b),
+            kv_bytes_keep_all=shape.num_layers * -(-rows[0] // pool.page_size) * pool.page_bytes,
+        )
+
+
+@dataclass
+class Request:
+    """One prompt on its way: all ids so far, the new ones, their text, and when the first and the last came."""
+
+    ids: list[int]
+    visual_tokens: int
+    n_images: int
+    max_new_tokens: int
+    new: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    first_at: float = 0.0
+    last_at: float = 0.0
+
+    def result(self, figures: PrefillFigures, started: float, vision_s: float) -> GenerationResult:
+        decode_s = self.last_at - self.first_at
+        stats = GenerationStats(
+            visual_tokens=self.visual_tokens,
+            text_tokens=len(self.ids) - len(self.new) - self.visual_tokens,
+            new_tokens=len(self.new),
+            ttft_s=self.first_at - started,
+            vision_s=vision_s,
+            decode_tokens_per_s=(len(self.new) - 1) / decode_s if decode_s > 0 else 0.0,
+            **vars(figures),
+        )
+        assert self.finish_reason is not None
+        return GenerationResult(self.text, list(self.new), self.finish_reason, stats)
+
+
+class TokenLoop:
+    """Sampling, stop rules and text of one batch. Knows tokens; knows nothing of layers or pictures."""
+
+    def __init__(
+        self, sequences: list[Request], config: Any, tokenizer: Any, seeds: Sequence[int], device: torch.device
+    ):
+        eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+        self.eos = set([] if eos is None else [eos] if isinstance(eos, int) else eos)
+        self.sequences, self.tokenizer = sequences, tokenizer
+        self.sampler = Sampler(config, [s.ids for s in sequences], seeds, sorted(self.eos), device)
+        self.stops = transformers.StopStringCriteria(tokenizer, config.stop_strings) if config.stop_strings else None
+
+    def run(self, running: Running) -> Iterator[tuple[int, int, str]]:
+        """Yield (sequence, token, new text) until every sequence has finished; finished ones leave the batch."""
+        active = list(range(len(self.sequences)))
+        while True:
+            tokens = self.sampler(running.logits, active, [self.sequences[s].ids for s in active])
+            for s, token in zip(active, tokens, strict=True):
+                yield s, token, self._accept(self.sequences[s], token)
+            stay = [i for i, s in enumerate(active) if self.sequences[s].finish_reason is None]
+            if not stay:
+                return
+            if len(stay) < len(active):
+                running.select(stay)
+            active = [active[i] for i in stay]
+            running.step([tokens[i] for i in stay])
+
+    def _accept(self, s: Request, token: int) -> str:
+        s.last_at = time.perf_counter()
+        s.first_at = s.first_at or s.last_at
+        s.ids.append(token)
+        s.new.append(token)
+        if token in self.eos:
+            s.finish_reason = "stop"
+        elif self.stops is not None and bool(self.stops(torch.tensor([s.ids]), None)[0]):
+            s.finish_reason = "stop_string"
+        elif len(s.new) >= s.max_new_tokens:
+            s.finish_reason = "length"
+        return self._new_text(s)
+
+    def _new_text(self, s: Request) -> str:
+        """What the newest token adds; an unfinished multi-byte character waits for its rest."""
+        text = self.tokenizer.decode(s.new, skip_special_tokens=True)
+        if text.endswith("\ufffd") and s.finish_reason is None:
+            return ""
+        added, s.text = text[len(s.text) :], text
+        return added

@@ -1,0 +1,130 @@
+"""The K/V cache: one pool of pages for all layers, and a length for every (layer, sequence).
+
+After a visual-token exit the layers hold different numbers of rows, so nothing here assumes one length
+per sequence. A layer takes pages when the prompt reaches it and not before; what `bytes_held` reports is
+what sequences hold of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import DecoderShape
+from .errors import CacheError
+
+
+class PagePool:
+    """K and V pages `[n_pages, page_size, Hkv, D]`, shared by all layers and sequences of one engine."""
+
+    def __init__(self, shape: DecoderShape, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
+        size = (n_pages, page_size, shape.num_kv_heads, shape.head_dim)
+        self.k = torch.empty(size, dtype=dtype, device=device)
+        self.v = torch.empty(size, dtype=dtype, device=device)
+        self.page_size = page_size
+        self.page_bytes = 2 * self.k[0].nbytes
+        self.allocator = ops.PageAllocator(n_pages)
+
+    def take(self, n: int) -> list[int]:
+        """n page numbers, all or none. Raises CacheError when fewer are free."""
+        free = self.allocator.free_count
+        if n > free:
+            raise CacheError(f"the K/V pool is out of pages: {n} asked, {free} free; raise max_batch or max_len")
+        return self.allocator.alloc(n)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the pages that sequences hold now."""
+        return self.allocator.used_count * self.page_bytes
+
+
+class KVCache:
+    """Pages and lengths of one running batch.
+
+    `block_table` int32 [L, B, M] and `lens` int32 [L, B] live on the device; `host_lens` [L][B] mirrors `lens`.
+    """
+
+    def __init__(self, pool: PagePool, num_layers: int, batch: int, max_len: int):
+        self.pool = pool
+        device = pool.k.device
+        self._host_table = torch.zeros(num_layers, batch, -(-max_len // pool.page_size), dtype=torch.int32)
+        self.block_table = self._host_table.to(device, copy=True)
+        self.lens = torch.zeros(num_layers, batch, dtype=torch.int32, device=device)
+        self.host_lens = [[0] * batch for _ in range(num_layers)]
+        self._pages: list[list[list[int]]] = [[[] for _ in range(batch)] for _ in range(num_layers)]
+
+    def reserve(self, layer: int, rows: Sequence[int]) -> None:
+        """Take pages so that sequence b of `layer` can hold `rows[b]` rows; one small copy to the device.
+
+        Raises:
+            CacheError: the pool is out of pages.
+        """
+        self._take(layer, rows)
+        self.block_table[layer].copy_(self._host_table[layer])
+
+    def _take(self, layer: int, rows: Sequence[int]) -> None:
+        for held, table, n in zip(self._pages[layer], self._host_table[layer], rows, strict=True):
+            missing = -(-n // self.pool.page_size) - len(held)
+            if missing > 0:
+                new = self.pool.take(missing)
+                table[len(held) : len(held) + missing] = torch.tensor(new, dtype=torch.int32)
+                held += new
+
+    def set_lens(self, layer: int, rows: Tensor, host_rows: Sequence[int]) -> None:
+        """`layer` now holds `rows` int32 [B] rows (the same numbers in `host_rows`)."""
+        self.lens[layer].copy_(rows)
+        self.host_lens[layer] = list(host_rows)
+
+    def advance(self) -> None:
+        """One row was written at every layer of every sequence."""
+        self.lens += 1
+        self.host_lens = [[n + 1 for n in row] for row in self.host_lens]
+
+    def reserve_next(self) -> None:
+        """Room for one more row everywhere; touches the device only when a page is full."""
+        size = self.pool.page_size
+        full = [layer for layer, row in enumerate(self.host_lens) if any(n % size == 0 for n in row)]
+        for layer in full:
+            self._take(layer, [n + 1 for n in self.host_lens[layer]])
+        if full:
+            self.block_table.copy_(self._host_table)
+
+    def compact(self, layers: int, keep: Tensor, keep_cu: Tensor, kept: list[list[int]]) -> None:
+        """Keep the listed rows of layers 0..layers-1 (arguments as `ops.kv_compact_`), give emptied pages back."""
+        ops.kv_compact_(self.pool.k, self.pool.v, self.block_table[:layers], self.lens[:layers], keep, keep_cu)
+        for layer, row in enumerate(kept):
+            self.host_lens[layer] = list(row)
+            for b, n in enumerate(row):
+                held = self._pages[layer][b]
+                used = -(-n // self.pool.page_size)
+                self.pool.allocator.free(held[used:])
+                del held[used:]
+
+    def select(self, keep: Sequence[int]) -> None:
+        """Go on with the sequences listed, in that order; the others give their pages back."""
+        gone = set(range(self.lens.shape[1])) - set(keep)
+        for layer, pages in enumerate(self._pages):
+            for b in gone:
+                self.pool.allocator.free(pages[b])
+            self._pages[layer] = [pages[b] for b in keep]
+            self.host_lens[layer] = [self.host_lens[layer][b] for b in keep]
+        index = torch.tensor(list(keep), dtype=torch.long, device=self.lens.device)
+        self._host_table = self._host_table[:, list(keep)]
+        self.block_table = self.block_table.index_select(1, index)
+        self.lens = self.lens.index_select(1, index)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the pages this batch holds."""
+        return sum(len(p) for layer in self._pages for p in layer) * self.pool.page_bytes
+
+    def bytes_of(self, sequence: int) -> int:
+        """Bytes of the pages one sequence holds over all layers."""
+        return sum(len(layer[sequence]) for layer in self._pages) * self.pool.page_bytes
+
+    def close(self) -> None:
+        """Give every page back."""
+        self.select([])

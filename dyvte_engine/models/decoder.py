@@ -1,0 +1,111 @@
+"""One Llama-family decoder (Llama, Vicuna, Mistral, Qwen2, Qwen3) on packed rows, with the weights of a live HF module.
+
+Projections that read the same input are fused (q/k/v, gate/up); the HF parameters become views of the fused
+tensors, so nothing is held twice and the HF module still works. The module knows layers, not batches or policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import DecoderShape
+from ..errors import ModelError
+
+
+def _fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Stack the weights (and biases) of linears with one input; leaves them as views of the stack."""
+    weight = torch.cat([m.weight.data for m in linears])
+    bias = None if linears[0].bias is None else torch.cat([m.bias.data for m in linears])
+    start = 0
+    for m in linears:
+        rows = slice(start, start + m.out_features)
+        m.weight.data = weight[rows]
+        if bias is not None:
+            m.bias.data = bias[rows]
+        start += m.out_features
+    return weight, bias
+
+
+@dataclass
+class DecoderLayer:
+    """Weights of one layer and the four steps between residual additions."""
+
+    shape: DecoderShape
+    input_norm: Tensor
+    post_norm: Tensor
+    eps: float
+    qkv: tuple[Tensor, Tensor | None]
+    qk_norm: tuple[Tensor, Tensor] | None
+    out: nn.Linear
+    gate_up: tuple[Tensor, Tensor | None]
+    down: nn.Linear
+
+    @classmethod
+    def from_hf(cls, layer: Any, shape: DecoderShape) -> DecoderLayer:
+        attn, mlp = layer.self_attn, layer.mlp
+        q_norm = getattr(attn, "q_norm", None)
+        return cls(
+            shape=shape,
+            input_norm=layer.input_layernorm.weight.data,
+            post_norm=layer.post_attention_layernorm.weight.data,
+            eps=layer.input_layernorm.variance_epsilon,
+            qkv=_fuse((attn.q_proj, attn.k_proj, attn.v_proj)),
+            qk_norm=None if q_norm is None else (q_norm.weight.data, attn.k_norm.weight.data),
+            out=attn.o_proj,
+            gate_up=_fuse((mlp.gate_proj, mlp.up_proj)),
+            down=mlp.down_proj,
+        )
+
+    def project_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, d], normalised -> q [N, Hq, D], k and v [N, Hkv, D], views of one tensor."""
+        s = self.shape
+        qkv = F.linear(x, *self.qkv).view(len(x), -1, s.head_dim)
+        q, k, v = qkv.split((s.num_heads, s.num_kv_heads, s.num_kv_heads), dim=1)
+        if self.qk_norm is not None:
+            q = ops.rms_norm(q, self.qk_norm[0], self.eps)
+            k = ops.rms_norm(k, self.qk_norm[1], self.eps)
+        return q, k, v
+
+    def project_out(self, attended: Tensor) -> Tensor:
+        """attended [N, Hq, D] -> [N, d], to be added to the residual stream."""
+        return F.linear(attended.flatten(1), self.out.weight, self.out.bias)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """x [N, d], normalised -> [N, d], to be added to the residual stream."""
+        return F.linear(ops.silu_mul(F.linear(x, *self.gate_up)), self.down.weight, self.down.bias)
+
+
+class Decoder:
+    """The language model of a checkpoint: layers, final norm, LM head and the table of rotations.
+
+    `cos_sin` f32 [max_len, rot_dim] holds cos in its first half and sin in its second, per position.
+    """
+
+    def __init__(self, language_model: Any, lm_head: nn.Linear, shape: DecoderShape, max_len: int | None):
+        if max_len is not None and max_len > shape.max_positions:
+            raise ModelError(f"max_len is {max_len}; accepted: at most the model's {shape.max_positions} positions")
+        self.shape = shape
+        self.max_len = max_len or min(shape.max_positions, 4096)
+        self.layers = [DecoderLayer.from_hf(layer, shape) for layer in language_model.layers]
+        self.norm = language_model.norm.weight.data
+        self.eps: float = language_model.norm.variance_epsilon
+        self.embed: nn.Embedding = language_model.embed_tokens
+        self.lm_head = lm_head
+        self.scale = shape.head_dim**-0.5
+        device = self.norm.device
+        positions = torch.arange(self.max_len, device=device)[None]
+        # Asked in float32: the table is exact and the kernel rotates in float32.
+        cos, sin = language_model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=device), positions)
+        half = cos.shape[-1] // 2
+        self.cos_sin = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).float().contiguous()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [B, d], normalised -> float32 [B, vocab]."""
+        return F.linear(hidden, self.lm_head.weight, self.lm_head.bias).float()

@@ -1,0 +1,33 @@
+"""Policies that ask nothing of the model: keep everything, or leave after a given layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InvalidArgumentError
+from .base import Decision, LayerState, VisualTokenPolicy
+
+
+@dataclass(frozen=True)
+class KeepAll(VisualTokenPolicy):
+    """The plain model."""
+
+
+@dataclass(frozen=True)
+class FixedExit(VisualTokenPolicy):
+    """All visual tokens leave after `layer`. VTW "entering layer K" (peers.md) is `FixedExit(K - 1)`."""
+
+    layer: int
+
+    def bind(self, model: Any) -> VisualTokenPolicy:
+        if not 0 <= self.layer < model.shape.num_layers:
+            raise InvalidArgumentError(f"FixedExit layer is {self.layer}; accepted: 0 to {model.shape.num_layers - 1}")
+        return self
+
+    def layers(self, num_layers: int) -> set[int]:
+        return {self.layer}
+
+    def decide(self, state: LayerState) -> Decision:
+        nothing = state.pack.source[:0]
+        return [nothing] * len(state.pack.n_visual)

@@ -1,0 +1,115 @@
+"""Where visual and text tokens lie in a packed batch, and what remains of it when visual tokens leave.
+
+A batch in prefill is one packed `[N, d]` tensor without padding. `Pack` travels beside it: what it must know
+on the host is kept as lists, so that dropping rows needs no device synchronisation beyond the decision itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .attention import Lengths
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Lengths of B sequences -> int32 [B+1] offsets on the device."""
+    out = [0]
+    for n in lengths:
+        out.append(out[-1] + n)
+    return torch.tensor(out, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """The rows present at one layer.
+
+    Attributes:
+        positions: int32 [N], the row's position in the full prompt; never renumbered.
+        visual: bool [N], whether the row is a visual token.
+        source: int64 [N], the row's number in the pack that entered layer 0.
+        lengths: rows of each sequence.
+        n_visual: visual rows of each sequence.
+        n_tail: rows of T, the text after the last visual token (the whole prompt if there is none).
+    """
+
+    positions: Tensor
+    visual: Tensor
+    source: Tensor
+    lengths: Lengths
+    n_visual: list[int]
+    n_tail: list[int]
+
+    @classmethod
+    def from_sequences(cls, visual: Sequence[Tensor], positions: Sequence[Tensor]) -> Pack:
+        """visual: bool [n_b] per sequence, on the host; positions: int32 [n_b], on the device."""
+        device = positions[0].device
+        host = [len(v) for v in visual]
+        ends = [v.nonzero()[-1].item() + 1 if v.any() else 0 for v in visual]
+        return cls(
+            positions=torch.cat(list(positions)).to(torch.int32),
+            visual=torch.cat(list(visual)).to(device),
+            source=torch.arange(sum(host), device=device),
+            lengths=Lengths(_cumulative(host, device), host),
+            n_visual=[int(v.sum()) for v in visual],
+            n_tail=[n - int(end) for n, end in zip(host, ends, strict=True)],
+        )
+
+    @cached_property
+    def visual_rows(self) -> Tensor:
+        """int32 [sum(n_visual)], ascending row numbers of the visual tokens."""
+        return torch.nonzero_static(self.visual, size=sum(self.n_visual))[:, 0].to(torch.int32)
+
+    @cached_property
+    def visual_cu(self) -> Tensor:
+        """int32 [B+1], where each sequence's part of `visual_rows` begins."""
+        return _cumulative(self.n_visual, self.visual.device)
+
+    @cached_property
+    def text_ranges(self) -> Tensor:
+        """int32 [B, 2], first row and end of each sequence's T."""
+        ends = self.lengths.cu[1:]
+        return torch.stack((ends - torch.tensor(self.n_tail, dtype=torch.int32, device=ends.device), ends), dim=1)
+
+    @cached_property
+    def row_counts(self) -> Tensor:
+        """int32 [B], rows of each sequence."""
+        return self.lengths.cu.diff()
+
+    @cached_property
+    def last_rows(self) -> Tensor:
+        """int64 [B], the last row of each sequence."""
+        return (self.lengths.cu[1:] - 1).long()
+
+    def drop(self, decision: Sequence[Tensor | None]) -> tuple[Pack, Tensor] | None:
+        """Apply a decision: for each sequence None, or the ascending numbers (among its visual rows) of those that stay.
+
+        Returns the smaller pack and the int64 row numbers that stay, or None when nothing leaves.
+        """
+        stay = torch.ones_like(self.visual)
+        n_visual, start = list(self.n_visual), 0
+        for b, keep in enumerate(decision):
+            end = start + self.n_visual[b]
+            if keep is not None and len(keep) < self.n_visual[b]:
+                rows = self.visual_rows[start:end].long()
+                stay[rows] = False
+                stay[rows[keep]] = True
+                n_visual[b] = len(keep)
+            start = end
+        if n_visual == self.n_visual:
+            return None
+        host = [n - old + new for n, old, new in zip(self.lengths.host, self.n_visual, n_visual, strict=True)]
+        index = torch.nonzero_static(stay, size=sum(host))[:, 0]
+        pack = Pack(
+            positions=self.positions[index],
+            visual=self.visual[index],
+            source=self.source[index],
+            lengths=Lengths(_cumulative(host, index.device), host),
+            n_visual=n_visual,
+            n_tail=self.n_tail,
+        )
+        return pack, index
