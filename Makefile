@@ -1,0 +1,98 @@
+# `make demo` and `make test` work in a fresh clone: they create the virtual environment, build the native code and run.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+BUILD_REQUIRES := 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' 'pybind11>=2.13'
+NATIVE_SOURCES := $(shell find csrc python_bindings -type f) CMakeLists.txt setup.py
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_SOURCES))
+
+# A build for this machine: the GPUs that are here, else two architectures, so that the first run stays short.
+GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+	| sed -n 's/^\([0-9]*\)\.\([0-9]\)$$/\1\2/; s/^90$$/90a/; /^[0-9a]*$$/p' | sort -u | paste -sd ';')
+LOCAL_ARCHS = $(or $(DYVTE_CUDA_ARCHS),$(GPU_ARCHS),80;90a)
+DYVTE_CUDA ?= AUTO
+NVCC = $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+
+.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat bench gpu-check doctor clean distclean FORCE
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo
+	@echo 'Variables: PYTHON (python3, 3.10 or newer), VENV (.venv), TORCH ($(TORCH)), DYVTE_CUDA (AUTO, ON, OFF),'
+	@echo 'DYVTE_CUDA_ARCHS (unset: the GPUs of this machine, else 80;90a; for `make wheel` every architecture that the'
+	@echo 'CUDA toolkit can build for). nvcc is looked for in PATH, CUDA_HOME and /usr/local/cuda; without it the build is'
+	@echo 'CPU-only.'
+
+demo: build ## three pictures answered by the embedded model, with and without the exit; writes a PNG
+	$(PY) -m dyvte_engine.demo
+
+test: build ## the test suite (GPU tests run where there is a GPU)
+	$(PY) -m pytest -q
+
+build: $(VENV)/.built ## virtual environment, dependencies, native library; nothing else needs to be called first
+
+doctor: build ## what was built and what works on this machine
+	$(PY) -m dyvte_engine.doctor
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; 3.10 or newer is needed (make PYTHON=...)" \
+	% sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q torch==$(TORCH)
+	$(PIP) install -q $(BUILD_REQUIRES)
+	touch $@
+
+build/configuration: FORCE
+	@mkdir -p build && printf '%s\n' 'DYVTE_CUDA=$(DYVTE_CUDA)' 'archs=$(LOCAL_ARCHS)' 'nvcc=$(NVCC)' > $@.new
+	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
+
+$(VENV)/.built: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES) build/configuration
+	DYVTE_CUDA='$(DYVTE_CUDA)' DYVTE_CUDA_ARCHS='$(LOCAL_ARCHS)' $(PIP) install -q --no-build-isolation -e '.[dev]'
+	touch $@
+
+lint: build ## ruff, clang-format, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(PY) -m mypy
+
+format: build ## rewrite Python and C++ sources in the project's format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+audit: build ## what the native libraries ask of the system they are loaded on
+	$(PY) tools/audit_symbols.py
+
+sanitize: $(VENV)/.torch ## the CPU kernels under the address and undefined-behaviour sanitisers
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	-DDYVTE_SANITIZE=ON -DDYVTE_CUDA=OFF -DPython_EXECUTABLE=$(abspath $(PY))
+	$(VENV)/bin/cmake --build build/sanitize
+	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+
+wheel: build ## a wheel in dist/
+	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+	ls -l dist/*.whl
+
+wheel-test: wheel ## the wheel in an empty environment, from another directory
+	$(PY) tools/wheel_smoke.py --torch $(TORCH)
+
+compat: build ## the built library on the oldest supported and the newest torch and transformers
+	$(PY) tools/compat.py
+
+bench: build ## kernel and engine benchmarks; JSON in outputs/
+	for file in benchmarks/bench_*.py; do $(PY) $$file || exit 1; done
+
+gpu-check: ## GPU tests and compute-sanitizer with the python3 in PATH; no network, no virtual environment
+	PYTHON='$(PYTHON)' bash tools/gpu_check.sh
+
+clean: ## remove everything built; distclean also removes the virtual environment
+	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info dyvte_engine/*.so $(VENV)/.built
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,86 @@
+"""Runs the tests against the built library in two throw-away environments: the oldest supported releases and the newest.
+
+    python tools/compat.py [floor|newest ...]
+
+The library is not rebuilt: what is tried is the one that `make build` made against its own torch. Each environment takes
+about 6 GB, most of it the CUDA packages that a torch wheel asks for, and is kept in .cache/compat for the next call.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "compat"
+GIB_PER_ENVIRONMENT = 8  # installed size plus what pip unpacks on the way
+
+
+@dataclass(frozen=True)
+class Releases:
+    name: str
+    torch: str
+    transformers: str
+
+
+ENVIRONMENTS = (
+    Releases("floor", "torch==2.11.0", "transformers==4.57.*"),
+    Releases("newest", "torch", "transformers<6"),
+)
+OTHERS = (
+    "numpy",
+    "pillow",
+    "safetensors",
+    "tokenizers",
+    "typer",
+    "rich",
+    "matplotlib",
+    "accelerate",
+    "easy-vqa",
+    "pytest",
+)
+
+
+def environment(releases: Releases) -> Path:
+    """The Python of the environment, which is created or, for "newest", brought up to date."""
+    folder = CACHE / releases.name
+    python = folder / "bin" / "python"
+    if not python.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(CACHE).free / 2**30
+        if free < GIB_PER_ENVIRONMENT:
+            raise SystemExit(f"compat: {free:.1f} GiB free, {GIB_PER_ENVIRONMENT} are needed for {folder}")
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-cache-dir", "--upgrade"]
+    subprocess.run([*pip, releases.torch], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run([*pip, releases.transformers, *OTHERS], check=True, stdin=subprocess.DEVNULL)
+    return python
+
+
+def check(releases: Releases) -> bool:
+    start = time.monotonic()
+    python = environment(releases)
+    versions = "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
+    shown = subprocess.run([python, "-c", versions], capture_output=True, text=True, check=True).stdout.strip()
+    print(f"compat {releases.name}: {shown} (environment ready after {time.monotonic() - start:.0f} s)", flush=True)
+    tests = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=ROOT, stdin=subprocess.DEVNULL)
+    print(f"compat {releases.name}: {'passed' if tests.returncode == 0 else 'FAILED'} after", end=" ")
+    print(f"{time.monotonic() - start:.0f} s", flush=True)
+    return tests.returncode == 0
+
+
+def main() -> int:
+    known = {releases.name: releases for releases in ENVIRONMENTS}
+    wanted = sys.argv[1:] or list(known)
+    if unknown := [name for name in wanted if name not in known]:
+        raise SystemExit(f"compat: {unknown[0]!r} is not known; accepted: {', '.join(known)}")
+    passed = [check(known[name]) for name in wanted]
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
