@@ -1,19 +1,22 @@
-"""Runs the tests against the built library in two throw-away environments: the oldest supported releases and the newest.
+"""Runs the tests against the built library in two throw-away environments: the oldest supported releases, the newest.
 
     python tools/compat.py [floor|newest ...]
 
-The library is not rebuilt: what is tried is the one that `make build` made against its own torch. Each environment takes
+The library is not rebuilt: what is tried is the one that `make build` made against its own torch. An environment takes
 about 6 GB, most of it the CUDA packages that a torch wheel asks for, and is kept in .cache/compat for the next call.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "compat"
@@ -31,18 +34,13 @@ ENVIRONMENTS = (
     Releases("floor", "torch==2.11.0", "transformers==4.57.*"),
     Releases("newest", "torch", "transformers<6"),
 )
-OTHERS = (
-    "numpy",
-    "pillow",
-    "safetensors",
-    "tokenizers",
-    "typer",
-    "rich",
-    "matplotlib",
-    "accelerate",
-    "easy-vqa",
-    "pytest",
-)
+
+
+def other_requirements() -> list[str]:
+    """What the installed package declares, for use and for training, without torch and transformers; and pytest."""
+    declared = map(Requirement, importlib.metadata.requires("dyvte-engine") or [])
+    wanted = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": "train"})]
+    return [f"{r.name}{r.specifier}" for r in wanted if r.name not in ("torch", "transformers")] + ["pytest"]
 
 
 def environment(releases: Releases) -> Path:
@@ -57,7 +55,7 @@ def environment(releases: Releases) -> Path:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-cache-dir", "--upgrade"]
     subprocess.run([*pip, releases.torch], check=True, stdin=subprocess.DEVNULL)
-    subprocess.run([*pip, releases.transformers, *OTHERS], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run([*pip, releases.transformers, *other_requirements()], check=True, stdin=subprocess.DEVNULL)
     return python
 
 
