@@ -15,7 +15,8 @@ GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 	| sed -n 's/^\([0-9]*\)\.\([0-9]\)$$/\1\2/; s/^90$$/90a/; /^[0-9a]*$$/p' | sort -u | paste -sd ';')
 LOCAL_ARCHS = $(or $(DYVTE_CUDA_ARCHS),$(GPU_ARCHS),80;90a)
 DYVTE_CUDA ?= AUTO
-NVCC = $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+NATIVE_ENV := DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
 .PHONY: help demo test build lint format audit sanitize wheel wheel-test compat bench gpu-check doctor clean distclean FORCE
 .DEFAULT_GOAL := help
@@ -52,7 +53,7 @@ build/configuration: FORCE
 	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES) build/configuration
-	DYVTE_CUDA='$(DYVTE_CUDA)' DYVTE_CUDA_ARCHS='$(LOCAL_ARCHS)' $(PIP) install -q --no-build-isolation -e '.[dev]'
+	$(NATIVE_ENV) DYVTE_CUDA_ARCHS='$(LOCAL_ARCHS)' $(PIP) install -q --no-build-isolation -e '.[dev]'
 	touch $@
 
 lint: build ## ruff, clang-format, mypy
@@ -70,13 +71,12 @@ audit: build ## what the native libraries ask of the system they are loaded on
 	$(PY) tools/audit_symbols.py
 
 sanitize: $(VENV)/.torch ## the CPU kernels under the address and undefined-behaviour sanitisers
-	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-	-DDYVTE_SANITIZE=ON -DDYVTE_CUDA=OFF -DPython_EXECUTABLE=$(abspath $(PY))
+	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DDYVTE_SANITIZE=ON
 	$(VENV)/bin/cmake --build build/sanitize
-	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+	build/sanitize/cpu_kernels
 
 wheel: build ## a wheel in dist/
-	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+	$(NATIVE_ENV) $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
 	ls -l dist/*.whl
 
 wheel-test: wheel ## the wheel in an empty environment, from another directory

@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$(command -v "${PYTHON:-python3}")
+PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 
 arch=$("$PYTHON" - <<'PY'
 import sys
@@ -19,12 +20,11 @@ PY
 )
 
 stage=$PWD/build/gpu/package
-cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DDYVTE_CUDA=ON "-DDYVTE_CUDA_ARCHS=$arch" \
-  "-DPython_EXECUTABLE=$PYTHON"
-cmake --build build/gpu
 rm -rf "$stage" && mkdir -p "$stage"
 cp -r dyvte_engine tests pyproject.toml "$stage" && rm -f "$stage"/dyvte_engine/*.so
-cmake --install build/gpu --prefix "$stage"
+cmake -S . -B build/gpu -G Ninja -DDYVTE_CUDA=ON "-DDYVTE_CUDA_ARCHS=$arch" "-DPython_EXECUTABLE=$PYTHON" \
+  "-DDYVTE_OUTPUT_DIR=$stage/dyvte_engine"
+cmake --build build/gpu
 
 cd "$stage"
 "$PYTHON" -m dyvte_engine.doctor
