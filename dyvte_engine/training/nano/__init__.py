@@ -1,0 +1,1 @@
+"""The embedded default model: its pictures, its tokenizer, its training and its evaluation."""

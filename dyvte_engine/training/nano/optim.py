@@ -1,0 +1,100 @@
+"""AdamW with fp32 master weights behind a low-precision model, warm-up and cosine decay, resumable from safetensors files."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+class MasterAdamW:
+    """Steps fp32 copies of `parameters` and writes them back in the parameters' own dtype.
+
+    Gradients are clipped to norm 1; weight decay acts on matrices only. The whole state is a dict of tensors.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], lr: float, total_steps: int, warmup: int, weight_decay: float = 0.05):
+        self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.masters = {name: p.detach().float().clone().requires_grad_() for name, p in self.parameters.items()}
+        groups = [
+            {"params": [m for m in self.masters.values() if m.ndim > 1], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters.values() if m.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), fused=True)
+        self.lr, self.total_steps, self.warmup, self.steps_done = lr, total_steps, warmup, 0
+
+    def rate(self) -> float:
+        """Learning rate of the coming step."""
+        if self.steps_done < self.warmup:
+            return self.lr * (self.steps_done + 1) / self.warmup
+        share = (self.steps_done - self.warmup) / max(1, self.total_steps - self.warmup)
+        return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+    def step(self) -> None:
+        for name, parameter in self.parameters.items():
+            self.masters[name].grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        torch.nn.utils.clip_grad_norm_([m for m in self.masters.values() if m.grad is not None], 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = self.rate()
+        self.adam.step()
+        self.steps_done += 1
+        self._write_back()
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.masters[name])
+
+    def save(self, path: str | Path) -> None:
+        """Writes masters, both moments and the step number; replaces an older file only when complete."""
+        tensors = {"steps_done": torch.tensor(self.steps_done)}
+        for name, master in self.masters.items():
+            tensors["master/" + name] = master.detach()
+            for key, value in self.adam.state.get(master, {}).items():
+                tensors[f"{key}/{name}"] = value
+        temporary = Path(f"{path}.part")
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path: str | Path) -> None:
+        """Continues from `save`: same parameters in, same next step out."""
+        with safe_open(path, "pt") as file:
+            self.steps_done = int(file.get_tensor("steps_done"))
+            stored = set(file.keys())
+            for name, master in self.masters.items():
+                master.data.copy_(file.get_tensor("master/" + name))
+                if "exp_avg/" + name in stored:
+                    self.adam.state[master] = {
+                        key: file.get_tensor(f"{key}/{name}").to("cpu" if key == "step" else master.device)
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
+        self._write_back()
+
+
+class Progress:
+    """Prints one line every `every` steps: step, running means, pictures a second and the time left."""
+
+    def __init__(self, total: int, done: int, every: int, per_step: int):
+        self.total, self.first, self.every, self.per_step = total, done, every, per_step
+        self.start = time.monotonic()
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def __call__(self, step: int, **values: float) -> None:
+        self.count += 1
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + float(value)
+        if step % self.every and step != self.total:
+            return
+        speed = (step - self.first) / (time.monotonic() - self.start)
+        means = " ".join(f"{key} {value / self.count:.4f}" for key, value in self.sums.items())
+        left = (self.total - step) / speed / 60
+        print(f"step {step}/{self.total} {means} | {speed * self.per_step:.1f} pictures/s, {left:.1f} min left", flush=True)
+        self.sums, self.count = {}, 0

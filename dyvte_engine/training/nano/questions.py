@@ -1,0 +1,186 @@
+"""Questions and answers about generated scenes, in several phrasings, balanced so that guessing without the picture is poor."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+from dyvte_engine.training.nano.scenes import COLORS, EASY_COLORS, EASY_SHAPES, SHAPES, Scene, Shape
+
+KINDS = ("presence", "color", "shape", "count", "spatial", "word")
+WEIGHTS = (1, 1, 1, 1.5, 3, 1.5)
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+IN_A_SENTENCE = ("Answer in a sentence.", "Use a full sentence.")
+ONE_WORD = ("Answer with one word.", "One word, please.")
+MIN_OFFSET = 10  # pixels between two centres before one is called left of or above the other
+OPPOSITE = {"to the left of": "to the right of", "above": "below"}
+OPPOSITE |= {v: k for k, v in OPPOSITE.items()}
+SHORT = {"to the left of": "left", "to the right of": "right", "above": "above", "below": "below"}
+# easy-VQA's own phrasings of presence; the second group asks for absence
+EASY_PRESENT = ("is there a {}?", "is a {} present?", "does the image contain a {}?", "is there a {} in the image?")
+EASY_ABSENT = (
+    "is there not a {}?",
+    "is no {} present?",
+    "does the image not contain a {}?",
+    "is there not a {} in the image?",
+)
+PRESENT = ("Is there {} in the picture?", "Is there {}?", "Can you see {}?", "Does the picture show {}?")
+
+
+@dataclass(frozen=True)
+class Question:
+    """`text` as a user would type it, the expected `answer`, and its `kind` (one of KINDS)."""
+
+    text: str
+    answer: str
+    kind: str
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _styled(rng: random.Random, text: str, word: str, sentence: str, kind: str) -> Question:
+    style = rng.random()
+    if style < 0.35:
+        return Question(f"{text} {rng.choice(IN_A_SENTENCE)}", sentence, kind)
+    if style < 0.55:
+        return Question(f"{text} {rng.choice(ONE_WORD)}", word, kind)
+    return Question(text, word, kind)
+
+
+def _matches(shape: Shape, color: str | None, kind: str | None) -> bool:
+    return color in (None, shape.color) and kind in (None, shape.kind)
+
+
+def _noun(color: str | None, kind: str | None) -> str:
+    return f"{color} {kind or 'shape'}" if color else kind or "shape"
+
+
+def _presence(rng: random.Random, scene: Scene) -> Question | None:
+    if not scene.shapes and rng.random() < 0.8:
+        return None  # always "no" here: asked often, it would teach to guess
+    wanted = rng.random() < 0.5
+    easy = scene.style == "single"
+    colors, kinds = (EASY_COLORS, EASY_SHAPES) if easy else (tuple(COLORS), SHAPES)
+    form = rng.choice(("color", "kind") if easy else ("color", "kind", "both"))
+    for _ in range(20):
+        color = rng.choice(colors) if form != "kind" else None
+        kind = rng.choice(kinds) if form != "color" else None
+        if scene.shapes and (wanted or (form == "both" and rng.random() < 0.7)):
+            shape = rng.choice(scene.shapes)  # for "no" with both named, change one property of a shape that is there
+            if wanted or rng.random() < 0.5:
+                color = shape.color if form != "kind" else None
+            if wanted or color != shape.color:
+                kind = shape.kind if form != "color" else None
+        if any(_matches(s, color, kind) for s in scene.shapes) == wanted:
+            break
+    else:
+        return None
+    noun = _noun(color, kind)
+    truth = "Yes, there is " + _article(noun) + "." if wanted else f"No, there is no {noun}."
+    if easy and rng.random() < 0.7:
+        absent = rng.random() < 0.5
+        text = rng.choice(EASY_ABSENT if absent else EASY_PRESENT).format(noun)
+        return Question(text, "yes" if wanted != absent else "no", "presence")
+    return _styled(rng, rng.choice(PRESENT).format(_article(noun)), "yes" if wanted else "no", truth, "presence")
+
+
+def _color(rng: random.Random, scene: Scene) -> Question | None:
+    counts = Counter(s.kind for s in scene.shapes)
+    unique = [s for s in scene.shapes if counts[s.kind] == 1]
+    if not unique:
+        return None
+    shape = rng.choice(unique)
+    noun = "shape" if len(scene.shapes) == 1 and rng.random() < 0.5 else shape.kind
+    text = rng.choice(("what color is the {}?", "what is the color of the {}?", "What color is the {}?", "Which color does the {} have?"))
+    return _styled(rng, text.format(noun), shape.color, f"The {noun} is {shape.color}.", "color")
+
+
+def _shape(rng: random.Random, scene: Scene) -> Question | None:
+    if len(scene.shapes) == 1 and rng.random() < 0.6:
+        text = rng.choice(("what shape is in the image?", "what shape does the image contain?", "what shape is present?"))
+        return _styled(rng, text, scene.shapes[0].kind, f"It is a {scene.shapes[0].kind}.", "shape")
+    counts = Counter(s.color for s in scene.shapes)
+    unique = [s for s in scene.shapes if counts[s.color] == 1]
+    if not unique:
+        return None
+    shape = rng.choice(unique)
+    text = rng.choice(("what is the {} shape?", "What shape is {}?", "Which shape is {}?")).format(shape.color)
+    return _styled(rng, text, shape.kind, f"The {shape.color} shape is a {shape.kind}.", "shape")
+
+
+def _count(rng: random.Random, scene: Scene) -> Question | None:
+    if scene.style == "single":
+        return None
+    options: dict[int, list[str]] = {}
+    for color, kind in [(None, k) for k in SHAPES] + [(c, None) for c in COLORS] + [(None, None)]:
+        number = sum(_matches(s, color, kind) for s in scene.shapes)
+        options.setdefault(number, []).append(_noun(color, kind))
+    # The share of each number falls slowly: large counts exist in few scenes and get all the weight they can.
+    number = rng.choices(list(options), [4.0**n if n else 0.7 for n in options])[0]
+    noun = rng.choice(options[number])
+    text = rng.choice(("How many {}s are there?", "How many {}s do you see?", "Count the {}s."))
+    plural = {0: f"There are no {noun}s.", 1: f"There is one {noun}."}
+    sentence = plural.get(number, f"There are {NUMBERS[number]} {noun}s.")
+    return _styled(rng, text.format(noun), NUMBERS[number], sentence, "count")
+
+
+def _description(rng: random.Random, scene: Scene, shape: Shape) -> str | None:
+    """A phrase that names this shape and no other one of the scene."""
+    options = []
+    for color, kind in ((None, shape.kind), (shape.color, None), (shape.color, shape.kind)):
+        if sum(_matches(s, color, kind) for s in scene.shapes) == 1:
+            options.append(_noun(color, kind))
+    return rng.choice(options) if options else None
+
+
+def _spatial(rng: random.Random, scene: Scene) -> Question | None:
+    if len(scene.shapes) < 2:
+        return None
+    for _ in range(6):
+        one, two = rng.sample(scene.shapes, 2)
+        axis = rng.randrange(2)
+        offset = two.center[axis] - one.center[axis]
+        names = _description(rng, scene, one), _description(rng, scene, two)
+        if abs(offset) >= MIN_OFFSET and None not in names:
+            break
+    else:
+        return None
+    true = (("to the left of", "to the right of"), ("above", "below"))[axis][offset < 0]
+    statement = f"the {names[0]} is {true} the {names[1]}."
+    if rng.random() < 0.6:
+        wanted = rng.random() < 0.5
+        text = f"Is the {names[0]} {true if wanted else OPPOSITE[true]} the {names[1]}?"
+        word = "yes" if wanted else "no"
+        return _styled(rng, text, word, f"{word.capitalize()}, {statement}", "spatial")
+    choice = ("left or right of", "above or below")[axis]
+    text = f"Is the {names[0]} {choice} the {names[1]}?"
+    return _styled(rng, text, SHORT[true], statement.capitalize(), "spatial")
+
+
+def _word(rng: random.Random, scene: Scene) -> Question | None:
+    if not scene.word:
+        return None
+    text = rng.choice(("What does the text say?", "Read the word.", "What word is printed?", "Which word is in the picture?"))
+    return _styled(rng, text, scene.word.text, f"The word is {scene.word.text}.", "word")
+
+
+_ASK = {"presence": _presence, "color": _color, "shape": _shape, "count": _count, "spatial": _spatial, "word": _word}
+
+
+def ask(rng: random.Random, scene: Scene, kind: str) -> Question | None:
+    """A question of this kind about the scene, or None where the scene allows none."""
+    return _ASK[kind](rng, scene)
+
+
+def ask_many(scene: Scene, number: int) -> list[Question]:
+    """Up to `number` different questions about one scene; the kinds that few scenes allow are drawn more often."""
+    rng = random.Random(scene.seed + "/questions")
+    asked: list[Question] = []
+    for kind in rng.choices(KINDS, WEIGHTS, k=4 * number):
+        question = ask(rng, scene, kind)
+        if question and question not in asked and len(asked) < number:
+            asked.append(question)
+    return asked

@@ -1,0 +1,76 @@
+"""Trains nano: `python -m dyvte_engine.training.nano.train --stage tower|joint`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from dyvte_engine.training.nano.easy import load_easy_vqa, load_pictures
+from dyvte_engine.training.nano.joint import JointSettings, Source, train_joint
+from dyvte_engine.training.nano.model import BOS, USER, build_config, build_model, build_processor, build_tokenizer, save
+from dyvte_engine.training.nano.packing import encode
+from dyvte_engine.training.nano.pool import load_pool, pool_questions
+from dyvte_engine.training.nano.tower import DenseTower, train_tower
+
+
+def run_tower(args: argparse.Namespace) -> None:
+    config = build_config(build_tokenizer())
+    dtype = getattr(torch, args.dtype)
+    model = build_model(config, args.seed)
+    dense = DenseTower(model.model.vision_tower, config.vision_config.hidden_size).to(args.device, dtype)
+    pictures, labels = load_pool(args.data, args.seed, "train", args.pictures)
+    train_tower(dense, pictures, labels, args.out, args.seed, args.steps, args.batch, args.lr, args.device, not args.no_compile)
+
+
+def run_joint(args: argparse.Namespace) -> None:
+    tokenizer = build_tokenizer()
+    model = build_model(build_config(tokenizer), args.seed)
+    with safe_open(args.tower or args.out / "tower.safetensors", "pt") as file:
+        prefix = "master/tower."
+        tower = {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+    model.model.vision_tower.load_state_dict(tower)
+    model.to(args.device, getattr(torch, args.dtype))
+    paths, asked = load_easy_vqa("train")
+    pictures, _ = load_pool(args.data, args.seed, "train", args.pictures)
+    scenes = Source(pictures, encode(tokenizer, pool_questions(args.seed, "train", args.pictures, args.questions)))
+    sources = [scenes, Source(load_pictures(paths), encode(tokenizer, asked))]
+    settings = JointSettings(
+        args.seed, args.steps, args.batch, args.lr, args.device, compile_model=not args.no_compile, tower_from=args.tower_from
+    )
+    processor = build_processor(tokenizer)
+    prefix_ids = torch.tensor(tokenizer.convert_tokens_to_ids([BOS, USER]))
+
+    def export(step: int) -> None:
+        save(model, processor, args.out / "checkpoint")
+
+    train_joint(model, sources, prefix_ids, settings, args.out, export)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", choices=("tower", "joint"), required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/nano"), help="checkpoints; an interrupted run continues from here")
+    parser.add_argument("--data", type=Path, default=Path("runs/nano-data"), help="where generated pictures are kept")
+    parser.add_argument("--pictures", type=int, default=80000, help="generated training pictures")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--questions", type=int, default=16, help="questions drawn up for each picture (joint)")
+    parser.add_argument("--tower", type=Path, help="tower checkpoint to begin from (joint); default OUT/tower.safetensors")
+    parser.add_argument("--tower-from", type=float, default=0.8, help="share of the joint steps after which the tower learns too")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    {"tower": run_tower, "joint": run_joint}[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
