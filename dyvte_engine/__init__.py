@@ -6,6 +6,7 @@
 """
 
 from .assets import EXAMPLES, NANO, NANO_HEADS
+from .config import EngineConfig
 from .engine import Engine
 from .errors import (
     CacheError,
@@ -33,6 +34,7 @@ __all__ = [
     "DynamicExit",
     "DyvteError",
     "Engine",
+    "EngineConfig",
     "ExitHeadConfig",
     "ExitHeads",
     "FastV",

@@ -150,7 +150,7 @@ class Engine:
         visual_mask: Tensor | Sequence[Tensor],
         position_ids: Tensor | Sequence[Tensor] | None = None,
     ) -> Running:
-        """The lower entry, for models whose vision code lives elsewhere: prefill one or more sequences under the policy.
+        """The lower entry, for models whose vision code lives elsewhere: prefill sequences under the policy.
 
         Args:
             inputs_embeds: [n, d] of one sequence, or a list of such; moved to the engine's device and dtype.
@@ -228,9 +228,8 @@ class Engine:
         room = self.max_len - prompt_len
         wanted = min(_DEFAULT_NEW_TOKENS, max(room, 1)) if max_new_tokens is None else max_new_tokens
         if wanted > room:
-            raise PromptError(
-                f"the prompt has {prompt_len} tokens and max_new_tokens is {wanted}; accepted: together at most max_len {self.max_len}"
-            )
+            given = f"the prompt has {prompt_len} tokens and max_new_tokens is {wanted}"
+            raise PromptError(f"{given}; accepted: together at most max_len {self.max_len}")
         return wanted
 
     def _stream_batch(

@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose derives from `DyvteError`; messages name the argument, what was given, what is accepted."""
+"""Every error raised on purpose derives from `DyvteError`; messages name the argument, what was given and accepted."""
 
 
 class DyvteError(Exception):

@@ -51,7 +51,7 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """An answer. `finish_reason`: "stop" (end token), "stop_string" or "length"; `token_ids` hold the end token, `text` does not."""
+    """An answer. `finish_reason` is "stop" (end token, which `token_ids` hold), "stop_string" or "length"."""
 
     text: str
     token_ids: list[int]
@@ -70,7 +70,7 @@ class StreamChunk:
 
 
 class Running:
-    """A prefilled batch that can be stepped: `logits` f32 [B, vocab] of the next token, its cache and what the prefill did."""
+    """A prefilled batch that can be stepped; `logits` f32 [B, vocab] are those of the next token."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, prefilled: Prefilled, next_positions: Tensor):
         self.decoder, self.cache = decoder, cache

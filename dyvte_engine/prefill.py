@@ -92,7 +92,7 @@ def _attention(
     pack: Pack,
     only_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, d] -> rotated q, k and the attended rows ([B, Hq, D] if `only_last`, else [N, Hq, D]); K/V enter the cache."""
+    """x [N, d] -> rotated q and k, attended rows ([B, Hq, D] if `only_last`, else [N, Hq, D]); K/V enter the cache."""
     q, k, v = layer.project_qkv(x)
     pool, lengths = cache.pool, pack.lengths
     cache.reserve(number, lengths.host)

@@ -1,4 +1,4 @@
-"""What the user gives (strings or conversations, pictures) -> the text the processor gets, with one mark per picture."""
+"""What the user gives (strings or conversations, pictures) -> the text for the processor, one mark per picture."""
 
 from __future__ import annotations
 

@@ -99,8 +99,9 @@ def _processors(config: Any, prompt_len: int, eos: list[int], device: torch.devi
     if config.do_sample:
         if config.temperature is not None and config.temperature != 1.0:
             chain.append(t.TemperatureLogitsWarper(float(config.temperature)))
-        if config.top_k:
-            chain.append(t.TopKLogitsWarper(config.top_k))
+        top_k = 50 if config.top_k is None else config.top_k  # what transformers' generate takes for "unset"
+        if top_k:
+            chain.append(t.TopKLogitsWarper(top_k))
         if config.top_p is not None and config.top_p < 1.0:
             chain.append(t.TopPLogitsWarper(config.top_p))
         if config.min_p is not None:

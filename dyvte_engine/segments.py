@@ -86,7 +86,7 @@ class Pack:
         return (self.lengths.cu[1:] - 1).long()
 
     def drop(self, decision: Sequence[Tensor | None]) -> tuple[Pack, Tensor] | None:
-        """Apply a decision: for each sequence None, or the ascending numbers (among its visual rows) of those that stay.
+        """Apply a decision: per sequence None, or the ascending numbers (among its visual rows) of those that stay.
 
         Returns the smaller pack and the int64 row numbers that stay, or None when nothing leaves.
         """

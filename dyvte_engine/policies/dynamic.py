@@ -34,7 +34,7 @@ class DynamicExit(VisualTokenPolicy):
 
     @classmethod
     def from_file(cls, path: str | Path, threshold: float | None = None, **options: Any) -> DynamicExit:
-        """Heads written by `ExitHeads.save`; without `threshold` the calibrated one stored there, else 0.5 (the paper's)."""
+        """Heads written by `ExitHeads.save`; `threshold` defaults to the calibrated one stored there, else 0.5."""
         heads = ExitHeads.load(path)
         if threshold is None:
             threshold = float(heads.metadata.get("threshold", 0.5))

@@ -26,9 +26,8 @@ class FastV(VisualTokenPolicy):
 
     def __post_init__(self) -> None:
         if self.k < 1 or not 0 <= self.r <= 1 or self.queries not in ("last", "all"):
-            raise InvalidArgumentError(
-                f"FastV k={self.k}, r={self.r}, queries={self.queries!r}; accepted: k >= 1, 0 <= r <= 1, queries 'last' or 'all'"
-            )
+            given = f"FastV k={self.k}, r={self.r}, queries={self.queries!r}"
+            raise InvalidArgumentError(f"{given}; accepted: k >= 1, 0 <= r <= 1, queries 'last' or 'all'")
 
     def bind(self, model: Any) -> VisualTokenPolicy:
         if self.k >= model.shape.num_layers:

@@ -1,0 +1,141 @@
+"""`dyvte-engine generate | doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import DyvteError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inference with dynamic visual-token exit.")
+_err = Console(stderr=True)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Option(help="The question; repeat it to ask several as one batch.")],
+    image: Annotated[list[str] | None, typer.Option(help="A picture; with several prompts, one for each.")] = None,
+    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",
+    policy: Annotated[
+        str, typer.Option(help="auto, keep-all, fixed:LAYER, fastv:K,R, dynamic:HEADS[,THRESHOLD]; join with '+'.")
+    ] = "auto",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default 128 or what fits.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample with this temperature; greedy without.")] = None,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    repetition_penalty: Annotated[float | None, typer.Option()] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
+    attn_backend: Annotated[str, typer.Option(help="auto, flash_attn, torch_flash, sdpa")] = "auto",
+    max_len: Annotated[int | None, typer.Option(help="Prompt and answer tokens of one sequence.")] = None,
+    drop_early_kv: Annotated[bool, typer.Option(help="Also drop the early layers' visual K/V.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array with texts, tokens and figures.")] = False,
+) -> None:
+    """Answer questions about pictures.
+
+    The policy "auto" is the model's own exit heads where they lie beside it (exit_heads.safetensors), else keep-all.
+    """
+    from .engine import Engine  # torch and transformers load here, not for --help
+
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop_strings": stop,
+        "do_sample": True if temperature is not None else None,
+    }
+    options = {k: v for k, v in options.items() if v is not None}
+    with _err.status(f"loading {model}"):
+        engine = Engine.from_pretrained(
+            model,
+            _policy(policy, model),
+            dtype,
+            device,
+            attn_backend,
+            max_batch=min(len(prompt), 8),
+            max_len=max_len,
+            drop_early_kv=drop_early_kv,
+            trust_remote_code=trust_remote_code,
+        )
+    if len(prompt) == 1 and not as_json:
+        _stream_one(engine, prompt[0], image, seed, options)
+        return
+    images = image if len(prompt) > 1 else [image]
+    results = engine.generate(prompt, images, seed=seed, **options)
+    if as_json:
+        print(json.dumps([asdict(r) for r in results], indent=2))
+        return
+    for question, result in zip(prompt, results, strict=True):
+        print(f"{question}\n{result.text.strip()}")
+        _show(result.stats)
+
+
+def _stream_one(engine: Any, prompt: str, images: list[str] | None, seed: int, options: dict[str, Any]) -> None:
+    for chunk in engine.stream(prompt, images, seed=seed, **options):
+        print(chunk.text, end="", flush=True)
+        if chunk.result is not None:
+            print()
+            _show(chunk.result.stats)
+
+
+def _policy(text: str, model: str) -> Any:
+    from pathlib import Path
+
+    from . import policies
+    from .assets import resolve_model
+
+    if text != "auto":
+        return policies.parse(text)
+    heads = Path(resolve_model(model)) / "exit_heads.safetensors"
+    return policies.DynamicExit.from_file(heads) if heads.is_file() else policies.KeepAll()
+
+
+def _show(stats: Any) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    left = "stayed to the end" if stats.exit_layer is None else f"left after layer {stats.exit_layer}"
+    layers = len(stats.tokens_per_layer)
+    table.add_row("visual tokens", f"{stats.visual_tokens} ({left} of {layers})" if stats.visual_tokens else "none")
+    table.add_row("text tokens", f"{stats.text_tokens} + {stats.new_tokens} new")
+    table.add_row("first token", f"{1e3 * stats.ttft_s:.1f} ms (vision {1e3 * stats.vision_s:.1f} ms)")
+    table.add_row("decode", f"{stats.decode_tokens_per_s:.0f} tokens/s" if stats.decode_tokens_per_s else "one token")
+    table.add_row("prefill", f"{_ratio(stats.prefill_tflops, stats.prefill_tflops_keep_all)} of the FLOPs")
+    table.add_row("K/V held", f"{stats.kv_bytes / 1024:.0f} KiB, {_ratio(stats.kv_bytes, stats.kv_bytes_keep_all)}")
+    _err.print(table)
+
+
+def _ratio(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %"
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False) -> None:
+    """What was built, what this machine has, and what works."""
+    from . import doctor as module
+
+    raise typer.Exit(module.run(as_json))
+
+
+def main() -> None:
+    """Entry point: typed errors become one sentence and exit code 2."""
+    try:
+        app()
+    except DyvteError as e:
+        _err.print(f"[red]error:[/red] {e}", highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""`python -m dyvte_engine.demo`: pictures, questions, answers, where the visual tokens left, and what that saved."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from . import EXAMPLES, NANO_HEADS, DynamicExit, Engine, GenerationResult, KeepAll, VisualTokenPolicy
+
+RUNS = 7  # the figures shown are medians, both policies in turn
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example, answered by the plain model and with the exit."""
+
+    file: Path
+    question: str
+    reference: str
+    full: GenerationResult
+    early: GenerationResult
+    full_ms: float
+    early_ms: float
+
+
+def answer(engine: Engine, policies: tuple[VisualTokenPolicy, VisualTokenPolicy], example: dict[str, str]) -> Shown:
+    """Ask one question RUNS times under either policy, alternating; times are to the first token, in ms."""
+    times: tuple[list[float], list[float]] = ([], [])
+    results: list[GenerationResult | None] = [None, None]
+    for _ in range(RUNS):
+        for i, policy in enumerate(policies):
+            engine.policy = policy
+            result = engine.generate(example["prompt"], EXAMPLES / example["file"])
+            assert isinstance(result, GenerationResult)
+            results[i] = result
+            times[i].append(1e3 * result.stats.ttft_s)
+    full, early = results
+    assert full and early
+    return Shown(
+        EXAMPLES / example["file"],
+        example["prompt"],
+        example["reference"],
+        full,
+        early,
+        median(times[0]),
+        median(times[1]),
+    )
+
+
+def report(shown: Shown) -> str:
+    stats, layers = shown.early.stats, len(shown.early.stats.tokens_per_layer)
+    left = "stayed to the end" if stats.exit_layer is None else f"left after layer {stats.exit_layer} (0-{layers - 1})"
+    kv = 1 - stats.kv_bytes / stats.kv_bytes_keep_all
+    flops = 1 - stats.prefill_tflops_true / stats.prefill_tflops_true_keep_all
+    return (
+        f"{shown.file.name}: {shown.question}\n"
+        f"  answer {shown.early.text.strip()!r}   without exit {shown.full.text.strip()!r}   "
+        f"reference {shown.reference!r}\n"
+        f"  {stats.visual_tokens} visual tokens {left}: K/V {100 * kv:.0f} % smaller, {100 * flops:.0f} % fewer FLOPs, "
+        f"first token {shown.early_ms:.1f} ms instead of {shown.full_ms:.1f} ms"
+    )
+
+
+def draw(shown: list[Shown], path: Path) -> None:
+    """One row an example: the picture, the words, the tokens each layer saw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from PIL import Image
+
+    figure, axes = plt.subplots(len(shown), 3, figsize=(13, 3.1 * len(shown)), squeeze=False, width_ratios=(1, 2, 2))
+    for (left, middle, right), s in zip(axes, shown, strict=True):
+        left.imshow(Image.open(s.file).convert("RGB"), interpolation="nearest")
+        left.axis("off")
+        full, early = s.full.stats, s.early.stats
+        words = [
+            (s.question, "bold"),
+            (f"with exit: {s.early.text.strip()}", "normal"),
+            (f"without exit: {s.full.text.strip()}", "normal"),
+            (f"first token {s.early_ms:.1f} ms, without exit {s.full_ms:.1f} ms", "normal"),
+            (f"K/V {early.kv_bytes / 1024:.0f} KiB, without exit {early.kv_bytes_keep_all / 1024:.0f} KiB", "normal"),
+        ]
+        for i, (text, weight) in enumerate(words):
+            middle.text(0, 0.9 - 0.2 * i, text, weight=weight, fontsize=11, wrap=True, transform=middle.transAxes)
+        middle.axis("off")
+        layers = range(len(full.tokens_per_layer))
+        right.bar(layers, full.tokens_per_layer, color="#d9d9d9", label="without exit")
+        right.bar(layers, early.tokens_per_layer, color="#2b6cb0", label="with exit")
+        right.set_xticks(list(layers))
+        right.set_xlabel("layer")
+        right.set_ylabel("prompt tokens in the layer")
+        right.legend(loc="lower left", fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Answer the first examples that ship with the package and write the picture."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--examples", type=int, default=3, help="how many of the shipped examples")
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo.png"))
+    args = parser.parse_args()
+    engine = Engine.from_pretrained("nano", max_batch=1)
+    policies = (KeepAll(), DynamicExit.from_file(NANO_HEADS))
+    examples = json.loads((EXAMPLES / "examples.json").read_text())[: args.examples]
+    shown = []
+    for example in examples:
+        shown.append(answer(engine, policies, example))
+        print(report(shown[-1]))
+    draw(shown, args.out)
+    print(f"picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

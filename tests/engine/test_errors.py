@@ -1,0 +1,225 @@
+"""Bad input gets a typed error that names what is wrong, before anything is computed or half-written."""
+
+import json
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dyvte_engine import (
+    DeviceError,
+    DynamicExit,
+    DyvteError,
+    Engine,
+    ExitHeadConfig,
+    ExitHeads,
+    FastV,
+    FixedExit,
+    HeadsError,
+    ImageError,
+    InvalidArgumentError,
+    KeepAll,
+    ModelError,
+    PromptError,
+    policies,
+)
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def engine(tiny_engine):
+    tiny_engine[0].policy = KeepAll()
+    yield tiny_engine[0]
+    assert tiny_engine[0].pool.bytes_held == 0
+
+
+def test_a_checkpoint_loads_and_answers(checkpoint, engine):
+    loaded = Engine.from_pretrained(checkpoint, dtype="float32", max_len=128)
+    picture = tiny.picture(random.Random(0))
+    assert loaded.generate("w1 w2", picture).token_ids == engine.generate("w1 w2", picture).token_ids
+    assert loaded.model.fingerprint == engine.model.fingerprint
+
+
+def test_images(engine, tmp_path):
+    picture = tmp_path / "a.png"
+    tiny.picture(random.Random(0)).save(picture)
+    cases = {
+        "not found": tmp_path / "none.png",
+        "not a readable picture": tmp_path / "text.png",
+        "cannot be decoded": tmp_path / "short.png",
+        "30000 x 30000": tmp_path / "huge.png",
+        "accepted: a path or a PIL image": 17,
+    }
+    (tmp_path / "text.png").write_text("no picture")
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(whole)
+    (tmp_path / "short.png").write_bytes(whole.read_bytes()[:2000])
+    Image.new("1", (30000, 30000)).save(tmp_path / "huge.png")
+    for words, source in cases.items():
+        with pytest.raises(ImageError, match=words):
+            engine.generate("w1", source)
+    assert engine.generate("w1", str(picture)).token_ids
+
+
+def test_marks_and_pictures_must_agree(engine):
+    picture = tiny.picture(random.Random(0))
+    for text, images in [("<image> <image> w1", [picture]), ("<image> w1", [picture, picture]), ("<image> w1", None)]:
+        for chat in (True, False):
+            with pytest.raises(PromptError, match="marks for"):
+                engine.generate(text, images, chat=chat)
+    with pytest.raises(PromptError, match="marks for"):
+        engine.generate("w1", picture, chat=False)
+    with pytest.raises(InvalidArgumentError, match="images must be a list"):
+        engine.generate(["w1", "w2"], [picture])
+    with pytest.raises(InvalidArgumentError, match="prompts"):
+        engine.generate([3, 4])
+    with pytest.raises(PromptError, match="empty prompt"):
+        engine.generate("", chat=False)
+
+
+def test_prompts_that_do_not_fit(engine):
+    with pytest.raises(PromptError, match="max_len 256"):
+        engine.generate("w1 " * 300, chat=False)
+    with pytest.raises(PromptError, match="max_new_tokens is 250"):
+        engine.generate("w1 " * 20, chat=False, max_new_tokens=250)
+    fits = engine.generate("w1 " * 255, chat=False)
+    assert fits.stats.new_tokens == 1
+
+
+def test_damaged_checkpoints(checkpoint, tmp_path):
+    with pytest.raises(ModelError, match="cannot load"):
+        Engine.from_pretrained(tmp_path / "nothing-here")
+    weights = load_file(f"{checkpoint}/model.safetensors")
+
+    def copy(name):
+        (tmp_path / name).mkdir()
+        for file in (
+            "config.json",
+            "generation_config.json",
+            "processor_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "preprocessor_config.json",
+        ):
+            source = f"{checkpoint}/{file}"
+            try:
+                (tmp_path / name / file).write_bytes(Path(source).read_bytes())
+            except FileNotFoundError:
+                continue
+        return tmp_path / name
+
+    broken = dict(weights)
+    name = next(n for n in weights if n.endswith("layers.1.mlp.up_proj.weight"))
+    broken[name] = weights[name].clone().index_fill_(0, torch.tensor(3), float("nan"))
+    save_file(broken, copy("nan") / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj.weight' holds NaN"):
+        Engine.from_pretrained(tmp_path / "nan")
+
+    data = Path(f"{checkpoint}/model.safetensors").read_bytes()
+    (copy("short") / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError, match="cannot load"):
+        Engine.from_pretrained(tmp_path / "short")
+
+    torch.save(weights, copy("pickle") / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        Engine.from_pretrained(tmp_path / "pickle")
+
+    other = copy("family")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "blip-2"}))
+    with pytest.raises(ModelError, match=r"'blip-2'.*accepted: llava"):
+        Engine.from_pretrained(other)
+
+
+def test_devices_and_dtypes(checkpoint):
+    for options, words in [
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"device": "toaster"}, "toaster"),
+        ({"device": "meta"}, "not supported"),
+        ({"dtype": "float8"}, "float8"),
+        ({"dtype": torch.int8}, "int8"),
+        ({"device": "cpu", "attn_backend": "flash_attn"}, "CUDA devices only"),
+        ({"attn_backend": "magic"}, "magic"),
+    ]:
+        with pytest.raises(DeviceError, match=words):
+            Engine.from_pretrained(checkpoint, **options)
+    for options in ({"max_batch": 0}, {"page_size": 0}, {"max_len": -1}):
+        with pytest.raises(InvalidArgumentError, match=next(iter(options))):
+            Engine.from_pretrained(checkpoint, **options)
+    with pytest.raises(ModelError, match="max_len is 513"):
+        Engine.from_pretrained(checkpoint, max_len=513)
+
+
+def test_heads(engine, tmp_path):
+    with pytest.raises(HeadsError, match="not found"):
+        DynamicExit.from_file(tmp_path / "none.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk" * 50)
+    with pytest.raises(HeadsError, match="not a readable"):
+        DynamicExit.from_file(tmp_path / "junk.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(HeadsError, match="not a readable"):
+        DynamicExit.from_file(tmp_path / "other.safetensors")
+    heads = ExitHeads(ExitHeadConfig(64, 4, 16), seed=0)
+    heads.w1.data[2, 3, 4] = float("nan")
+    heads.save(tmp_path / "nan.safetensors")
+    with pytest.raises(HeadsError, match="NaN"):
+        DynamicExit.from_file(tmp_path / "nan.safetensors")
+    for shape in ((32, 4), (64, 5)):
+        with pytest.raises(HeadsError, match="heads are for hidden_size"):
+            engine.policy = DynamicExit(ExitHeads(ExitHeadConfig(*shape, 16), seed=0))
+    assert isinstance(engine.policy, KeepAll), "a refused policy must not replace the old one"
+
+
+def test_heads_of_another_model_run_with_a_warning(engine, tmp_path):
+    heads = ExitHeads(ExitHeadConfig(64, 4, 16), seed=0)
+    heads.save(tmp_path / "h.safetensors", model_fingerprint="0123", model_name="another/model", threshold=0.25)
+    loaded = DynamicExit.from_file(tmp_path / "h.safetensors")
+    assert loaded.threshold == 0.25
+    with pytest.warns(UserWarning, match=r"another/model.*tiny-llama-gqa"):
+        engine.policy = loaded
+    heads.save(tmp_path / "own.safetensors", model_fingerprint=engine.model.fingerprint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.policy = DynamicExit.from_file(tmp_path / "own.safetensors", 0.9)
+
+
+def test_policies(engine):
+    for bad in (FixedExit(4), FixedExit(-1), FastV(4, 0.5)):
+        with pytest.raises(InvalidArgumentError, match="accepted"):
+            engine.policy = bad
+    for bad in ("keep-all:3", "fixed", "fixed:x", "fastv:2,0.5,1", "dynamic", "fastv:0", "fastv:2,1.5", "nonsense", ""):
+        with pytest.raises(DyvteError, match="accepted"):
+            policies.parse(bad)
+    with pytest.raises(InvalidArgumentError, match="policy is a str"):
+        engine.policy = "fixed:2"
+    assert policies.parse("fastv:3,0.25") == FastV(3, 0.25)
+    parsed = policies.parse("fastv:2+fixed:1")
+    assert parsed.parts == (FastV(2, 0.5), FixedExit(1))
+
+
+def test_the_lower_entry_checks_its_arguments(engine):
+    x, mask = torch.randn(5, 64), torch.zeros(5, dtype=torch.bool)
+    for args, name in [
+        ((x[:, :63], mask), "inputs_embeds"),
+        ((x[:0], mask[:0]), "inputs_embeds"),
+        ((x.long(), mask), "inputs_embeds"),
+        ((x, mask[:4]), "visual_mask"),
+        ((x, mask.int()), "visual_mask"),
+        ((x, mask, torch.arange(4)), "position_ids"),
+        ((x, mask, torch.tensor([0, 1, 1, 2, 3])), "position_ids"),
+        ((x, mask, torch.arange(252, 257)), "position_ids"),
+        (([x] * 9, [mask] * 9), "max_batch"),
+        (([x], [mask] * 2), "visual_mask"),
+    ]:
+        with pytest.raises(InvalidArgumentError, match=name):
+            engine.prefill(*args)

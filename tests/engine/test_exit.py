@@ -1,0 +1,168 @@
+"""Removing rows is the same as masking them, for every layer, every member of a batch, and through decoding."""
+
+import pytest
+import torch
+
+from dyvte_engine import DynamicExit, ExitHeadConfig, ExitHeads, FastV, FixedExit, KeepAll, compose
+from tests import tiny
+from tests.engine.conftest import build
+
+LAYERS = 4
+
+
+def random_heads(seed: int, states=("mean_text", "last_text"), rms_eps=None) -> ExitHeads:
+    heads = ExitHeads(ExitHeadConfig(64, LAYERS, 32, states, rms_eps), seed=seed)
+    heads.w2.data *= 8  # opinions, not coin tosses around 0.5
+    return heads.requires_grad_(False)
+
+
+def answers(engine, texts, images, n=6):
+    return engine.generate(texts, images, chat=False, max_new_tokens=n)
+
+
+@pytest.mark.parametrize(("decoder", "vision"), [("llama", "clip"), ("qwen2", "siglip"), ("qwen3", "clip")])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_fixed_exit_equals_a_masked_model(decoder, vision, layer):
+    engine, hf = build(decoder, vision, policy=FixedExit(layer))
+    texts, images = tiny.prompts(seed=layer, n=6)
+    got = answers(engine, texts, images)
+    for text, pictures, result in zip(texts, images, got):
+        embeds, visual, _ = tiny.embed(hf, engine.model.processor, text, pictures)
+        want = tiny.masked_greedy(hf, embeds, visual, 6, lambda k, v=visual: v & (k > layer))
+        assert result.token_ids == want
+        leaves = layer < LAYERS - 1 and pictures
+        assert result.stats.exit_layer == (layer if leaves else None)
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_fixed_exit_logits(layer):
+    engine, hf = build(policy=FixedExit(layer))
+    texts, images = tiny.prompts(seed=20 + layer, n=4, images=(1, 2, 3))
+    for text, pictures in zip(texts, images):
+        embeds, visual, _ = tiny.embed(hf, engine.model.processor, text, pictures)
+
+        def hidden(k, visual=visual):
+            return (visual & (k > layer))[None] & ~visual[:, None]
+
+        want = tiny.masked_logits(hf, embeds, hidden)[-1]
+        with engine.prefill(embeds, visual) as running:
+            torch.testing.assert_close(running.logits[0], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("states", [("mean_text", "last_text"), ("mean_visual", "last_visual", "last_text")])
+@pytest.mark.parametrize("rms_eps", [None, 1e-6])
+def test_dynamic_exit_is_per_sequence_and_first_time_only(states, rms_eps):
+    """The layer is the first whose head, in plain torch on transformers' hidden states, says exit."""
+    heads = random_heads(4, states, rms_eps)
+    engine, hf = build(policy=DynamicExit(heads, threshold=0.7))
+    texts, images = tiny.prompts(seed=31, n=16)
+    got = answers(engine, texts, images)
+    want_layers, want_tokens = [], []
+    for text, pictures in zip(texts, images):
+        embeds, visual, _ = tiny.embed(hf, engine.model.processor, text, pictures)
+        want_layers.append(oracle_exit(hf, heads, embeds, visual, 0.7) if pictures else None)
+        last = LAYERS if want_layers[-1] is None else want_layers[-1]
+        want_tokens.append(tiny.masked_greedy(hf, embeds, visual, 6, lambda k, v=visual, e=last: v & (k > e)))
+    assert [r.stats.exit_layer for r in got] == want_layers
+    assert [r.token_ids for r in got] == want_tokens
+    assert len(set(want_layers)) >= 3, "this seed does not mix exits"
+    alone = [answers(engine, t, i) for t, i in zip(texts, images)]
+    assert [r.token_ids for r in alone] == want_tokens
+    assert [r.stats.exit_layer for r in alone] == want_layers
+
+
+def oracle_exit(hf, heads, embeds, visual, threshold):
+    out = hf.model.language_model(inputs_embeds=embeds[None], output_hidden_states=True)
+    tail = int(visual.nonzero()[-1]) + 1
+    for layer in range(LAYERS - 1):
+        hidden = out.hidden_states[layer + 1][0]  # raw residual stream leaving `layer`
+        text = hidden[tail:]
+        pools = {
+            "mean_visual": hidden[visual].mean(0),
+            "last_visual": hidden[visual][-1],
+            "mean_text": text[:-1].mean(0) if len(text) > 1 else text[0],
+            "last_text": text[-1],
+        }
+        pooled = torch.cat([pools[s] for s in heads.config.states])
+        if heads(pooled, layer).softmax(-1)[1] > threshold:
+            return layer
+    return None
+
+
+def test_heads_that_never_fire_change_nothing():
+    heads = random_heads(0)
+    heads.w2.data.zero_()
+    engine, _ = build(policy=DynamicExit(heads, threshold=0.5))
+    texts, images = tiny.prompts(seed=8, n=8)
+    asked = answers(engine, texts, images)
+    engine.policy = KeepAll()
+    assert [r.token_ids for r in asked] == [r.token_ids for r in answers(engine, texts, images)]
+    assert all(r.stats.exit_layer is None for r in asked)
+
+
+@pytest.mark.parametrize("policy", [FixedExit(0), FastV(1, 0.9), compose(FastV(1, 0.5), FixedExit(2))])
+def test_text_only_prompts_pass_through(policy):
+    engine, hf = build(policy=policy)
+    texts, images = tiny.prompts(seed=12, n=4, images=(0,))
+    want = [tiny.hf_greedy(hf, engine.model.processor, t, i, 6) for t, i in zip(texts, images)]
+    assert [r.token_ids for r in answers(engine, texts, images)] == want
+
+
+def fastv_oracle(hf, embeds, visual, k, r, queries):
+    """Visual columns that leave entering layer k, from transformers' eager attention map of layer k - 1."""
+    attention = hf.model.language_model(inputs_embeds=embeds[None], output_attentions=True).attentions[k - 1][0]
+    score = attention.mean(0)[-1] if queries == "last" else attention.mean(0).mean(0)
+    columns = visual.nonzero()[:, 0]
+    kept = columns[score[columns].argsort(descending=True)[: len(columns) - int(len(columns) * r)]]
+    gone = visual.clone()
+    gone[kept] = False
+    return gone
+
+
+@pytest.mark.parametrize(
+    ("k", "r", "queries"), [(1, 0.5, "last"), (2, 0.75, "last"), (2, 0.3, "all"), (3, 1.0, "last")]
+)
+@pytest.mark.parametrize("then_exit", [None, 2])
+def test_fastv_equals_masking_what_eager_attention_scores_low(k, r, queries, then_exit):
+    policy = FastV(k, r, queries)
+    engine, hf = build(policy=policy if then_exit is None else compose(policy, FixedExit(then_exit)))
+    hf.set_attn_implementation("eager")
+    texts, images = tiny.prompts(seed=40 + k, n=8, images=(0, 1, 2))
+    got = answers(engine, texts, images)
+    for text, pictures, result in zip(texts, images, got):
+        embeds, visual, _ = tiny.embed(hf, engine.model.processor, text, pictures)
+        gone = fastv_oracle(hf, embeds, visual, k, r, queries)
+        last = LAYERS if then_exit is None else then_exit
+        columns = lambda layer, g=gone, v=visual, last=last: (g & (layer >= k)) | (v & (layer > last))  # noqa: E731
+        # Visual rows that stay see only what stays, so here they are masked like text rows.
+        assert result.token_ids == partial_greedy(hf, embeds, visual, gone, 6, columns, k)
+        kept = int(visual.sum() - gone.sum())
+        assert result.stats.tokens_per_layer[k] == len(embeds) - int(visual.sum()) + (kept if k <= last else 0)
+
+
+def partial_greedy(hf, embeds, visual, gone, new_tokens, columns, k):
+    tokens, n_prompt = [], len(embeds)
+    for _ in range(new_tokens):
+        n = len(embeds)
+
+        def hidden(layer, n=n):
+            blocked = torch.zeros(n, n, dtype=torch.bool)
+            blocked[:, :n_prompt] = columns(layer)[None]
+            return blocked
+
+        tokens.append(int(tiny.masked_logits(hf, embeds, hidden)[-1].argmax()))
+        if tokens[-1] == 2:
+            break
+        embeds = torch.cat((embeds, hf.get_input_embeddings()(torch.tensor(tokens[-1:]))))
+    return tokens
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_drop_early_kv_hides_visual_columns_from_new_tokens(layer):
+    engine, hf = build(policy=FixedExit(layer), drop_early_kv=True)
+    texts, images = tiny.prompts(seed=50, n=6)
+    got = answers(engine, texts, images)
+    for text, pictures, result in zip(texts, images, got):
+        embeds, visual, _ = tiny.embed(hf, engine.model.processor, text, pictures)
+        want = tiny.masked_greedy(hf, embeds, visual, 6, lambda k, v=visual: v & (k > layer), first_new_blind=True)
+        assert result.token_ids == want

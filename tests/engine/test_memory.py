@@ -1,0 +1,79 @@
+"""K/V memory is what the pool really gave out."""
+
+import pytest
+
+from dyvte_engine import CacheError, DynamicExit, FastV, FixedExit, KeepAll
+from dyvte_engine.kv_cache import KVCache
+from tests import tiny
+from tests.engine.conftest import build
+from tests.engine.test_exit import random_heads
+
+LAYERS = 4
+
+
+def pages(rows: int, size: int) -> int:
+    return -(-rows // size)
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 16, 64])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_bytes_after_an_exit_follow_the_formula(page_size, layer):
+    engine, _ = build(policy=FixedExit(layer), page_size=page_size)
+    texts, images = tiny.prompts(seed=60, n=5)
+    prompts = engine.model.prepare(engine.model.tokenize(texts, images))
+    with engine.prefill([p.inputs_embeds for p in prompts], [p.visual for p in prompts]) as running:
+        want = 0
+        for b, p in enumerate(prompts):
+            full, text = len(p.visual), int((~p.visual).sum())
+            mine = (layer + 1) * pages(full, page_size) + (LAYERS - 1 - layer) * pages(text, page_size)
+            assert running.cache.bytes_of(b) == mine * engine.pool.page_bytes
+            want += mine
+        assert engine.pool.allocator.used_count == want
+        assert engine.pool.bytes_held == running.cache.bytes_held == want * engine.pool.page_bytes
+        assert running.cache.lens.tolist() == running.cache.host_lens
+    assert engine.pool.bytes_held == 0
+    one_row = 2 * 2 * 16 * 4  # K and V, 2 heads of 16 float32
+    assert engine.pool.page_bytes == page_size * one_row
+
+
+def test_drop_early_kv_frees_pages_of_all_layers():
+    engine, _ = build(policy=FixedExit(1), page_size=4, drop_early_kv=True)
+    texts, images = tiny.prompts(seed=61, n=4)
+    prompts = engine.model.prepare(engine.model.tokenize(texts, images))
+    with engine.prefill([p.inputs_embeds for p in prompts], [p.visual for p in prompts]) as running:
+        want = sum(LAYERS * pages(int((~p.visual).sum()), 4) for p in prompts)
+        assert engine.pool.allocator.used_count == want
+        assert running.cache.lens.tolist() == running.cache.host_lens
+
+
+@pytest.mark.parametrize("policy", [KeepAll(), FixedExit(1), FastV(1, 0.5), DynamicExit(random_heads(4), 0.7)])
+def test_every_page_comes_back(policy):
+    engine, _ = build(policy=policy, page_size=3)
+    texts, images = tiny.prompts(seed=62, n=10)
+    engine.generate(texts, images, chat=False, max_new_tokens=12)
+    assert engine.pool.allocator.used_count == 0
+    stream = engine.stream(texts, images, chat=False, max_new_tokens=12)
+    next(stream)
+    stream.close()  # a reader that stops early
+    assert engine.pool.allocator.used_count == 0
+
+
+def test_stats_report_what_was_held():
+    engine, _ = build(policy=FixedExit(0), page_size=8)
+    texts, images = tiny.prompts(seed=63, n=3, images=(1, 2))
+    for text, pictures in zip(texts, images):
+        stats = engine.generate(text, pictures, chat=False, max_new_tokens=1).stats
+        full = stats.visual_tokens + stats.text_tokens
+        assert stats.visual_tokens == tiny.VISUAL_TOKENS * len(pictures)
+        assert stats.tokens_per_layer == [full] + [stats.text_tokens] * (LAYERS - 1)
+        assert stats.kv_bytes == (pages(full, 8) + 3 * pages(stats.text_tokens, 8)) * engine.pool.page_bytes
+        assert stats.kv_bytes_keep_all == LAYERS * pages(full, 8) * engine.pool.page_bytes
+
+
+def test_a_pool_without_pages_says_so():
+    engine, _ = build(page_size=16, max_batch=1, max_len=32)
+    cache = KVCache(engine.pool, LAYERS, 1, 512)
+    with pytest.raises(CacheError, match="out of pages"):
+        cache.reserve(0, [512])
+    cache.close()
+    assert engine.pool.bytes_held == 0
