@@ -15,7 +15,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HOW_TO_BUILD = "build it with `make build` (in a source tree) or `pip install -e . --no-build-isolation`"
 PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "pillow", "flash-attn", "accelerate")
@@ -87,7 +90,7 @@ def _native() -> Report:
 
 def _why_no_cuda(build: Report) -> str | None:
     if not build.get("cuda"):
-        return f"the library holds no CUDA kernels: {build.get('cuda_reason') or 'it was built without nvcc'}"
+        return f"the library holds no CUDA kernels: {build.get('cuda_reason') or 'it was built without nvcc or with DYVTE_CUDA=OFF'}"
     import torch
 
     if torch.version.cuda is None:
@@ -184,8 +187,7 @@ def _flash_seqused() -> None:
     cu_q, cu_k = (torch.tensor([0, n], device="cuda", dtype=torch.int32) for n in (1, 8))
     used = torch.tensor([5], device="cuda", dtype=torch.int32)
     out = torch.ops.aten._flash_attention_forward(q, k, k, cu_q, cu_k, 1, 8, 0.0, False, False, seqused_k=used)[0]
-    want = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k[:5], k[:5])))
-    torch.testing.assert_close(out, want[0].transpose(0, 1), atol=3e-2, rtol=3e-2)
+    _compare_with_sdpa(out, q, k[:5])
 
 
 def _varlen_paged() -> None:
@@ -197,9 +199,16 @@ def _varlen_paged() -> None:
     cu_q, used = (torch.tensor(values, device="cuda", dtype=torch.int32) for values in ([0, 1], [5]))
     table = torch.tensor([[1, 0]], device="cuda", dtype=torch.int32)
     out = varlen_attn(q, pages, pages, cu_q, None, 1, 512, seqused_k=used, block_table=table)
-    k = pages[1, :5]
-    want = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, k)))
-    torch.testing.assert_close(out, want[0].transpose(0, 1), atol=3e-2, rtol=3e-2)
+    _compare_with_sdpa(out, q, pages[1, :5])
+
+
+def _compare_with_sdpa(out: Tensor, q: Tensor, kv: Tensor) -> None:
+    """Raises AssertionError unless `out` [1, H, D] is the attention of `q` [1, H, D] over `kv` [n, H, D] as K and V."""
+    import torch
+
+    q, kv = q.transpose(0, 1), kv.transpose(0, 1)
+    want = torch.nn.functional.scaled_dot_product_attention(q, kv, kv).transpose(0, 1)
+    torch.testing.assert_close(out, want, atol=3e-2, rtol=3e-2)
 
 
 def _rows(report: Report) -> list[tuple[str, str, str]]:
