@@ -90,7 +90,7 @@ def _native() -> Report:
 
 def _why_no_cuda(build: Report) -> str | None:
     if not build.get("cuda"):
-        return f"the library holds no CUDA kernels: {build.get('cuda_reason') or 'it was built without nvcc or with DYVTE_CUDA=OFF'}"
+        return "the library holds no CUDA kernels: no nvcc was found when it was built, or DYVTE_CUDA was OFF"
     import torch
 
     if torch.version.cuda is None:
@@ -199,6 +199,7 @@ def _varlen_paged() -> None:
     cu_q, used = (torch.tensor(values, device="cuda", dtype=torch.int32) for values in ([0, 1], [5]))
     table = torch.tensor([[1, 0]], device="cuda", dtype=torch.int32)
     out = varlen_attn(q, pages, pages, cu_q, None, 1, 512, seqused_k=used, block_table=table)
+    assert isinstance(out, torch.Tensor)
     _compare_with_sdpa(out, q, pages[1, :5])
 
 
