@@ -16,7 +16,7 @@ GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 LOCAL_ARCHS = $(or $(DYVTE_CUDA_ARCHS),$(GPU_ARCHS),80;90a)
 DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
-NATIVE_ENV := DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
+NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
 .PHONY: help demo test build lint format audit sanitize wheel wheel-test compat bench gpu-check doctor clean distclean FORCE
 .DEFAULT_GOAL := help
