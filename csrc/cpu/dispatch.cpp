@@ -1,0 +1,40 @@
+// Each CPU kernel exists once per instruction set; the first call picks one.
+#include "dyvte/decode_attention.h"
+#include "dyvte/exit_head.h"
+#include "dyvte/rms_norm.h"
+#include "dyvte/rope_append.h"
+#include "dyvte/silu_mul.h"
+#include "dyvte/token_score.h"
+#include "isa.h"
+
+#if defined(__x86_64__)
+#define DYVTE_PICK(name) (cpu_isa() == Isa::avx512 ? avx512::name : cpu_isa() == Isa::avx2 ? avx2::name : generic::name)
+#else
+#define DYVTE_PICK(name) generic::name
+#endif
+
+#define DYVTE_KERNEL(name, Params)                         \
+  namespace generic {                                      \
+  Status name(const Params&, ParallelFor);                 \
+  }                                                        \
+  namespace avx2 {                                         \
+  Status name(const Params&, ParallelFor);                 \
+  }                                                        \
+  namespace avx512 {                                       \
+  Status name(const Params&, ParallelFor);                 \
+  }                                                        \
+  Status name(const Params& p, ParallelFor parallel_for) { \
+    static const auto kernel = DYVTE_PICK(name);           \
+    return kernel(p, parallel_for);                        \
+  }
+
+namespace dyvte {
+
+DYVTE_KERNEL(exit_head_cpu, ExitHeadParams)
+DYVTE_KERNEL(rope_append_cpu, RopeAppendParams)
+DYVTE_KERNEL(token_score_cpu, TokenScoreParams)
+DYVTE_KERNEL(decode_attention_cpu, DecodeAttentionParams)
+DYVTE_KERNEL(rms_norm_cpu, RmsNormParams)
+DYVTE_KERNEL(silu_mul_cpu, SiluMulParams)
+
+}  // namespace dyvte

@@ -1,0 +1,19 @@
+// Scratch floats the CPU kernels need; the same for every instruction set.
+#include "cpu_sizes.h"
+#include "dyvte/decode_attention.h"
+#include "dyvte/exit_head.h"
+#include "dyvte/token_score.h"
+
+namespace dyvte {
+
+int64_t exit_head_cpu_scratch(const ExitHeadParams& p) { return p.batch * (p.n_states * p.d + p.inner + 1); }
+
+int64_t decode_attention_cpu_scratch(const DecodeAttentionParams& p) {
+  const int64_t chunks = (p.max_len + kDecodeChunk - 1) / kDecodeChunk;
+  return chunks > 1 ? p.batch * p.heads_q * chunks * (p.pool.dim + 2) : 0;
+}
+
+// Per K/V head: kScoreRows rows of scores and one row of sums, each as long as all keys together.
+int64_t token_score_cpu_scratch(const TokenScoreParams& p) { return p.heads_kv * (kScoreRows + 1) * p.rows_k; }
+
+}  // namespace dyvte

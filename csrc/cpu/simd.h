@@ -1,0 +1,243 @@
+// One vector of floats, as wide as the instruction set this file is compiled for. Every kernel source is compiled once
+// per instruction set into its own namespace DYVTE_ISA; nothing here may be an out-of-line std template, whose copies
+// the linker would merge across instruction sets.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "dyvte/common.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace dyvte {
+namespace DYVTE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast sizes differ");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+inline Vec splat(float x) { return x - Vec{}; }
+
+// --- scalar conversions, round to nearest even -------------------------------------------------------------------
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+inline float to_float(f16 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude >= 0x400u) return bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  return sign ? -subnormal : subnormal;
+}
+
+inline void from_float(float x, float* to) { *to = x; }
+inline void from_float(float x, bf16* to) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  to->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+}
+inline void from_float(float x, f16* to) {
+  const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
+  uint32_t h;
+  if (magnitude > 0x7f800000u) {
+    h = 0x7e00u;
+  } else if (magnitude >= 0x47800000u) {  // 2^16 and above
+    h = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the bottom
+    h = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(sign | h);
+}
+
+// --- vectors ---------------------------------------------------------------------------------------------------------
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Vec load(const bf16* p) {
+  VecH h;
+  std::memcpy(&h, p, sizeof(h));
+  return bit_cast<Vec>(__builtin_convertvector(h, VecU) << 16);
+}
+inline Vec load(const f16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(bf16* p, Vec v) {
+  const VecU u = bit_cast<VecU>(v);
+  const VecU rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  const VecH h = __builtin_convertvector(v == v ? rounded : (rounded & 0u) + 0x7fc0u, VecH);
+  std::memcpy(p, &h, sizeof(h));
+}
+inline void store(f16* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+#endif
+}
+
+inline float hsum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float lane[kLanes];
+  store(lane, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  }
+  return lane[0];
+#endif
+}
+
+inline float hmax(Vec v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e^x, within 2 units in the last place; 0 below -87.3, NaN stays NaN.
+inline Vec exp(Vec x) {
+  const Vec low = splat(-87.33654f), high = splat(88.37626f);
+  Vec clamped = x < low ? low : x;
+  clamped = clamped > high ? high : clamped;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec n = (clamped * 1.44269504f + magic) - magic;
+  const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Vec bounded = n == n ? n : Vec{};
+  const Vec power = bit_cast<Vec>((__builtin_convertvector(bounded, VecI) + 127) << 23);
+  return x < low ? Vec{} : p * power;
+}
+
+// --- loops -----------------------------------------------------------------------------------------------------------
+
+template <class F>
+inline void parallel(ParallelFor parallel_for, int64_t n, int64_t grain, const F& body) {
+  if (n <= grain) {
+    if (n > 0) body(int64_t{0}, n);
+    return;
+  }
+  parallel_for(
+      0, n, grain, [](int64_t begin, int64_t end, void* ctx) { (*static_cast<const F*>(ctx))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Calls f with a null pointer of the element type.
+template <class F>
+inline void by_dtype(DType dtype, const F& f) {
+  if (dtype == DType::f32) f(static_cast<float*>(nullptr));
+  if (dtype == DType::f16) f(static_cast<f16*>(nullptr));
+  if (dtype == DType::bf16) f(static_cast<bf16*>(nullptr));
+}
+
+// out[r] = sum over n of q[r * stride + i] * k[i], for R rows of q that share one pass over k.
+template <int R, class T>
+inline void dot_rows(const float* q, int64_t stride, const T* k, int64_t n, float* out) {
+  constexpr int kUnroll = 4 / R;  // four independent sums hide the latency of the multiply-add
+  Vec sum[R][kUnroll] = {};
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) {
+      const Vec kv = load(k + i + u * kLanes);
+      for (int r = 0; r < R; ++r) sum[r][u] += load(q + r * stride + i + u * kLanes) * kv;
+    }
+  }
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec kv = load(k + i);
+    for (int r = 0; r < R; ++r) sum[r][0] += load(q + r * stride + i) * kv;
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int u = 1; u < kUnroll; ++u) sum[r][0] += sum[r][u];
+    out[r] = hsum(sum[r][0]);
+  }
+  for (; i < n; ++i) {
+    for (int r = 0; r < R; ++r) out[r] += q[r * stride + i] * to_float(k[i]);
+  }
+}
+
+// Softmax of s[0..n) in place: returns the largest value, leaves exp(s - largest) and writes their sum.
+inline float exp_row(float* s, int64_t n, float* total) {
+  float best = -INFINITY;
+  int64_t i = 0;
+  if (n >= kLanes) {
+    Vec top = load(s);
+    for (i = kLanes; i + kLanes <= n; i += kLanes) {
+      const Vec v = load(s + i);
+      top = v > top ? v : top;
+    }
+    best = hmax(top);
+  }
+  for (; i < n; ++i) best = s[i] > best ? s[i] : best;
+  Vec sum = {};
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    const Vec e = exp(load(s + i) - best);
+    store(s + i, e);
+    sum += e;
+  }
+  if (i < n) {
+    float tail[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) tail[j] = i + j < n ? s[i + j] - best : -INFINITY;
+    const Vec e = exp(load(tail));
+    store(tail, e);
+    for (int64_t j = 0; i + j < n; ++j) s[i + j] = tail[j];
+    sum += e;
+  }
+  *total = hsum(sum);
+  return best;
+}
+
+}  // namespace DYVTE_ISA
+}  // namespace dyvte

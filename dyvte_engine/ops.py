@@ -1,0 +1,267 @@
+"""The native kernels as `torch.ops.dyvte.*`, CPU and CUDA, with fake kernels and plain torch `_ref` twins (`ref.py`).
+
+Shapes: B sequences, N packed rows, d hidden size, Hq/Hkv heads, D head size (at most 256 in attention). Data is
+float32, float16 or bfloat16, summed in float32; index tensors are int32. Where rows are read, the row stride is free
+(q, k and v may be slices of one fused projection) and everything inside a row is contiguous. All tensors of a call
+share one device.
+
+A wrong shape, dtype or device raises RuntimeError naming the op, the argument, what is accepted and what was given:
+the check is made in C++ and not translated, to keep a call at a few microseconds. Values inside index tensors are
+checked on the CPU only; on CUDA they are trusted, since reading them would wait for the device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import NativeLibraryError
+from .ref import (
+    add_rms_norm_ref,
+    decode_attention_ref,
+    exit_head_ref,
+    kv_compact_ref,
+    rms_norm_ref,
+    rope_append_ref,
+    silu_mul_ref,
+    token_score_ref,
+)
+
+__all__ = [
+    "LAST_TEXT",
+    "LAST_VISUAL",
+    "MEAN_TEXT",
+    "MEAN_VISUAL",
+    "PageAllocator",
+    "add_rms_norm_",
+    "add_rms_norm_ref",
+    "build_info",
+    "contiguous_block_table",
+    "decode_attention",
+    "decode_attention_ref",
+    "exit_head",
+    "exit_head_ref",
+    "kv_compact_",
+    "kv_compact_ref",
+    "load_library",
+    "rms_norm",
+    "rms_norm_ref",
+    "rope_append_",
+    "rope_append_ref",
+    "silu_mul",
+    "silu_mul_ref",
+    "token_score",
+    "token_score_ref",
+]
+
+MEAN_VISUAL, LAST_VISUAL, MEAN_TEXT, LAST_TEXT = 1, 2, 4, 8
+"""Bits of `exit_head`'s `states`, in the order in which the pooled vectors are concatenated."""
+
+
+def load_library() -> None:
+    """Load libdyvte.so, which registers `torch.ops.dyvte.*`. A second call does nothing.
+
+    Raises:
+        NativeLibraryError: it is missing or does not load into this torch.
+    """
+    path = Path(__file__).parent / "libdyvte.so"
+    build = "build it with `make build` (or `pip install -e .`) in the repository"
+    if not path.exists():
+        raise NativeLibraryError(f"the native library {path.name} is missing from {path.parent}; {build}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise NativeLibraryError(f"{path} does not load into torch {torch.__version__}: {error}; {build}") from error
+
+
+load_library()
+try:
+    from . import _C
+except ImportError as error:
+    raise NativeLibraryError(
+        f"dyvte_engine._C does not load: {error}; build it for this Python with `make build` (or `pip install -e .`)"
+    ) from error
+
+PageAllocator = _C.PageAllocator
+
+_exit_head = torch.ops.dyvte.exit_head.default
+_kv_compact = torch.ops.dyvte.kv_compact_.default
+_rope_append = torch.ops.dyvte.rope_append_.default
+_token_score = torch.ops.dyvte.token_score.default
+_decode_attention = torch.ops.dyvte.decode_attention.default
+_add_rms_norm = torch.ops.dyvte.add_rms_norm_.default
+_rms_norm = torch.ops.dyvte.rms_norm.default
+_silu_mul = torch.ops.dyvte.silu_mul.default
+
+
+def build_info() -> dict[str, Any]:
+    """What was built: version, compiler, torch_target, torch_built_against, cuda, cuda_reason (why not), cuda_version,
+    cuda_archs; and cpu_isa, the instruction set the CPU kernels use on this machine."""
+    return dict(_C.build_info())
+
+
+def contiguous_block_table(layers: int, batch: int, device: torch.device | str | None = None) -> Tensor:
+    """Block table int32 [layers, batch, 1] of a contiguous cache: one page per (layer, sequence), max_len rows long."""
+    return torch.arange(layers * batch, dtype=torch.int32, device=device).view(layers, batch, 1)
+
+
+def exit_head(
+    hidden: Tensor,
+    text_ranges: Tensor,
+    visual_rows: Tensor | None,
+    visual_cu: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    states: int = MEAN_TEXT | LAST_TEXT,
+    threshold: float = 0.5,
+    rms_eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Should the visual tokens of each sequence leave after this layer? (DyVTE, arXiv 2411.19628, section 3)
+
+    Pools token states of each sequence, then softmax(w2 gelu(w1 pooled)) with exact GELU.
+
+    Args:
+        hidden: [N, d], the residual stream of the packed rows.
+        text_ranges: int32 [B, 2], begin and end row of the text after the last visual token.
+        visual_rows: int32 [V], rows of the visual tokens, sequence after sequence; visual_cu: int32 [B + 1], where each
+            sequence's begin. Both exactly when `states` asks for a visual state, else None.
+        w1: [h, n_states * d]; w2: [2, h], rows keep and exit; the dtype of hidden.
+        states: bits MEAN_VISUAL, LAST_VISUAL, MEAN_TEXT (without the last text row, unless it is the only one),
+            LAST_TEXT; the pooled vectors are concatenated in this order.
+        rms_eps: if given, each pooled vector is divided by its root mean square first.
+
+    Returns:
+        p_exit float32 [B] and exit bool [B], p_exit > threshold. A sequence without rows of a requested state gets
+        0 and False.
+    """
+    return _exit_head(hidden, text_ranges, visual_rows, visual_cu, w1, w2, states, threshold, rms_eps)
+
+
+def kv_compact_(
+    k_pool: Tensor, v_pool: Tensor, block_table: Tensor, lens: Tensor, keep: Tensor, keep_cu: Tensor
+) -> None:
+    """Keep a sorted set of cached rows of each (layer, sequence), in place and bit for bit; rows move to the front.
+
+    Args:
+        k_pool, v_pool: [P, page, Hkv, D].
+        block_table: int32 [L, B, M], the pages of each (layer, sequence).
+        lens: int32 [L, B], rows in use; overwritten with the kept counts.
+        keep: int32, strictly ascending row numbers; those of (l, b) are keep[keep_cu[i]:keep_cu[i + 1]], i = l * B + b.
+        keep_cu: int32 [L * B + 1].
+    """
+    _kv_compact(k_pool, v_pool, block_table, lens, keep, keep_cu)
+
+
+def rope_append_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+) -> None:
+    """Rotate q and k in place at their position ids and write k, v into one layer's cache. `lens` is not changed.
+
+    Args:
+        q: [N, Hq, D]; k, v: [N, Hkv, D].
+        cos_sin: float32 [max_pos, rot_dim], cosines of the rot_dim / 2 angles, then their sines. The first rot_dim
+            channels of a head are rotated, channel i together with i + rot_dim / 2.
+        positions: int32 [N], any order, gaps allowed.
+        cu_seqlens: int32 [B + 1], where each sequence's rows begin; its row i goes to cache row lens[b] + i.
+        k_pool, v_pool: [P, page, Hkv, D]; block_table: int32 [B, M]; lens: int32 [B].
+    """
+    _rope_append(q, k, v, cos_sin, positions, cu_seqlens, k_pool, v_pool, block_table, lens)
+
+
+def token_score(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float) -> Tensor:
+    """Attention each key receives, averaged over heads and its sequence's query rows; no attention map is stored.
+
+    Causal, aligned at the end: query row i of nq sees the keys up to nk - nq + i. FastV (arXiv 2403.06764) ranks by it.
+
+    Args:
+        q: [Nq, Hq, D]; k: [Nk, Hkv, D], packed and rotated.
+        cu_q, cu_k: int32 [B + 1].
+        scale: factor on q k^T.
+
+    Returns:
+        float32 [Nk]; zeros for a sequence without queries.
+    """
+    return _token_score(q, k, cu_q, cu_k, scale)
+
+
+def decode_attention(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, kv_lens: Tensor, scale: float
+) -> Tensor:
+    """Attention of one query row per sequence over its first kv_lens[b] cached rows.
+
+    On CUDA it never waits for the device and may be captured in a graph.
+
+    Args:
+        q: [B, Hq, D]; k_pool, v_pool: [P, page, Hkv, D]; block_table: int32 [B, M]; kv_lens: int32 [B].
+        scale: factor on q k^T.
+
+    Returns:
+        [B, Hq, D]; zeros where kv_lens is 0.
+    """
+    return _decode_attention(q, k_pool, v_pool, block_table, kv_lens, scale)
+
+
+def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x, both [..., d]; returns `rms_norm(residual, weight, eps)`."""
+    return _add_rms_norm(residual, x, weight, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., d] over its root mean square, rounded to the dtype, times weight [d] (Llama's rounding); contiguous.
+
+    The leading dimensions may have any two strides, so the heads of a fused projection need no copy.
+    """
+    return _rms_norm(x, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[N, 2 m] -> silu(gate) * up [N, m], where gate is the first half of each row."""
+    return _silu_mul(gate_up)
+
+
+# --- fake kernels: shapes and dtypes only, for torch.compile and opcheck ----------------------------------------------
+
+
+@torch.library.register_fake("dyvte::exit_head")
+def _(hidden: Tensor, text_ranges: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    size = text_ranges.shape[:1]
+    return hidden.new_empty(size, dtype=torch.float32), hidden.new_empty(size, dtype=torch.bool)
+
+
+@torch.library.register_fake("dyvte::kv_compact_")
+@torch.library.register_fake("dyvte::rope_append_")
+def _(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("dyvte::token_score")
+def _(q: Tensor, k: Tensor, *_: Any) -> Tensor:
+    return k.new_empty(k.shape[:1], dtype=torch.float32)
+
+
+@torch.library.register_fake("dyvte::decode_attention")
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("dyvte::rms_norm")
+@torch.library.register_fake("dyvte::add_rms_norm_")
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("dyvte::silu_mul")
+def _(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)

@@ -1,0 +1,143 @@
+"""Plain torch twins of `torch.ops.dyvte.*`: what each op computes, written to be read. Arguments as in `ops.py`.
+
+They loop over sequences in Python, read index tensors on the host, and round where the kernels round: pooled states,
+scores and sums stay in float32. Slow, and used by tests, the doctor and readers only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _state_rows(states: int, visual: Tensor, begin: int, end: int) -> list[Tensor]:
+    """The row numbers behind each requested state, in the order mean visual, last visual, mean text, last text."""
+    text = torch.arange(begin, end)
+    rows = [visual, visual[-1:], text[:-1] if len(text) > 1 else text, text[-1:]]
+    return [r for bit, r in enumerate(rows) if states >> bit & 1]
+
+
+def exit_head_ref(
+    hidden: Tensor,
+    text_ranges: Tensor,
+    visual_rows: Tensor | None,
+    visual_cu: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    states: int = 12,
+    threshold: float = 0.5,
+    rms_eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    p_exit = torch.zeros(len(text_ranges), dtype=torch.float32, device=hidden.device)
+    none = torch.empty(0, dtype=torch.int32)
+    for b, (begin, end) in enumerate(text_ranges.tolist()):
+        visual = none if visual_rows is None or visual_cu is None else visual_rows[visual_cu[b] : visual_cu[b + 1]]
+        rows = _state_rows(states, visual, begin, end)
+        if any(len(r) == 0 for r in rows):
+            continue
+        pooled = torch.stack([hidden[r.to(hidden.device).long()].float().mean(0) for r in rows])  # [n_states, d]
+        if rms_eps is not None:
+            pooled = pooled * torch.rsqrt(pooled.square().mean(-1, keepdim=True) + rms_eps)
+        logits = w2.float() @ F.gelu(w1.float() @ pooled.flatten())
+        p_exit[b] = logits.softmax(-1)[1]
+    return p_exit, p_exit > threshold
+
+
+def _slots(block_table: Tensor, page: int, rows: Tensor) -> Tensor:
+    """Row numbers of one sequence -> row numbers in the pool seen as [P * page, ...]; block_table [M]."""
+    rows = rows.long()
+    return block_table.long()[rows // page] * page + rows % page
+
+
+def kv_compact_ref(
+    k_pool: Tensor, v_pool: Tensor, block_table: Tensor, lens: Tensor, keep: Tensor, keep_cu: Tensor
+) -> None:
+    page, flat_lens, cu = k_pool.shape[1], lens.view(-1), keep_cu.tolist()
+    for slot, table in enumerate(block_table.flatten(0, 1)):
+        rows = keep[cu[slot] : cu[slot + 1]]
+        source = _slots(table, page, rows)
+        target = _slots(table, page, torch.arange(len(rows), device=rows.device))
+        for pool in (k_pool.flatten(0, 1), v_pool.flatten(0, 1)):
+            pool[target] = pool[source]
+        flat_lens[slot] = len(rows)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """x [N, H, D] in place at cos, sin [N, rot_dim / 2]."""
+    half = cos.shape[-1]
+    a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+    cos, sin = cos[:, None], sin[:, None]
+    x[..., : 2 * half] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def rope_append_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+) -> None:
+    cos, sin = cos_sin[positions.long()].chunk(2, dim=-1)
+    _rotate(q, cos, sin)
+    _rotate(k, cos, sin)
+    cu = cu_seqlens.tolist()
+    for b, table in enumerate(block_table):
+        rows = slice(cu[b], cu[b + 1])
+        at = _slots(table, k_pool.shape[1], lens[b] + torch.arange(cu[b + 1] - cu[b], device=q.device))
+        k_pool.flatten(0, 1)[at] = k[rows]
+        v_pool.flatten(0, 1)[at] = v[rows]
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """q [n, Hq, D], k [m, Hkv, D] -> float32 [Hq, n, m]."""
+    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return torch.einsum("nhd,mhd->hnm", q.float(), k) * scale
+
+
+def token_score_ref(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float) -> Tensor:
+    out = torch.zeros(len(k), dtype=torch.float32, device=k.device)
+    cq, ck = cu_q.tolist(), cu_k.tolist()
+    for b in range(len(cq) - 1):
+        (q0, q1), (k0, k1) = cq[b : b + 2], ck[b : b + 2]
+        if q0 == q1 or k0 == k1:
+            continue
+        s = _scores(q[q0:q1], k[k0:k1], scale)
+        hidden = torch.ones(s.shape[1:], dtype=torch.bool, device=s.device).triu(k1 - k0 - (q1 - q0) + 1)
+        p = s.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)  # a row that sees no key scores nothing
+        out[k0:k1] = p.mean((0, 1))
+    return out
+
+
+def decode_attention_ref(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, kv_lens: Tensor, scale: float
+) -> Tensor:
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for b, n in enumerate(kv_lens.tolist()):
+        if n == 0:
+            continue
+        at = _slots(block_table[b], k_pool.shape[1], torch.arange(n, device=q.device))
+        k, v = k_pool.flatten(0, 1)[at], v_pool.flatten(0, 1)[at].float()  # [n, Hkv, D]
+        p = _scores(q[b : b + 1], k, scale).softmax(-1)[:, 0]  # [Hq, n]
+        out[b] = torch.einsum("hn,nhd->hd", p, v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)).to(q.dtype)
+    return out
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return scaled.to(x.dtype) * weight
+
+
+def add_rms_norm_ref(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    residual += x
+    return rms_norm_ref(residual, weight, eps)
+
+
+def silu_mul_ref(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)

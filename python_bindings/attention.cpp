@@ -1,0 +1,96 @@
+#include "cache.h"
+#include "dyvte/decode_attention.h"
+#include "dyvte/token_score.h"
+#include "launch.h"
+#include "ops.h"
+
+namespace dyvte::bind {
+
+Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const Tensor& cu_k, double scale) {
+  constexpr const char* op = "token_score";
+  const View vq(op, "q", q), vk(op, "k", k), cq(op, "cu_q", cu_q), ck(op, "cu_k", cu_k);
+  TokenScoreParams p{};
+  p.dtype = data_type(vq);
+  check_shape(vq, {-1, -1, -1}, "[Nq, Hq, D]");
+  check_shape(vk, {-1, -1, vq.size[2]}, "[Nk, Hkv, D]");
+  check_like(vk, vq);
+  for (const View* t : {&vq, &vk}) check_dense(*t, 1);
+  p.rows_q = vq.size[0];
+  p.heads_q = vq.size[1];
+  p.dim = vq.size[2];
+  p.rows_k = vk.size[0];
+  p.heads_kv = vk.size[1];
+  check_head_dim(vq, p.dim);
+  check_groups(vq, p.heads_q, vk, p.heads_kv);
+  check_index(cq, {-1}, "[B + 1]");
+  p.batch = cq.size[0] - 1;
+  if (p.batch < 0) fail(op, ": cu_q must have shape [B + 1], got [0]");
+  check_index(ck, {p.batch + 1}, "[B + 1]");
+  check_device(vq, {&vk, &cq, &ck});
+  if (!vq.on_cuda()) {
+    check_cumulative(cq, p.rows_q);
+    check_cumulative(ck, p.rows_k);
+  }
+  p.q = vq.data;
+  p.k = vk.data;
+  p.q_stride = vq.row_stride();
+  p.k_stride = vk.row_stride();
+  p.cu_q = cq.as<int32_t>();
+  p.cu_k = ck.as<int32_t>();
+  p.scale = static_cast<float>(scale);
+  Tensor score = empty({p.rows_k}, aoti_torch_dtype_float32(), vq);
+  if (p.rows_k == 0) return score;
+  p.score = static_cast<float*>(score.data_ptr());
+  const Scratch scratch(DYVTE_SCRATCH(vq, p, token_score), vq);
+  p.scratch = scratch.data();
+  DYVTE_LAUNCH(vq, p, token_score);
+  return score;
+}
+
+Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
+                        const Tensor& kv_lens, double scale) {
+  constexpr const char* op = "decode_attention";
+  const View vq(op, "q", q), k(op, "k_pool", k_pool), v(op, "v_pool", v_pool), table(op, "block_table", block_table),
+      lens(op, "kv_lens", kv_lens);
+  DecodeAttentionParams p{};
+  p.dtype = data_type(vq);
+  p.pool = check_pool(k, v);
+  check_like(k, vq);
+  check_shape(vq, {-1, -1, p.pool.dim}, "[B, Hq, D]");
+  check_dense(vq, 1);
+  p.batch = vq.size[0];
+  p.heads_q = vq.size[1];
+  check_head_dim(vq, p.pool.dim);
+  check_groups(vq, p.heads_q, k, p.pool.heads);
+  check_int32(table);
+  check_shape(table, {p.batch, -1}, "[B, M]");
+  check_dense(table, 1);
+  check_index(lens, {p.batch}, "[B]");
+  check_device(vq, {&k, &table, &lens});
+  p.max_pages = table.size[1];
+  p.table_stride = table.row_stride();
+  if (vq.on_cuda()) {
+    p.max_len = p.max_pages * p.pool.page;
+  } else {
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t len = lens.as<int32_t>()[b];
+      check_value(lens, b, 0, p.max_pages * p.pool.page);
+      check_pages(table, b * p.table_stride, 0, len, p.pool);
+      p.max_len = len > p.max_len ? len : p.max_len;
+    }
+  }
+  p.q = vq.data;
+  p.q_stride = vq.row_stride();
+  p.block_table = table.as<int32_t>();
+  p.kv_lens = lens.as<int32_t>();
+  p.scale = static_cast<float>(scale);
+  Tensor out = empty({p.batch, p.heads_q, p.pool.dim}, vq.dtype, vq);
+  if (p.batch * p.heads_q == 0) return out;
+  p.out = out.data_ptr();
+  const Scratch scratch(DYVTE_SCRATCH(vq, p, decode_attention), vq);
+  p.scratch = scratch.data();
+  DYVTE_LAUNCH(vq, p, decode_attention);
+  return out;
+}
+
+}  // namespace dyvte::bind

@@ -1,0 +1,44 @@
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dyvte, m) {
+  m.def(
+      "exit_head(Tensor hidden, Tensor text_ranges, Tensor? visual_rows, Tensor? visual_cu, Tensor w1, Tensor w2, int "
+      "states, "
+      "float threshold, float? rms_eps) -> (Tensor, Tensor)");
+  m.def(
+      "kv_compact_(Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor block_table, Tensor(c!) lens, Tensor keep, Tensor "
+      "keep_cu) "
+      "-> ()");
+  m.def(
+      "rope_append_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor cos_sin, Tensor positions, Tensor cu_seqlens, "
+      "Tensor(c!) k_pool, Tensor(d!) v_pool, Tensor block_table, Tensor lens) -> ()");
+  m.def("token_score(Tensor q, Tensor k, Tensor cu_q, Tensor cu_k, float scale) -> Tensor");
+  m.def(
+      "decode_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor kv_lens, float scale) -> "
+      "Tensor");
+  m.def("add_rms_norm_(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("silu_mul(Tensor gate_up) -> Tensor");
+}
+
+namespace {
+
+// One function serves both keys; without CUDA kernels it raises an error that says so.
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  using namespace dyvte::bind;
+  m.impl("exit_head", TORCH_BOX(&exit_head));
+  m.impl("kv_compact_", TORCH_BOX(&kv_compact_));
+  m.impl("rope_append_", TORCH_BOX(&rope_append_));
+  m.impl("token_score", TORCH_BOX(&token_score));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("silu_mul", TORCH_BOX(&silu_mul));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dyvte, CPU, m) { register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(dyvte, CUDA, m) { register_ops(m); }

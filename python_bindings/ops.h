@@ -1,0 +1,29 @@
+// The functions behind torch.ops.dyvte.*; shapes and meaning are documented in dyvte_engine/ops.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace dyvte::bind {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> exit_head(const Tensor& hidden, const Tensor& text_ranges,
+                                     const std::optional<Tensor>& visual_rows, const std::optional<Tensor>& visual_cu,
+                                     const Tensor& w1, const Tensor& w2, int64_t states, double threshold,
+                                     std::optional<double> rms_eps);
+void kv_compact_(const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table, const Tensor& lens,
+                 const Tensor& keep, const Tensor& keep_cu);
+void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin, const Tensor& positions,
+                  const Tensor& cu_seqlens, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
+                  const Tensor& lens);
+Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const Tensor& cu_k, double scale);
+Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
+                        const Tensor& kv_lens, double scale);
+Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps);
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+Tensor silu_mul(const Tensor& gate_up);
+
+}  // namespace dyvte::bind
