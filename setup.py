@@ -14,9 +14,11 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext: Extension) -> None:
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    def run(self) -> None:
+        # In the source tree for an editable install, else where the wheel is put together. Each has its own build
+        # folder: ninja removes what it wrote before when its outputs move.
+        output = ROOT / "dyvte_engine" if self.inplace else Path(self.build_lib).resolve() / "dyvte_engine"
+        build = ROOT / "build" / f"{'editable' if self.inplace else 'wheel'}-{sys.implementation.cache_tag}"
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
