@@ -33,6 +33,7 @@ def collect() -> Report:
     transformers_ok = _try(lambda: importlib.import_module("transformers"))
     report: Report = {
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
+        "source_commit": _source_commit(),
         "packages": {name: _version(name) for name in ("dyvte-engine", *PACKAGES)},
         "native": native,
         "cpu": _cpu(),
@@ -73,6 +74,19 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _output_of(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _source_commit() -> str | None:
+    """The commit of the source tree that this package runs from, "-dirty" if files differ; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    return _output_of("git", "-C", str(root), "describe", "--always", "--dirty") if (root / ".git").exists() else None
+
+
 def _native() -> Report:
     """{"build": its own account or None, "reason": why it does not load or None, "runs": {device: reason or None}}."""
     native: Report = {"build": None, "reason": None, "runs": {}}
@@ -90,7 +104,7 @@ def _native() -> Report:
 
 def _why_no_cuda(build: Report) -> str | None:
     if not build.get("cuda"):
-        return "the library holds no CUDA kernels: no nvcc was found when it was built, or DYVTE_CUDA was OFF"
+        return f"the library holds no CUDA kernels: {build.get('cuda_reason')}"
     import torch
 
     if torch.version.cuda is None:
@@ -132,7 +146,8 @@ def _cpu() -> Report:
 
 def _gpu() -> Report:
     """{"devices": [{name, capability, memory_gib}], "driver": version or None, "reason": why there is none or None}."""
-    report: Report = {"devices": [], "driver": _driver(), "reason": None}
+    driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    report: Report = {"devices": [], "driver": driver and driver.splitlines()[0], "reason": None}
     try:
         import torch
 
@@ -147,15 +162,6 @@ def _gpu() -> Report:
     except Exception as error:
         report["reason"] = _sentence(error)
     return report
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer[0] if answer else None
 
 
 def _attention() -> list[Report]:
@@ -216,11 +222,11 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
     """The report as (section, what, finding) lines."""
     python, native, cpu, gpu = report["python"], report["native"], report["cpu"], report["gpu"]
     rows = [("python", python["version"], f"{python['executable']} on {python['platform']}")]
+    rows.append(("source tree", "commit", report["source_commit"] or "none: an installed package"))
     rows += [("packages", name, version or "not installed") for name, version in report["packages"].items()]
     if native["reason"]:
         rows.append(("native library", "does not load", native["reason"]))
-    for key, value in (native["build"] or {}).items():
-        rows.append(("native library", key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    rows += [("native library", key, str(value)) for key, value in (native["build"] or {}).items() if value != ""]
     rows += [("kernels", device, reason or "work") for device, reason in native["runs"].items()]
     threads = f"{cpu['cores']} cores, {cpu.get('torch_threads', '?')} torch threads, {cpu['torch_capability']}"
     rows.append(("cpu", cpu["model"], f"{threads}; {' '.join(cpu['features'])}"))
