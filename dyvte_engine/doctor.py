@@ -82,7 +82,7 @@ def _output_of(*command: str) -> str | None:
 
 
 def _source_commit() -> str | None:
-    """The commit of the source tree that this package runs from, "-dirty" if files differ; None for an installed wheel."""
+    """Commit of the source tree that this package runs from, "-dirty" if files differ; None for an installed wheel."""
     root = Path(__file__).resolve().parent.parent
     return _output_of("git", "-C", str(root), "describe", "--always", "--dirty") if (root / ".git").exists() else None
 
