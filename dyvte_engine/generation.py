@@ -78,6 +78,7 @@ class Running:
         self.positions = next_positions  # int32 [B]
         self.logits = decoder.logits(prefilled.hidden)
 
+    @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to every sequence; returns (and keeps) the next logits."""
         ids = torch.tensor(tokens, device=self.positions.device)
@@ -85,12 +86,14 @@ class Running:
         self.positions = self.positions + 1
         return self.logits
 
+    @torch.inference_mode()
     def select(self, keep: Sequence[int]) -> None:
         """Go on with the sequences listed; the others give their memory back."""
         self.cache.select(keep)
         index = torch.tensor(list(keep), device=self.positions.device)
         self.positions, self.logits = self.positions[index], self.logits[index]
 
+    @torch.inference_mode()
     def close(self) -> None:
         """Give all memory of the cache back."""
         self.cache.close()

@@ -31,12 +31,16 @@ def as_batch(prompts: Any, images: Any) -> tuple[list[Prompt], list[list[Image.I
             f"images must be a list with one entry (a picture, a list, or None) for each of {len(batch)} prompts"
         )
     for prompt in batch:
-        if not isinstance(prompt, str) and not (prompt and all(isinstance(m, dict) for m in prompt)):
+        if not isinstance(prompt, str) and not _is_conversation(prompt):
             raise InvalidArgumentError(
                 "each of prompts must be a string or a non-empty list of messages (dicts with role and content)"
             )
     given = [_given_images(i) or _message_images(p) for p, i in zip(batch, images, strict=True)]
     return batch, [[load_image(i) for i in row] for row in given]
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(isinstance(m, dict) for m in prompt)
 
 
 def _given_images(images: Any) -> list[Any]:

@@ -7,7 +7,7 @@ import random
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 WORDS = 120
 VISUAL_TOKENS = 16  # a picture of 28 x 28 in patches of 7
@@ -28,10 +28,11 @@ DECODERS = {
 
 def processor(vision: str = "clip") -> transformers.LlavaProcessor:
     specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    vocab = {w: i for i, w in enumerate([*specials, "user", "assistant", ":", *(f"w{i}" for i in range(WORDS))])}
+    vocab = {
+        w: i for i, w in enumerate([*specials, "user", "assistant", ":", "abcdef", *(f"w{i}" for i in range(WORDS))])
+    }
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.decoder = decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -59,7 +60,7 @@ def model(
     options = dict(DECODERS[decoder])
     text = transformers.AutoConfig.for_model(
         options.pop("model_type"),
-        vocab_size=WORDS + 8,
+        vocab_size=WORDS + 9,
         hidden_size=64,
         intermediate_size=104,
         num_hidden_layers=layers,

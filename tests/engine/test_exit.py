@@ -53,7 +53,7 @@ def test_fixed_exit_logits(layer):
 @pytest.mark.parametrize("rms_eps", [None, 1e-6])
 def test_dynamic_exit_is_per_sequence_and_first_time_only(states, rms_eps):
     """The layer is the first whose head, in plain torch on transformers' hidden states, says exit."""
-    heads = random_heads(4, states, rms_eps)
+    heads = random_heads(6, states, rms_eps)
     engine, hf = build(policy=DynamicExit(heads, threshold=0.7))
     texts, images = tiny.prompts(seed=31, n=16)
     got = answers(engine, texts, images)
