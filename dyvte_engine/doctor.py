@@ -40,13 +40,13 @@ def collect() -> Report:
         "gpu": _gpu(),
         "attention": _attention(),
     }
-    sdpa = [a["reason"] for a in report["attention"] if (a["name"], a["device"]) == ("sdpa", "cpu")]
+    sdpa = next(a["reason"] for a in report["attention"] if a["name"] in ("sdpa", "all"))  # the CPU's comes first
     named = {
         "torch": torch_ok,
         "transformers": transformers_ok,
         "native library": native["reason"],
         "kernels on the CPU": native["runs"].get("cpu"),
-        "attention on the CPU": sdpa[0] if sdpa else None,
+        "attention on the CPU": sdpa,
     }
     report["problems"] = [f"{name}: {reason}" for name, reason in named.items() if reason]
     report["usable"] = not report["problems"]
