@@ -35,6 +35,7 @@ std::tuple<Tensor, Tensor> exit_head(const Tensor& hidden, const Tensor& text_ra
   if (p.d == 0) fail(kOp, ": hidden must have shape [N, d] with d > 0, got ", h.shape());
   check_shape(a, {-1, p.n_states * p.d}, "[h, n_states * d]");
   p.inner = a.size[0];
+  if (p.inner == 0) fail(kOp, ": w1 must have at least one row, got ", a.shape());
   check_shape(b, {2, p.inner}, "[2, h]");
   for (const View* w : {&a, &b}) {
     check_like(*w, h);

@@ -1,0 +1,118 @@
+// Shared by all CUDA kernels: conversions, 16-byte accesses, reductions in a fixed order, launch status.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "dyvte/common.h"
+
+namespace dyvte {
+namespace cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ __forceinline__ void from_float(float x, float* to) { *to = x; }
+__device__ __forceinline__ void from_float(float x, __half* to) { *to = __float2half_rn(x); }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
+
+// N elements; a whole pack is moved in accesses of up to 16 bytes and must be aligned accordingly.
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
+  T at[N];
+};
+
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+
+template <class T, int N>
+__device__ __forceinline__ void load(const T* from, float (&to)[N]) {
+  const Pack<T, N> pack = load_pack<T, N>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = to_float(pack.at[i]);
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store(T* to, const float (&from)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) from_float(from[i], &pack.at[i]);
+  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
+// Elements of one 16-byte access.
+template <class T>
+constexpr int kVec = 16 / sizeof(T);
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+  return x;
+}
+
+// Sum over a block of THREADS threads, the same in every thread. All threads must call it.
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float x) {
+  __shared__ float part[THREADS / kWarp];
+  x = warp_sum(x);
+  __syncthreads();  // an earlier call's reads are over
+  if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < THREADS / kWarp; ++i) sum += part[i];
+  return sum;
+}
+
+// The sequence a packed row belongs to: the last one that begins at or before it.
+__device__ __forceinline__ int find_sequence(const int32_t* cu, int batch, int row) {
+  int low = 0, high = batch;  // cu[low] <= row < cu[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (cu[middle] <= row) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Number of cache row `row` of a sequence among all rows of the pool.
+__device__ __forceinline__ int64_t pool_row(const int32_t* table, unsigned row, unsigned page) {
+  return static_cast<int64_t>(table[row / page]) * page + row % page;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  return count;
+}
+
+inline Status launch_status() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Calls f with a null pointer of the element type.
+template <class F>
+inline void by_dtype(DType dtype, const F& f) {
+  if (dtype == DType::f32) f(static_cast<float*>(nullptr));
+  if (dtype == DType::f16) f(static_cast<__half*>(nullptr));
+  if (dtype == DType::bf16) f(static_cast<__nv_bfloat16*>(nullptr));
+}
+
+}  // namespace cuda
+}  // namespace dyvte
