@@ -165,7 +165,7 @@ def masked_logits(hf, embeds: torch.Tensor, hidden_columns, positions=None) -> t
     rotation = lm.rotary_emb(embeds[None], position_ids)
     hidden = embeds[None]
     for number, layer in enumerate(lm.layers):
-        blocked = causal | hidden_columns(number)
+        blocked = causal | hidden_columns(number).to(embeds.device)
         blocked = blocked & ~torch.eye(n, dtype=torch.bool, device=embeds.device)
         mask = torch.zeros(1, 1, n, n, dtype=embeds.dtype, device=embeds.device).masked_fill_(
             blocked, torch.finfo(embeds.dtype).min

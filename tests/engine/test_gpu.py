@@ -1,0 +1,62 @@
+"""The engine on a CUDA device: the same answers as on the CPU and as transformers, on every attention backend there."""
+
+import pytest
+import torch
+
+from dyvte_engine import DynamicExit, FastV, FixedExit, KeepAll, compose
+from dyvte_engine.attention import BACKENDS, try_backend
+from tests import tiny
+from tests.engine.conftest import build
+from tests.engine.test_exit import random_heads
+from tests.engine.test_keep_all import FAMILIES
+
+pytestmark = pytest.mark.gpu
+POLICIES = {
+    "keep-all": KeepAll(),
+    "fixed": FixedExit(1),
+    "fastv": FastV(1, 0.5),
+    "dynamic": DynamicExit(random_heads(6), 0.7),
+    "dyvte+fastv": compose(FastV(1, 0.5), DynamicExit(random_heads(6), 0.7)),
+}
+
+
+@pytest.mark.parametrize(("decoder", "vision"), FAMILIES)
+def test_greedy_tokens_equal_generate(decoder, vision):
+    engine, hf = build(decoder, vision, device="cuda")
+    texts, images = tiny.prompts(seed=FAMILIES.index((decoder, vision)), n=24)
+    want = [tiny.hf_greedy(hf, engine.model.processor, t, i, 8) for t, i in zip(texts, images)]
+    assert [r.token_ids for r in engine.generate(texts, images, chat=False, max_new_tokens=8)] == want
+
+
+@pytest.mark.parametrize("drop_early_kv", [False, True])
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_equal_the_cpu(name, drop_early_kv):
+    texts, images = tiny.prompts(seed=80, n=16)
+    answers = []
+    for device in ("cpu", "cuda"):
+        engine, _ = build(device=device, policy=POLICIES[name], drop_early_kv=drop_early_kv)
+        answers.append(engine.generate(texts, images, chat=False, max_new_tokens=8))
+        assert engine.pool.bytes_held == 0
+    cpu, cuda = answers
+    assert [r.token_ids for r in cuda] == [r.token_ids for r in cpu]
+    assert [r.stats.exit_layer for r in cuda] == [r.stats.exit_layer for r in cpu]
+    assert [r.stats.kv_bytes for r in cuda] == [r.stats.kv_bytes for r in cpu]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_stay_within_twice_torchs_error(backend, dtype):
+    reason = try_backend(backend, torch.device("cuda"), dtype, head_dim=16)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    engine, low = build(dtype=dtype, device="cuda", attn_backend=backend)
+    exact = tiny.model().to("cuda", dtype).double()
+    texts, images = tiny.prompts(seed=81, n=8)
+    ours, theirs = [], []
+    for text, pictures in zip(texts, images):
+        embeds, visual, _ = tiny.embed(low, engine.model.processor, text, pictures)
+        want = tiny.masked_logits(exact, embeds.double(), tiny.see_all(len(embeds)))[-1]
+        with engine.prefill(embeds, visual) as running:
+            ours.append(running.logits[0].double() - want)
+        theirs.append(tiny.masked_logits(low, embeds, tiny.see_all(len(embeds)))[-1].double() - want)
+    assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
