@@ -1,5 +1,7 @@
 """Stage 2: tower, projector and decoder together, several questions behind each picture, loss on the answers.
 
+The tower goes on learning the patch labels beside it, from those alone at first: a young decoder's gradients only disturb it.
+
 In a random share of the steps the text rows lose the visual rows after a random layer, so that what a question needs
 from the picture moves into the text early enough for an exit in mid-depth to be possible.
 """
@@ -15,18 +17,40 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from transformers import LlavaForConditionalGeneration
+from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 from dyvte_engine.training.nano.model import normalise
 from dyvte_engine.training.nano.optim import MasterAdamW, Progress
-from dyvte_engine.training.nano.packing import PREFIX, VISUAL, EncodedQuestions, Packed, pack
+from dyvte_engine.training.nano.packing import PREFIX, EncodedQuestions, Packed, pack
+from dyvte_engine.training.nano.tower import DenseTower, dense_loss
 
 
-def layer_runner(template: nn.Module, compile_model: bool) -> Callable:
-    """Runs any decoder layer through one (compiled) forward: `run(layer, hidden, mask, cos, sin)`."""
+def _split_attention(module, q, k, v, mask, scaling=None, dropout=0.0, prefix=0, **unused):  # noqa: ANN001, ANN003
+    """Plain attention in which the first `prefix` rows do not even compute scores against the others.
 
-    def forward(weights: dict, hidden: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-        output = functional_call(template, weights, (hidden,), {"attention_mask": mask, "position_embeddings": (cos, sin)})
+    q [B, Hq, S, D], k and v [B, Hkv, S, D], mask [B, 1, S, S] added to the scores; returns [B, S, Hq, D].
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+
+    def attend(rows: slice, columns: slice) -> torch.Tensor:
+        scores = (q[:, :, rows] @ k[:, :, columns].transpose(-1, -2)).float() * scaling + mask[:, :, rows, columns].float()
+        return scores.softmax(-1).to(q.dtype) @ v[:, :, columns]
+
+    first, rest = slice(0, prefix), slice(prefix, None)
+    return torch.cat([attend(first, first), attend(rest, slice(None))], 2).transpose(1, 2), None
+
+
+AttentionInterface.register("prefix_split", _split_attention)
+
+
+def layer_runner(decoder: nn.Module, compile_model: bool) -> Callable:
+    """Runs any layer of the decoder through one (compiled) forward: `run(layer, hidden, mask, cos, sin, prefix)`."""
+    decoder.config._attn_implementation = "prefix_split"
+    template = decoder.layers[0]
+
+    def forward(weights: dict, hidden: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, prefix: int):
+        extra = {"attention_mask": mask, "position_embeddings": (cos, sin), "prefix": prefix}
+        output = functional_call(template, weights, (hidden,), extra)
         return output[0] if isinstance(output, tuple) else output
 
     compiled = torch.compile(forward, dynamic=False) if compile_model else forward
@@ -55,7 +79,7 @@ def answer_logits(
     mask.masked_fill_(~packed.mask, torch.finfo(hidden.dtype).min)
     text = torch.cat([torch.arange(2), torch.arange(PREFIX, hidden.shape[1])]).to(hidden.device)
     for index, layer in enumerate(decoder.layers):
-        hidden = run_layer(layer, hidden, mask, cos, sin)
+        hidden = run_layer(layer, hidden, mask, cos, sin, hidden.shape[1] - packed.ids.shape[1])
         if index == exit_layer:
             hidden, cos, sin = hidden[:, text], cos[:, text], sin[:, text]
             mask = mask[:, :, text][..., text]
@@ -74,72 +98,97 @@ class JointSettings:
     device: str
     rows: int = 144
     shares: tuple[float, ...] = (0.8, 0.2)
-    exit_share: float = 0.5
+    exit_share: float = 0.7
     exit_range: tuple[int, int] = (3, 10)
-    tower_from: float = 1.1  # share of the steps after which the tower learns as well; above 1: never
+    label_pictures: int = 16  # pictures a step that only the tower sees, for their patch labels
+    tower_joins: float = 0.6  # share of the steps after which the answers' loss reaches the tower
     compile_model: bool = True
     save_every: int = 200
 
 
 @dataclass
 class Source:
-    """Pictures uint8 [P, 96, 96, 3] and their questions."""
+    """Pictures uint8 [P, 96, 96, 3], their patch labels uint8 [P, 144, len(LABELS)] (IGNORE if unknown), their questions."""
 
     pictures: np.ndarray
+    labels: np.ndarray
     questions: EncodedQuestions
 
-    def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, list]:
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, list]:
         chosen = np.sort(rng.choice(len(self.pictures), count, replace=False))
         asked = []
         for picture in chosen:
             order = rng.permutation(np.arange(*self.questions.picture_start[picture : picture + 2]))
             asked.append([self.questions.question(i) for i in order])
-        return self.pictures[chosen], asked
+        return self.pictures[chosen], self.labels[chosen], asked
 
 
-def draw_batch(sources: list[Source], settings: JointSettings, step: int) -> tuple[torch.Tensor, Packed, int | None]:
-    """Pictures, packed questions and the exit layer of one step; depends on the seed and the step alone."""
+@dataclass
+class Batch:
+    """One step: pictures and their patch labels, questions packed behind the first of them, and the last layer that
+    sees the pictures (None: all layers do)."""
+
+    pictures: torch.Tensor
+    labels: torch.Tensor
+    packed: Packed
+    exit_layer: int | None
+
+
+def draw_batch(sources: list[Source], settings: JointSettings, step: int) -> Batch:
+    """The batch of one step; depends on the seed and the step alone."""
     rng = np.random.default_rng([settings.seed, 2, step])
     counts = rng.multinomial(settings.batch, settings.shares)
     drawn = [source.draw(rng, count) for source, count in zip(sources, counts)]
-    pictures = torch.from_numpy(np.concatenate([part[0] for part in drawn]))
+    drawn.append((*sources[0].draw(rng, settings.label_pictures)[:2], []))
+    pictures, labels, asked = zip(*drawn)
     exit_layer = None
     if rng.random() < settings.exit_share:
         exit_layer = int(rng.integers(settings.exit_range[0], settings.exit_range[1] + 1))
-    return pictures, pack([questions for part in drawn for questions in part[1]], settings.rows), exit_layer
+    packed = pack([questions for part in asked for questions in part], settings.rows)
+    device = settings.device
+    return Batch(
+        torch.from_numpy(np.concatenate(pictures)).to(device),
+        torch.from_numpy(np.concatenate(labels)).to(device),
+        packed.to(device),
+        exit_layer,
+    )
 
 
 def train_joint(
     model: LlavaForConditionalGeneration,
+    dense: DenseTower,
     sources: list[Source],
     prefix_ids: torch.Tensor,
     settings: JointSettings,
     folder: Path,
     on_save: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Trains in place and leaves `folder/joint.safetensors`; continues from that file where it exists."""
-    device, dtype = settings.device, model.dtype
-    optimiser = MasterAdamW(dict(model.named_parameters()), settings.lr, settings.steps, min(300, settings.steps // 10 + 1))
+    """Trains `model` in place, and `dense`, which holds the model's own tower; resumes from `folder/joint.safetensors`."""
+    parameters = dict(model.named_parameters())
+    parameters |= {f"labels.{name}": p for name, p in dense.labels.named_parameters()}
+    optimiser = MasterAdamW(parameters, settings.lr, settings.steps, min(300, settings.steps // 10 + 1))
     checkpoint = folder / "joint.safetensors"
     if checkpoint.exists():
         optimiser.load(checkpoint)
-    run_layer = layer_runner(model.model.language_model.layers[0], settings.compile_model)
-    tower = torch.compile(model.model.vision_tower, dynamic=False) if settings.compile_model else model.model.vision_tower
-    prefix_ids = prefix_ids.to(device)
+    run_layer = layer_runner(model.model.language_model, settings.compile_model)
+    look = torch.compile(dense, dynamic=False) if settings.compile_model else dense
+    prefix_ids = prefix_ids.to(settings.device)
     progress = Progress(settings.steps, optimiser.steps_done, 50, settings.batch)
     for step in range(optimiser.steps_done, settings.steps):
-        pictures, packed, exit_layer = draw_batch(sources, settings, step)
-        packed = packed.to(device)
-        with torch.set_grad_enabled(step >= settings.tower_from * settings.steps):
-            features = tower(normalise(pictures.to(device), dtype)).last_hidden_state[:, 1:]
+        batch = draw_batch(sources, settings, step)
+        features, label_logits = look(normalise(batch.pictures, model.dtype))
+        features = features[: len(batch.packed.ids)]
+        if step < settings.tower_joins * settings.steps:
+            features = features.detach()
         visual = model.model.multi_modal_projector(features)
-        logits = answer_logits(model, visual, prefix_ids, packed, exit_layer, run_layer).float()
-        targets = packed.targets[packed.targets >= 0]
+        logits = answer_logits(model, visual, prefix_ids, batch.packed, batch.exit_layer, run_layer).float()
+        targets = batch.packed.targets[batch.packed.targets >= 0]
         loss = F.cross_entropy(logits, targets)
-        loss.backward()
+        label_loss, accuracy = dense_loss(label_logits, batch.labels)
+        (loss + label_loss).backward()
         optimiser.step()
         right = (logits.argmax(-1) == targets).float().mean()
-        progress(step + 1, loss=loss.detach(), token_accuracy=right)
+        progress(step + 1, loss=loss.detach(), tokens=right, labels=label_loss.detach(), letters=accuracy["letter"])
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             optimiser.save(checkpoint)
             on_save(step + 1)

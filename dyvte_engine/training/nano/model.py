@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
@@ -145,13 +146,25 @@ def normalise(pictures: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> None:
-    """Writes a complete checkpoint folder in bfloat16 that plain transformers loads."""
+    """Writes a complete checkpoint folder in bfloat16 that plain transformers, 4.57 and 5, loads."""
+    folder = Path(folder)
     model.generation_config.max_new_tokens = 32
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)  # where transformers 4 looks for it
-    tokenizer_config = Path(folder) / "tokenizer_config.json"
+    tokenizer_config = folder / "tokenizer_config.json"
     entries = json.loads(tokenizer_config.read_text())
     # the forms that both transformers 4 and 5 read
     entries |= {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": EXTRA}
     tokenizer_config.write_text(json.dumps(entries, indent=2) + "\n")
+    _use_hub_names(folder / "model.safetensors")
+
+
+def _use_hub_names(path: Path) -> None:
+    """Renames the tower's weights to what published LLaVA-1.5 files use and every version reads."""
+    new, hub = "vision_tower.", "vision_tower.vision_model."
+    weights = {
+        hub + name[len(new) :] if name.startswith(new) and not name.startswith(hub) else name: tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})

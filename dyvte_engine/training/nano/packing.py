@@ -36,8 +36,10 @@ class EncodedQuestions:
 def encode(tokenizer: PreTrainedTokenizerFast, asked: list[list[Question]]) -> EncodedQuestions:
     """Tokens of `text <|assistant|> answer </s>` for all questions of all pictures."""
     flat = [question for questions in asked for question in questions]
-    heads = tokenizer([q.text + "<|assistant|>" for q in flat], add_special_tokens=False).input_ids
-    tails = tokenizer([q.answer + "</s>" for q in flat], add_special_tokens=False).input_ids
+    texts = sorted({q.text + "<|assistant|>" for q in flat} | {q.answer + "</s>" for q in flat})
+    ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False).input_ids))
+    heads = [ids[q.text + "<|assistant|>"] for q in flat]
+    tails = [ids[q.answer + "</s>"] for q in flat]
     lengths = [len(head) + len(tail) for head, tail in zip(heads, tails)]
     return EncodedQuestions(
         np.fromiter((t for head, tail in zip(heads, tails) for t in (*head, *tail)), np.int16, sum(lengths)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dyvte_engine.training.nano.scenes import COLORS, EASY_COLORS, EASY_SHAPES, SHAPES, Scene, Shape
 
 KINDS = ("presence", "color", "shape", "count", "spatial", "word")
-WEIGHTS = (1, 1, 1, 1.5, 3, 1.5)
+WEIGHTS = (1, 1, 1, 1.2, 4, 2)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 IN_A_SENTENCE = ("Answer in a sentence.", "Use a full sentence.")
 ONE_WORD = ("Answer with one word.", "One word, please.")
@@ -39,6 +39,10 @@ class Question:
 
 def _article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("s") else "s")
 
 
 def _styled(rng: random.Random, text: str, word: str, sentence: str, kind: str) -> Question:
@@ -121,10 +125,11 @@ def _count(rng: random.Random, scene: Scene) -> Question | None:
     # The share of each number falls slowly: large counts exist in few scenes and get all the weight they can.
     number = rng.choices(list(options), [4.0**n if n else 0.7 for n in options])[0]
     noun = rng.choice(options[number])
-    text = rng.choice(("How many {}s are there?", "How many {}s do you see?", "Count the {}s."))
-    plural = {0: f"There are no {noun}s.", 1: f"There is one {noun}."}
-    sentence = plural.get(number, f"There are {NUMBERS[number]} {noun}s.")
-    return _styled(rng, text.format(noun), NUMBERS[number], sentence, "count")
+    nouns = _plural(noun)
+    text = rng.choice(("How many {} are there?", "How many {} do you see?", "Count the {}.")).format(nouns)
+    few = {0: f"There are no {nouns}.", 1: f"There is one {noun}."}
+    sentence = few.get(number, f"There are {NUMBERS[number]} {nouns}.")
+    return _styled(rng, text, NUMBERS[number], sentence, "count")
 
 
 def _description(rng: random.Random, scene: Scene, shape: Shape) -> str | None:

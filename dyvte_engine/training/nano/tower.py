@@ -24,9 +24,10 @@ class DenseTower(nn.Module):
         self.tower = tower
         self.labels = nn.Linear(width, sum(LABEL_SIZES))
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, 96, 96] -> logits [B, 144, sum(LABEL_SIZES)]."""
-        return self.labels(self.tower(pixels).last_hidden_state[:, 1:])
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, 3, 96, 96] -> features [B, 144, width] and label logits [B, 144, sum(LABEL_SIZES)]."""
+        features = self.tower(pixels).last_hidden_state[:, 1:]
+        return features, self.labels(features)
 
 
 def dense_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -68,7 +69,7 @@ def train_tower(
     for step in range(optimiser.steps_done, steps):
         chosen = np.sort(np.random.default_rng([seed, 1, step]).choice(len(pictures), batch, replace=False))
         pixels = normalise(torch.from_numpy(pictures[chosen]).to(device), dtype)
-        loss, accuracy = dense_loss(forward(pixels), torch.from_numpy(labels[chosen]).to(device))
+        loss, accuracy = dense_loss(forward(pixels)[1], torch.from_numpy(labels[chosen]).to(device))
         loss.backward()
         optimiser.step()
         progress(step + 1, loss=loss.detach(), **accuracy)

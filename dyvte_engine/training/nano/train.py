@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -13,6 +14,7 @@ from dyvte_engine.training.nano.joint import JointSettings, Source, train_joint
 from dyvte_engine.training.nano.model import BOS, USER, build_config, build_model, build_processor, build_tokenizer, save
 from dyvte_engine.training.nano.packing import encode
 from dyvte_engine.training.nano.pool import load_pool, pool_questions
+from dyvte_engine.training.nano.scenes import IGNORE
 from dyvte_engine.training.nano.tower import DenseTower, train_tower
 
 
@@ -27,26 +29,27 @@ def run_tower(args: argparse.Namespace) -> None:
 
 def run_joint(args: argparse.Namespace) -> None:
     tokenizer = build_tokenizer()
-    model = build_model(build_config(tokenizer), args.seed)
-    with safe_open(args.tower or args.out / "tower.safetensors", "pt") as file:
-        prefix = "master/tower."
-        tower = {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
-    model.model.vision_tower.load_state_dict(tower)
-    model.to(args.device, getattr(torch, args.dtype))
+    config = build_config(tokenizer)
+    model = build_model(config, args.seed)
+    dense = DenseTower(model.model.vision_tower, config.vision_config.hidden_size)
     paths, asked = load_easy_vqa("train")
-    pictures, _ = load_pool(args.data, args.seed, "train", args.pictures)
-    scenes = Source(pictures, encode(tokenizer, pool_questions(args.seed, "train", args.pictures, args.questions)))
-    sources = [scenes, Source(load_pictures(paths), encode(tokenizer, asked))]
-    settings = JointSettings(
-        args.seed, args.steps, args.batch, args.lr, args.device, compile_model=not args.no_compile, tower_from=args.tower_from
-    )
+    pictures, labels = load_pool(args.data, args.seed, "train", args.pictures)
+    scenes = Source(pictures, labels, encode(tokenizer, pool_questions(args.seed, "train", args.pictures, args.questions)))
+    unknown = np.full((len(paths), *labels.shape[1:]), IGNORE, np.uint8)
+    sources = [scenes, Source(load_pictures(paths), unknown, encode(tokenizer, asked))]
+    with safe_open(args.tower or args.out / "tower.safetensors", "pt") as file:
+        prefix = "master/"
+        dense.load_state_dict({k[len(prefix) :]: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)})
+    for module in (model, dense):
+        module.to(args.device, getattr(torch, args.dtype))
+    settings = JointSettings(args.seed, args.steps, args.batch, args.lr, args.device, compile_model=not args.no_compile)
     processor = build_processor(tokenizer)
     prefix_ids = torch.tensor(tokenizer.convert_tokens_to_ids([BOS, USER]))
 
     def export(step: int) -> None:
         save(model, processor, args.out / "checkpoint")
 
-    train_joint(model, sources, prefix_ids, settings, args.out, export)
+    train_joint(model, dense, sources, prefix_ids, settings, args.out, export)
 
 
 def main() -> None:
@@ -60,7 +63,6 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--questions", type=int, default=16, help="questions drawn up for each picture (joint)")
     parser.add_argument("--tower", type=Path, help="tower checkpoint to begin from (joint); default OUT/tower.safetensors")
-    parser.add_argument("--tower-from", type=float, default=0.8, help="share of the joint steps after which the tower learns too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
