@@ -123,18 +123,24 @@ inline void store(f16* p, Vec v) {
 #endif
 }
 
-inline float hsum(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(v);
-#else
-  float lane[kLanes];
-  store(lane, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
-  return lane[0];
-#endif
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef float Vec8 __attribute__((vector_size(32)));
+
+inline float hsum(Vec4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+#if defined(__AVX2__)
+inline float hsum(Vec8 v) {
+  Vec4 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  return hsum(half[0] + half[1]);
 }
+#endif
+#if defined(__AVX512F__)
+inline float hsum(Vec v) {
+  Vec8 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  return hsum(half[0] + half[1]);
+}
+#endif
 
 inline float hmax(Vec v) {
   float best = v[0];

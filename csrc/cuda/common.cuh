@@ -101,6 +101,15 @@ inline int multiprocessors() {
   return count;
 }
 
+template <class... Parameters, class... Arguments>
+inline void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, void* stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchKernelEx(&config, kernel, arguments...);  // launch_status() reports what it returns
+}
+
 inline Status launch_status() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -199,14 +199,14 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DecodeAttentionParams
 }
 
 template <class T, int LANES, int G, bool WIDE>
-void launch_split(const DecodeAttentionParams& p, int splits, cudaStream_t stream) {
+void launch_split(const DecodeAttentionParams& p, int splits, void* stream) {
   constexpr int U = G == 8 ? 2 : 4;  // cached rows in flight per lane
   const int64_t groups = head_groups(p), blocks = p.batch * p.pool.heads * groups * splits;
-  split_kernel<T, LANES, G, U, WIDE><<<blocks, kThreads, 0, stream>>>(p, static_cast<int>(groups), splits);
+  launch(split_kernel<T, LANES, G, U, WIDE>, blocks, kThreads, stream, p, static_cast<int>(groups), splits);
 }
 
 template <class T, int LANES>
-void run_wide(const DecodeAttentionParams& p, int splits, cudaStream_t stream) {
+void run_wide(const DecodeAttentionParams& p, int splits, void* stream) {
   switch (heads_per_block(p)) {
     case 1:
       return launch_split<T, LANES, 1, true>(p, splits, stream);
@@ -221,7 +221,7 @@ void run_wide(const DecodeAttentionParams& p, int splits, cudaStream_t stream) {
 
 // Head sizes or addresses that do not allow 16-byte accesses.
 template <class T>
-void run_narrow(const DecodeAttentionParams& p, int splits, cudaStream_t stream) {
+void run_narrow(const DecodeAttentionParams& p, int splits, void* stream) {
   switch (heads_per_block(p)) {
     case 1:
       return launch_split<T, kWarp, 1, false>(p, splits, stream);
@@ -235,7 +235,7 @@ void run_narrow(const DecodeAttentionParams& p, int splits, cudaStream_t stream)
 }
 
 template <class T>
-void run(const DecodeAttentionParams& p, cudaStream_t stream) {
+void run(const DecodeAttentionParams& p, void* stream) {
   const int splits = static_cast<int>(split_count(p));
   const bool wide = p.pool.dim % kPerLane == 0 && p.q_stride % kPerLane == 0 && aligned(p.q) && aligned(p.pool.k) &&
                     aligned(p.pool.v);
@@ -248,7 +248,7 @@ void run(const DecodeAttentionParams& p, cudaStream_t stream) {
   } else {
     run_wide<T, 32>(p, splits, stream);
   }
-  if (splits > 1) combine_kernel<T><<<p.batch * p.heads_q, kThreads, 0, stream>>>(p, splits);
+  if (splits > 1) launch(combine_kernel<T>, p.batch * p.heads_q, kThreads, stream, p, splits);
 }
 
 }  // namespace
@@ -263,7 +263,7 @@ int64_t decode_attention_cuda_scratch(const DecodeAttentionParams& p) {
 Status decode_attention_cuda(const DecodeAttentionParams& p, void* stream) {
   if (p.batch * p.heads_q * p.pool.dim == 0) return nullptr;
   cuda::by_dtype(p.dtype, [&](auto* type) {
-    cuda::run<std::remove_pointer_t<decltype(type)>>(p, static_cast<cudaStream_t>(stream));
+    cuda::run<std::remove_pointer_t<decltype(type)>>(p, stream);
   });
   return cuda::launch_status();
 }

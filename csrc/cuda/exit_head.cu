@@ -202,7 +202,7 @@ __device__ void decide(const ExitHeadParams& p, const Scratch& scratch) {
   __threadfence();
   for (int seq = threadIdx.x / kWarp; seq < p.batch; seq += kMlpWarps) {
     float keep = 0.0f, exit = 0.0f;
-    for (int block = threadIdx.x % kWarp; block < gridDim.x; block += kWarp) {
+    for (int64_t block = threadIdx.x % kWarp; block < gridDim.x; block += kWarp) {
       const float* logits = scratch.logits + (block * p.batch + seq) * 2;
       keep += __ldcg(logits);
       exit += __ldcg(logits + 1);
@@ -245,14 +245,14 @@ __global__ void __launch_bounds__(kMlpThreads) mlp_kernel(ExitHeadParams p, int 
 }
 
 template <class T, int V, int R, int NB>
-void run_mlp(const ExitHeadParams& p, cudaStream_t stream) {
+void run_mlp(const ExitHeadParams& p, void* stream) {
   const int64_t blocks = ceil_div(p.inner, kMlpWarps * R);
-  mlp_kernel<T, V, R, NB><<<blocks, kMlpThreads, 0, stream>>>(p, static_cast<int>(pool_chunks(p, V)));
+  launch(mlp_kernel<T, V, R, NB>, blocks, kMlpThreads, stream, p, static_cast<int>(pool_chunks(p, V)));
 }
 
 template <class T, int V>
-void run(const ExitHeadParams& p, cudaStream_t stream) {
-  pool_kernel<T, V><<<p.batch * p.n_states * pool_chunks(p, V), kPoolThreads, 0, stream>>>(p);
+void run(const ExitHeadParams& p, void* stream) {
+  launch(pool_kernel<T, V>, p.batch * p.n_states * pool_chunks(p, V), kPoolThreads, stream, p);
   if (p.batch == 1) {
     run_mlp<T, V, kMinRows, 1>(p, stream);
   } else if (p.batch <= 4) {
@@ -282,7 +282,7 @@ Status exit_head_cuda(const ExitHeadParams& p, void* stream) {
   cuda::by_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = cuda::wide<T>(p) ? cuda::run<T, cuda::kVec<T>> : cuda::run<T, 1>;
-    run(p, static_cast<cudaStream_t>(stream));
+    run(p, stream);
   });
   return cuda::launch_status();
 }

@@ -48,10 +48,10 @@ __global__ void __launch_bounds__(kThreads) kv_compact_kernel(KvCompactParams p,
 }
 
 template <class Unit>
-void run(const KvCompactParams& p, cudaStream_t stream) {
+void run(const KvCompactParams& p, void* stream) {
   const int columns = static_cast<int>(p.row_bytes / sizeof(Unit));
   const int64_t groups = columns > 0 ? ceil_div(2 * columns, kThreads) : 1;
-  kv_compact_kernel<Unit><<<p.slots * groups, kThreads, 0, stream>>>(p, columns, static_cast<int>(groups));
+  launch(kv_compact_kernel<Unit>, p.slots * groups, kThreads, stream, p, columns, static_cast<int>(groups));
 }
 
 }  // namespace
@@ -59,15 +59,14 @@ void run(const KvCompactParams& p, cudaStream_t stream) {
 
 Status kv_compact_cuda(const KvCompactParams& p, void* stream) {
   if (p.slots == 0) return nullptr;
-  const auto s = static_cast<cudaStream_t>(stream);
   const uint64_t bits = static_cast<uint64_t>(p.row_bytes) | reinterpret_cast<uintptr_t>(p.pool.k) |
                         reinterpret_cast<uintptr_t>(p.pool.v);
   if (bits % 16 == 0) {
-    cuda::run<uint4>(p, s);
+    cuda::run<uint4>(p, stream);
   } else if (bits % 4 == 0) {
-    cuda::run<uint32_t>(p, s);
+    cuda::run<uint32_t>(p, stream);
   } else {
-    cuda::run<uint16_t>(p, s);
+    cuda::run<uint16_t>(p, stream);
   }
   return cuda::launch_status();
 }

@@ -58,12 +58,12 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
 }
 
 template <class T, int V>
-void run(const RmsNormParams& p, cudaStream_t stream) {
+void run(const RmsNormParams& p, void* stream) {
   const int64_t rows = p.outer * p.inner;
   if (p.d <= kWarp * V * 4) {
-    rms_norm_kernel<T, V, kWarp><<<ceil_div(rows, kThreads / kWarp), kThreads, 0, stream>>>(p);
+    launch(rms_norm_kernel<T, V, kWarp>, ceil_div(rows, kThreads / kWarp), kThreads, stream, p);
   } else {
-    rms_norm_kernel<T, V, kThreads><<<rows, kThreads, 0, stream>>>(p);
+    launch(rms_norm_kernel<T, V, kThreads>, rows, kThreads, stream, p);
   }
 }
 
@@ -83,7 +83,7 @@ Status rms_norm_cuda(const RmsNormParams& p, void* stream) {
   cuda::by_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = cuda::wide<T>(p) ? cuda::run<T, cuda::kVec<T>> : cuda::run<T, 1>;
-    run(p, static_cast<cudaStream_t>(stream));
+    run(p, stream);
   });
   return cuda::launch_status();
 }

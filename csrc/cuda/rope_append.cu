@@ -86,13 +86,13 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppendParams 
 }
 
 template <class T, int V>
-void run(const RopeAppendParams& p, cudaStream_t stream) {
+void run(const RopeAppendParams& p, void* stream) {
   const int64_t half = p.rot_dim / 2, dim = p.pool.dim;
   const int64_t units = (p.heads_q + p.pool.heads) * (half / V) + p.pool.heads * ((dim - 2 * half) / V + dim / V);
   if (units == 0) return;
   int64_t pieces = ceil_div(units, kThreads);
   pieces = pieces < 1024 ? pieces : 1024;
-  rope_append_kernel<T, V><<<dim3(p.rows, pieces), kThreads, 0, stream>>>(p);
+  launch(rope_append_kernel<T, V>, dim3(p.rows, pieces), kThreads, stream, p);
 }
 
 template <class T>
@@ -112,7 +112,7 @@ Status rope_append_cuda(const RopeAppendParams& p, void* stream) {
   cuda::by_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = cuda::wide<T>(p) ? cuda::run<T, cuda::kVec<T>> : cuda::run<T, 1>;
-    run(p, static_cast<cudaStream_t>(stream));
+    run(p, stream);
   });
   return cuda::launch_status();
 }

@@ -26,10 +26,10 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p) {
 }
 
 template <class T, int V>
-void run(const SiluMulParams& p, cudaStream_t stream) {
+void run(const SiluMulParams& p, void* stream) {
   int64_t pieces = ceil_div(p.m, kThreads * V);
   pieces = pieces < 1024 ? pieces : 1024;
-  silu_mul_kernel<T, V><<<dim3(p.rows, pieces), kThreads, 0, stream>>>(p);
+  launch(silu_mul_kernel<T, V>, dim3(p.rows, pieces), kThreads, stream, p);
 }
 
 }  // namespace
@@ -41,8 +41,8 @@ Status silu_mul_cuda(const SiluMulParams& p, void* stream) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int V = cuda::kVec<T>;
     const bool wide = p.m % V == 0 && p.stride % V == 0 && cuda::aligned(p.gate_up) && cuda::aligned(p.out);
-    wide ? cuda::run<T, V>(p, static_cast<cudaStream_t>(stream))
-         : cuda::run<T, 1>(p, static_cast<cudaStream_t>(stream));
+    wide ? cuda::run<T, V>(p, stream)
+         : cuda::run<T, 1>(p, stream);
   });
   return cuda::launch_status();
 }

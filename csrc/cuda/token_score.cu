@@ -194,13 +194,13 @@ __global__ void __launch_bounds__(kThreads) column_kernel(TokenScoreParams p, in
   const Tile tile = find_tile(p.cu_k, static_cast<int>(p.batch), blockIdx.x / heads, kKeys);
   if (tile.seq < 0) return;
   const Head<T> head(p, tile.seq, h);
-  const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
+  const int thread = threadIdx.x, across = thread % kAcross, down = thread / kAcross;
   const int first_seeing = max(0, tile.first - (head.nk - head.nq));
   float column[4] = {};
   for (int query0 = first_seeing / kQueries * kQueries; query0 < head.nq; query0 += kQueries) {
     __syncthreads();  // the previous stats are no longer read
-    if (threadIdx.x < kQueries && query0 + threadIdx.x < head.nq) {
-      stats[threadIdx.x] = row_stats(p, splits, p.cu_q[tile.seq] + query0 + threadIdx.x, h);
+    if (thread < kQueries && query0 + thread < head.nq) {
+      stats[thread] = row_stats(p, splits, p.cu_q[tile.seq] + query0 + thread, h);
     }
     float score[2][4];
     score_tile<T, V>(head, shared, query0, tile.first, score);  // synchronises
@@ -215,11 +215,11 @@ __global__ void __launch_bounds__(kThreads) column_kernel(TokenScoreParams p, in
 #pragma unroll
   for (int b = 0; b < 4; ++b) part[down][across + b * kAcross] = column[b];
   __syncthreads();
-  if (threadIdx.x >= kKeys || tile.first + threadIdx.x >= head.nk) return;
+  if (thread >= kKeys || tile.first + thread >= head.nk) return;
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kThreads / kAcross; ++i) sum += part[i][threadIdx.x];
-  split_scratch(p, splits).columns[h * p.rows_k + p.cu_k[tile.seq] + tile.first + threadIdx.x] = sum;
+  for (int i = 0; i < kThreads / kAcross; ++i) sum += part[i][thread];
+  split_scratch(p, splits).columns[h * p.rows_k + p.cu_k[tile.seq] + tile.first + thread] = sum;
 }
 
 __global__ void __launch_bounds__(kThreads) mean_kernel(TokenScoreParams p, int splits) {
@@ -233,12 +233,12 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(TokenScoreParams p, int 
 }
 
 template <class T, int V>
-void run(const TokenScoreParams& p, cudaStream_t stream) {
+void run(const TokenScoreParams& p, void* stream) {
   const int splits = static_cast<int>(key_splits(p));
   const int64_t query_tiles = max_tiles(p.rows_q, p.batch, kQueries), key_tiles = max_tiles(p.rows_k, p.batch, kKeys);
-  stats_kernel<T, V><<<query_tiles * p.heads_q * splits, kThreads, 0, stream>>>(p, splits);
-  column_kernel<T, V><<<key_tiles * p.heads_q, kThreads, 0, stream>>>(p, splits);
-  mean_kernel<<<ceil_div(p.rows_k, kThreads), kThreads, 0, stream>>>(p, splits);
+  launch(stats_kernel<T, V>, query_tiles * p.heads_q * splits, kThreads, stream, p, splits);
+  launch(column_kernel<T, V>, key_tiles * p.heads_q, kThreads, stream, p, splits);
+  launch(mean_kernel, ceil_div(p.rows_k, kThreads), kThreads, stream, p, splits);
 }
 
 template <class T>
@@ -256,15 +256,14 @@ int64_t token_score_cuda_scratch(const TokenScoreParams& p) {
 
 Status token_score_cuda(const TokenScoreParams& p, void* stream) {
   if (p.batch * p.rows_k == 0) return nullptr;
-  const auto s = static_cast<cudaStream_t>(stream);
   if (p.rows_q * p.heads_q == 0) {
-    return cudaMemsetAsync(p.score, 0, p.rows_k * sizeof(float), s) == cudaSuccess ? nullptr
-                                                                                   : "clearing the scores failed";
+    cudaMemsetAsync(p.score, 0, p.rows_k * sizeof(float), static_cast<cudaStream_t>(stream));
+    return cuda::launch_status();
   }
   cuda::by_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = cuda::wide<T>(p) ? cuda::run<T, cuda::kVec<T>> : cuda::run<T, 1>;
-    run(p, s);
+    run(p, stream);
   });
   return cuda::launch_status();
 }

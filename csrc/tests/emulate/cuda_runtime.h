@@ -1,0 +1,97 @@
+// Enough of CUDA to run the kernels of csrc/cuda on the CPU, where sanitisers can watch them and no GPU is needed. Blocks run
+// one after the other in a random order; the threads of a block are fibers, and which one runs next is random at every
+// barrier and shuffle, so a missing __syncthreads() shows as a wrong result. Shared memory is a static array.
+// Not modelled: memory ordering between blocks, coalescing, register and shared memory limits, misaligned-access faults
+// (the undefined-behaviour sanitiser reports those).
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(threads)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 gridDim;
+
+namespace emulate {
+
+// Runs `thread` once per thread of the grid.
+void run_grid(dim3 blocks, unsigned threads, const std::function<void()>& thread);
+void block_barrier();
+// The value that lane `source` of this warp passed to the same call.
+float exchange(float value, unsigned source);
+unsigned lane();
+
+}  // namespace emulate
+
+inline void __syncthreads() { emulate::block_barrier(); }
+inline void __threadfence() {}
+inline float __shfl_xor_sync(unsigned, float value, int mask) { return emulate::exchange(value, emulate::lane() ^ mask); }
+inline float __shfl_down_sync(unsigned, float value, int delta) {
+  const unsigned source = emulate::lane() + delta;
+  return emulate::exchange(value, source < 32 ? source : emulate::lane());
+}
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  const unsigned old = *at;
+  *at += value;
+  return old;
+}
+inline float __ldcg(const float* at) { return *at; }
+
+// --- runtime API ---------------------------------------------------------------------------------------------------
+
+using cudaStream_t = struct CUstream_st*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
+cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t);
+void emulate_launch_error(cudaError_t error);
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  const dim3 grid = config->gridDim;
+  const bool valid = grid.x > 0 && grid.x <= 0x7fffffffu && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535 &&
+                     config->blockDim.x > 0 && config->blockDim.x <= 1024;
+  if (!valid) {
+    emulate_launch_error(cudaErrorInvalidConfiguration);
+    return cudaErrorInvalidConfiguration;
+  }
+  emulate::run_grid(grid, config->blockDim.x, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}

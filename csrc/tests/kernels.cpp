@@ -1,0 +1,297 @@
+// Runs every kernel in every implementation on odd sizes, strided and misaligned data, and compares them with each other.
+// Meant to run under the address and undefined-behaviour sanitisers; tests/ops compares the CPU kernels with torch.
+#include <numeric>
+
+#include "implementations.h"
+
+namespace dyvte::test {
+namespace {
+
+const DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
+
+std::string label(const char* op, DType dtype, std::initializer_list<int64_t> sizes) {
+  std::string text = std::string(op) + (dtype == DType::f32 ? " f32" : dtype == DType::f16 ? " f16" : " bf16");
+  for (int64_t s : sizes) text += " " + std::to_string(s);
+  return text;
+}
+
+void silu_mul(DType dtype, int64_t rows, int64_t m, int64_t extra, int64_t shift) {
+  const Values gate_up(dtype, rows * (2 * m + extra), shift);
+  compare(label("silu_mul", dtype, {rows, m, extra, shift}), rounding(dtype), [&](const Implementation& with) {
+    const Values out(dtype, rows * m, shift);
+    out.fill(NAN);
+    const SiluMulParams p{gate_up.data(), out.data(), rows, m, 2 * m + extra, dtype};
+    check(with.silu_mul(p, threaded_for), "silu_mul");
+    std::vector<float> result;
+    out.append_to(result);
+    return result;
+  });
+}
+
+void rms_norm(DType dtype, int64_t outer, int64_t inner, int64_t d, int64_t shift, bool add) {
+  const int64_t row = inner * d + 8 + shift;
+  const Values x(dtype, outer * row, shift), weight(dtype, d, shift), start(dtype, outer * row, shift);
+  compare(label("rms_norm", dtype, {outer, inner, d, shift, add}), rounding(dtype), [&](const Implementation& with) {
+    const Values residual = start, out(dtype, outer * inner * d, shift);
+    out.fill(NAN);
+    const RmsNormParams p{x.data(), add ? residual.data() : nullptr, weight.data(), out.data(), outer, inner, d,
+                          row,      d,                               row,           d,          1e-5f, dtype};
+    check(with.rms_norm(p, threaded_for), "rms_norm");
+    std::vector<float> result;
+    out.append_to(result);
+    residual.append_to(result);
+    return result;
+  });
+}
+
+// K and V of all slots, with pages in random order.
+struct Cache {
+  DType dtype;
+  int64_t slots, max_pages, page, heads, dim;
+  Values k, v;
+  Ints table;
+
+  Cache(DType dtype_, int64_t slots_, int64_t max_pages_, int64_t page_, int64_t heads_, int64_t dim_, int64_t shift)
+      : dtype(dtype_), slots(slots_), max_pages(max_pages_), page(page_), heads(heads_), dim(dim_),
+        k(dtype, slots * max_pages * page * heads * dim, shift),
+        v(dtype, slots * max_pages * page * heads * dim, shift),
+        table(page_table(slots, max_pages)) {}
+  KvPool pool() const { return {k.data(), v.data(), slots * max_pages, page, heads, dim}; }
+};
+
+void kv_compact(DType dtype, int64_t slots, int64_t page, int64_t heads, int64_t dim, int64_t shift) {
+  const Cache start(dtype, slots, 300 / page + 1, page, heads, dim, shift);
+  std::vector<int64_t> counts;
+  std::vector<int32_t> rows;
+  for (int64_t s = 0; s < slots; ++s) {
+    const size_t before = rows.size();
+    const int64_t keep_of_8 = pick(0, 8);
+    for (int32_t r = 0; r < pick(0, 300); ++r) {
+      if (pick(0, 7) < keep_of_8) rows.push_back(r);
+    }
+    counts.push_back(static_cast<int64_t>(rows.size() - before));
+  }
+  Ints keep(static_cast<int64_t>(rows.size()));
+  std::copy(rows.begin(), rows.end(), keep.data());
+  const Ints cu = cumulative(counts);
+  compare(label("kv_compact", dtype, {slots, page, heads, dim, shift}), 0.0f, [&](const Implementation& with) {
+    const Cache cache = start;
+    const Ints lens(slots);
+    const KvCompactParams p{cache.pool(), cache.table.data(), lens.data(),     keep.data(),
+                            cu.data(),    slots,              cache.max_pages, heads * dim * element_size(dtype)};
+    check(with.kv_compact(p, threaded_for), "kv_compact");
+    std::vector<float> result(lens.data(), lens.data() + slots);
+    cache.k.append_to(result);
+    cache.v.append_to(result);
+    return result;
+  });
+}
+
+void rope_append(DType dtype, const std::vector<int64_t>& added, int64_t heads_q, int64_t heads, int64_t dim, int64_t rot_dim,
+                 int64_t page, int64_t shift) {
+  const int64_t batch = static_cast<int64_t>(added.size()), rows = std::accumulate(added.begin(), added.end(), int64_t{0});
+  const int64_t width = (heads_q + 2 * heads) * dim + 8 + shift, max_pos = 50;
+  const Values qkv_start(dtype, rows * width, shift);
+  const Cache cache_start(dtype, batch, 60 / page + 1, page, heads, dim, shift);
+  Array<float> cos_sin(max_pos * rot_dim);
+  for (int64_t i = 0; i < cos_sin.size(); ++i) cos_sin[i] = std::cos(0.1f * static_cast<float>(i));
+  Ints positions(rows), lens(batch);
+  for (int64_t i = 0; i < rows; ++i) positions[i] = static_cast<int32_t>(pick(0, max_pos - 1));
+  for (int64_t b = 0; b < batch; ++b) lens[b] = static_cast<int32_t>(pick(0, 60 - added[b]));
+  const Ints cu = cumulative(added);
+  compare(label("rope_append", dtype, {rows, heads_q, heads, dim, rot_dim, page, shift}), rounding(dtype), [&](const Implementation& with) {
+    const Values qkv = qkv_start;
+    const Cache cache = cache_start;
+    char* base = static_cast<char*>(qkv.data());
+    RopeAppendParams p{};
+    p.q = base;
+    p.k = base + heads_q * dim * element_size(dtype);
+    p.v = base + (heads_q + heads) * dim * element_size(dtype);
+    p.q_stride = p.k_stride = p.v_stride = width;
+    p.cos_sin = cos_sin.data();
+    p.positions = positions.data();
+    p.cu_seqlens = cu.data();
+    p.pool = cache.pool();
+    p.block_table = cache.table.data();
+    p.lens = lens.data();
+    p.rows = rows;
+    p.batch = batch;
+    p.heads_q = heads_q;
+    p.rot_dim = rot_dim;
+    p.max_pages = p.table_stride = cache.max_pages;
+    p.dtype = dtype;
+    check(with.rope_append(p, threaded_for), "rope_append");
+    std::vector<float> result;
+    qkv.append_to(result);
+    cache.k.append_to(result);
+    cache.v.append_to(result);
+    return result;
+  });
+}
+
+void token_score(DType dtype, const std::vector<int64_t>& queries, const std::vector<int64_t>& keys, int64_t heads_q,
+                 int64_t heads, int64_t dim, int64_t shift) {
+  const Ints cu_q = cumulative(queries), cu_k = cumulative(keys);
+  TokenScoreParams p{};
+  p.batch = static_cast<int64_t>(queries.size());
+  p.rows_q = cu_q[p.batch];
+  p.rows_k = cu_k[p.batch];
+  p.heads_q = heads_q;
+  p.heads_kv = heads;
+  p.dim = dim;
+  p.q_stride = heads_q * dim + shift;
+  p.k_stride = heads * dim + 8 * shift;
+  const Values q(dtype, p.rows_q * p.q_stride, shift), k(dtype, p.rows_k * p.k_stride, shift);
+  p.q = q.data();
+  p.k = k.data();
+  p.cu_q = cu_q.data();
+  p.cu_k = cu_k.data();
+  p.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  p.dtype = dtype;
+  compare(label("token_score", dtype, {p.rows_q, p.rows_k, heads_q, heads, dim, shift}), 3e-6f, [&](const Implementation& with) {
+    const Array<float> score(p.rows_k), scratch(with.cuda ? token_score_cuda_scratch(p) : token_score_cpu_scratch(p));
+    std::fill(score.data(), score.data() + score.size(), NAN);
+    std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
+    p.score = score.data();
+    p.scratch = scratch.data();
+    check(with.token_score(p, threaded_for), "token_score");
+    return std::vector<float>(score.data(), score.data() + score.size());
+  });
+}
+
+void decode_attention(DType dtype, const std::vector<int64_t>& lens, int64_t heads_q, int64_t heads, int64_t dim, int64_t page,
+                      int64_t shift) {
+  const int64_t longest = *std::max_element(lens.begin(), lens.end());
+  DecodeAttentionParams p{};
+  p.batch = static_cast<int64_t>(lens.size());
+  const Cache cache(dtype, p.batch, longest / page + 2, page, heads, dim, shift);
+  p.heads_q = heads_q;
+  p.q_stride = heads_q * dim + 8 * shift;
+  const Values q(dtype, p.batch * p.q_stride, shift);
+  Ints kv_lens(p.batch);
+  std::copy(lens.begin(), lens.end(), kv_lens.data());
+  p.q = q.data();
+  p.pool = cache.pool();
+  p.block_table = cache.table.data();
+  p.max_pages = p.table_stride = cache.max_pages;
+  p.kv_lens = kv_lens.data();
+  p.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  p.dtype = dtype;
+  compare(label("decode_attention", dtype, {p.batch, longest, heads_q, heads, dim, page, shift}), rounding(dtype), [&](const Implementation& with) {
+    p.max_len = with.cuda ? p.max_pages * page : longest;
+    const Array<float> scratch(with.cuda ? decode_attention_cuda_scratch(p) : decode_attention_cpu_scratch(p));
+    std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
+    const Values out(dtype, p.batch * heads_q * dim, shift);
+    out.fill(NAN);
+    p.out = out.data();
+    p.scratch = scratch.data();
+    check(with.decode_attention(p, threaded_for), "decode_attention");
+    std::vector<float> result;
+    out.append_to(result);
+    return result;
+  });
+}
+
+void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t states, float rms_eps, int64_t shift) {
+  const int64_t rows = 57;
+  ExitHeadParams p{};
+  p.dtype = dtype;
+  p.batch = batch;
+  p.d = d;
+  p.inner = inner;
+  p.states = states;
+  for (int32_t bit = 1; bit <= kLastText; bit *= 2) p.n_states += (states & bit) != 0;
+  p.hidden_stride = d + 8 * shift;
+  p.threshold = 0.5f;
+  p.rms_eps = rms_eps;
+  const Values hidden(dtype, rows * p.hidden_stride, shift), w1(dtype, inner * p.n_states * d, shift), w2(dtype, 2 * inner, shift);
+  for (int64_t i = 0; i < w1.size(); ++i) w1.set(i, w1.get(i) / std::sqrt(static_cast<float>(d)));
+  for (int64_t i = 0; i < w2.size(); ++i) w2.set(i, w2.get(i) / std::sqrt(static_cast<float>(inner)));
+  Ints ranges(2 * batch);
+  std::vector<int64_t> visual;
+  for (int64_t b = 0; b < batch; ++b) {
+    ranges[2 * b] = static_cast<int32_t>(pick(0, rows));
+    ranges[2 * b + 1] = static_cast<int32_t>(pick(ranges[2 * b], rows));
+    visual.push_back(pick(0, 3) ? pick(1, 40) : 0);
+  }
+  const Ints cu = cumulative(visual);
+  Ints visual_rows(cu[batch]);
+  for (int64_t i = 0; i < visual_rows.size(); ++i) visual_rows[i] = static_cast<int32_t>(pick(0, rows - 1));
+  p.hidden = hidden.data();
+  p.text_ranges = ranges.data();
+  p.visual_rows = states & 3 ? visual_rows.data() : nullptr;
+  p.visual_cu = states & 3 ? cu.data() : nullptr;
+  p.w1 = w1.data();
+  p.w2 = w2.data();
+  compare(label("exit_head", dtype, {batch, d, inner, states, rms_eps >= 0, shift}), 2e-6f, [&](const Implementation& with) {
+    const Array<float> p_exit(batch), scratch(with.cuda ? exit_head_cuda_scratch(p) : exit_head_cpu_scratch(p));
+    const Array<bool> exit(batch);
+    std::fill(p_exit.data(), p_exit.data() + batch, NAN);
+    std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
+    p.p_exit = p_exit.data();
+    p.exit = exit.data();
+    p.scratch = scratch.data();
+    check(with.exit_head(p, threaded_for), "exit_head");
+    std::vector<float> result(p_exit.data(), p_exit.data() + batch);
+    for (int64_t b = 0; b < batch; ++b) {
+      if (exit[b] != (p_exit[b] > p.threshold)) check("exit is not p_exit > threshold", "exit_head");
+    }
+    return result;
+  });
+}
+
+void movement_and_fusions(DType dtype, int64_t shift) {
+  for (int64_t m : {1, 7, 83, 64, 769, 4104}) silu_mul(dtype, pick(0, 5), m, shift ? 1 : 8, shift);
+  for (int64_t d : {1, 7, 83, 64, 769, 1032, 4104}) {
+    rms_norm(dtype, pick(1, 5), 1, d, shift, true);
+    rms_norm(dtype, pick(1, 9), 3, d, shift, false);
+  }
+  kv_compact(dtype, 4, 16, 2, 64, shift);
+  kv_compact(dtype, 3, 301, 1, 83, shift);
+  kv_compact(dtype, 7, 1, 3, 7, shift);
+  rope_append(dtype, {1}, 4, 2, 64, 64, 16, shift);
+  rope_append(dtype, {0, 7, 1, 0, 30}, 8, 2, 128, 128, 16, shift);
+  rope_append(dtype, {3, 0, 2}, 3, 1, 80, 32, 64, shift);
+  rope_append(dtype, {5, 1}, 2, 2, 83, 82, 7, shift);
+  rope_append(dtype, {4}, 1, 1, 7, 0, 3, shift);
+}
+
+void attention(DType dtype, int64_t shift) {
+  decode_attention(dtype, {1}, 2, 2, 64, 16, shift);
+  decode_attention(dtype, {0, 83, 7, 520}, 8, 2, 64, 16, shift);
+  decode_attention(dtype, {769}, 7, 1, 128, 256, shift);
+  decode_attention(dtype, {0, 0}, 4, 4, 80, 5, shift);
+  decode_attention(dtype, {300, 1100}, 12, 1, 83, 64, shift);
+  decode_attention(dtype, {64, 130}, 2, 1, 256, 32, shift);
+  decode_attention(dtype, {37, 2}, 3, 1, 7, 8, shift);
+  token_score(dtype, {1}, {83}, 2, 2, 64, shift);
+  token_score(dtype, {1, 0, 7, 40, 5, 3}, {769, 9, 7, 67, 0, 1}, 6, 2, 83, shift);
+  token_score(dtype, {0, 0}, {3, 4}, 2, 1, 7, shift);
+  token_score(dtype, {65, 16}, {65, 128}, 4, 1, 128, shift);
+}
+
+void heads(DType dtype, int64_t shift) {
+  for (int64_t batch : {1, 3, 8, 11}) {
+    exit_head(dtype, batch, 64, 16, 12, -1.0f, shift);
+    exit_head(dtype, batch, 83, 7, 15, 1e-6f, shift);
+    exit_head(dtype, batch, 264, 33, 9, 1e-6f, shift);
+    exit_head(dtype, batch, 7, 1, 4, -1.0f, shift);
+  }
+}
+
+}  // namespace
+}  // namespace dyvte::test
+
+int main() {
+  using namespace dyvte::test;
+  for (dyvte::DType dtype : kDTypes) {
+    for (int64_t shift : {0, 1}) {
+      movement_and_fusions(dtype, shift);
+      attention(dtype, shift);
+      heads(dtype, shift);
+    }
+  }
+  std::printf("ok:");
+  for (const Implementation& implementation : implementations()) std::printf(" %s", implementation.name.c_str());
+  std::printf(" agree\n");
+}
