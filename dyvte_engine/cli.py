@@ -45,8 +45,11 @@ def generate(
 
     The policy "auto" is the model's own exit heads where they lie beside it (exit_heads.safetensors), else keep-all.
     """
-    from .engine import Engine  # torch and transformers load here, not for --help
+    import transformers  # torch and transformers load here, not for --help
 
+    from .engine import Engine
+
+    transformers.logging.set_verbosity_error()
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import transformers
+
 from . import EXAMPLES, NANO_HEADS, DynamicExit, Engine, GenerationResult, KeepAll, VisualTokenPolicy
 
 RUNS = 7  # the figures shown are medians, both policies in turn
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=3, help="how many of the shipped examples")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo.png"))
     args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
     engine = Engine.from_pretrained("nano", max_batch=1)
     policies = (KeepAll(), DynamicExit.from_file(NANO_HEADS))
     examples = json.loads((EXAMPLES / "examples.json").read_text())[: args.examples]
