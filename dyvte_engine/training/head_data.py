@@ -1,4 +1,4 @@
-"""What exit heads learn from: prompts with pictures, the reference answers, and the outcome of an exit at every layer."""
+"""What exit heads learn from: prompts, reference answers, and the outcome of an exit at every layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dyvte_engine.training.labels import ExitOutcomes, Rule, Sample, exit_outcom
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A single-turn prompt about one picture; without an answer the model's own greedy answer is the reference (`self`)."""
+    """A single-turn prompt about one picture; without an answer the model's greedy answer is the reference (`self`)."""
 
     picture: Image.Image
     prompt: str

@@ -71,10 +71,13 @@ class ExitOutcomes:
 def exit_outcomes(language_model: Any, lm_head: Any, samples: list[Sample]) -> ExitOutcomes:
     """Runs the samples once, with a text-only branch from every layer on, and compares each branch with the full run.
 
-    language_model: a live HF decoder (`embed_tokens` is not used), with `sdpa` or `eager` attention; lm_head: d -> vocabulary.
+    language_model: a live HF decoder with `sdpa` or `eager` attention; lm_head: d -> vocabulary.
     """
     lengths = [len(s.visual) for s in samples]
-    main, main_run = _pad([s.inputs_embeds for s in samples]), _Run(language_model, _pad([s.positions for s in samples]))
+    main, main_run = (
+        _pad([s.inputs_embeds for s in samples]),
+        _Run(language_model, _pad([s.positions for s in samples])),
+    )
     text = [(~s.visual).nonzero()[:, 0].to(main.device) for s in samples]
     text_run = _Run(language_model, _pad([s.positions[rows] for s, rows in zip(samples, text, strict=True)]))
     layers, pooled = language_model.layers, []
@@ -103,7 +106,7 @@ def exit_outcomes(language_model: Any, lm_head: Any, samples: list[Sample]) -> E
 
 
 class _Run:
-    """Carries right-padded rows at given positions int64 [B, m] through decoder layers; padding is seen by no true row."""
+    """Carries right-padded rows at positions int64 [B, m] through decoder layers; no true row sees padding."""
 
     def __init__(self, language_model: Any, positions: Tensor):
         self.language_model, self.positions = language_model, positions.long()
@@ -142,7 +145,7 @@ def _pool(hidden: Tensor, samples: list[Sample]) -> dict[str, Tensor]:
 def _judge(head: Any, hidden: Tensor, ends: list[int], answers: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Argmax tokens, for each sample int64 [X, A], and mean cross-entropies [X, B].
 
-    hidden: [X, B, m, d], the last layer's rows of X variants; ends: true rows of each sample, the answer being the last ones.
+    hidden: [X, B, m, d], the last layer's rows of X variants; ends: true rows of each sample, its answer last.
     """
     tokens, losses = [], []
     for b, (end, answer) in enumerate(zip(ends, answers, strict=True)):

@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,6 @@ from torch import Tensor
 from dyvte_engine.exit_head import ExitHeadConfig, ExitHeads
 from dyvte_engine.models.adapters import load_model
 from dyvte_engine.training.head_data import Example, HeadData, collect, read_jsonl
-from dyvte_engine.training.labels import Rule
 from dyvte_engine.training.metrics import share
 
 
@@ -49,12 +49,16 @@ def train(heads: ExitHeads, data: HeadData, settings: HeadSettings) -> None:
     warmup = max(1, round(settings.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
-        lambda s: (s + 1) / warmup if s < warmup else 0.5 * (1 + math.cos(math.pi * (s - warmup) / max(1, steps - warmup))),
+        lambda s: (
+            (s + 1) / warmup if s < warmup else 0.5 * (1 + math.cos(math.pi * (s - warmup) / max(1, steps - warmup)))
+        ),
     )
     for epoch in range(settings.epochs):
         total = 0.0
         for rows in torch.randperm(count, generator=generator).split(settings.batch):
-            asked = [int(torch.randint(layers, (1,), generator=generator))] if settings.one_random_layer else range(layers)
+            asked = (
+                [int(torch.randint(layers, (1,), generator=generator))] if settings.one_random_layer else range(layers)
+            )
             pooled, label = data.pooled[rows].to(heads.w1.device), data.label[rows].long().to(heads.w1.device)
             losses = [F.cross_entropy(heads(pooled[:, layer], layer), label[:, layer]) for layer in asked]
             loss = torch.stack(losses).mean()
@@ -125,7 +129,9 @@ def _examples(args: argparse.Namespace) -> tuple[list[Example], dict[str, list[E
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--data", required=True, help="JSON lines {image, prompt, answer?}, or `nano` for its own pictures")
+    parser.add_argument(
+        "--data", required=True, help="JSON lines {image, prompt, answer?}, or `nano` for its own pictures"
+    )
     parser.add_argument("--report", help="JSON lines to report on (`nano` brings its own)")
     parser.add_argument("--out", type=Path, required=True, help="exit_heads.safetensors to write")
     parser.add_argument("--report-out", type=Path, help="JSON report to write")
@@ -145,6 +151,20 @@ def main() -> None:
     run(parser.parse_args())
 
 
+def fit(heads: ExitHeads, data: HeadData, settings: HeadSettings) -> tuple[float, HeadData]:
+    """Trains on the first three quarters and calibrates on the rest; returns the threshold and the rest.
+
+    Without a calibration target everything trains and the threshold is 0.5.
+    """
+    if settings.target is None:
+        train(heads, data, settings)
+        return 0.5, data
+    kept = round(0.75 * len(data.label))
+    seen, held = (HeadData(data.pooled[s], data.label[s], data.agree[s], []) for s in (slice(kept), slice(kept, None)))
+    train(heads, seen, settings)
+    return calibrate(exit_probabilities(heads, held.pooled), held.agree, settings.target), held
+
+
 def run(args: argparse.Namespace) -> None:
     settings = HeadSettings.paper(args.seed) if args.paper else HeadSettings(args.seed)
     given = {name: getattr(args, name) for name in ("lr", "epochs", "target") if getattr(args, name) is not None}
@@ -152,20 +172,16 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.model, getattr(torch, args.dtype), torch.device(args.device), None, False)
     training, reported = _examples(args)
     config = ExitHeadConfig(model.shape.hidden_size, model.shape.num_layers, args.head_hidden, rms_eps=args.rms_eps)
-    rule: Rule = args.rule
-    data = collect(model, training, config.states, rule, args.label_batch)
-    kept = len(data.label) if settings.target is None else round(0.75 * len(data.label))
-    fit, held = (HeadData(data.pooled[s], data.label[s], data.agree[s], []) for s in (slice(kept), slice(kept, None)))
+    data = collect(model, training, config.states, args.rule, args.label_batch)
     heads = ExitHeads(config, seed=args.seed).to(args.device)
-    train(heads, fit, settings)
-    threshold = 0.5 if settings.target is None else calibrate(exit_probabilities(heads, held.pooled), held.agree, settings.target)
-    metadata = {"threshold": threshold, "rule": rule, "seed": args.seed, "samples": kept, "settings": vars(settings)}
-    heads.save(args.out, model.fingerprint, model_name=Path(model.name).name, **metadata)
-    report = {"threshold": threshold, "rule": rule, "training_samples": kept, "calibration_samples": len(held.label)}
-    if len(held.label):
-        report["calibration"] = describe(heads, held, threshold)
+    threshold, held = fit(heads, data, settings)
+    report: dict[str, Any] = {"rule": args.rule, "samples": len(data.label), "settings": vars(settings)}
+    heads.save(args.out, model.fingerprint, model_name=Path(model.name).name, threshold=threshold, **report)
+    report |= {"threshold": threshold, "head_hidden": args.head_hidden, "dtype": args.dtype}
+    report["calibration"] = describe(heads, held, threshold)
     for name, examples in reported.items():
-        report[name] = describe(heads, collect(model, examples, config.states, rule, args.label_batch), threshold)
+        measured = collect(model, examples, config.states, args.rule, args.label_batch)
+        report[name] = describe(heads, measured, threshold)
     print(json.dumps(report, indent=1))
     if args.report_out:
         args.report_out.write_text(json.dumps(report, indent=1) + "\n")

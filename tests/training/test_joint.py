@@ -1,4 +1,4 @@
-"""Joint training: packed questions are blind to each other, equal single prompts, and an interrupted run ends the same."""
+"""Joint training: packed questions are blind to each other and equal single prompts; a resumed run ends the same."""
 
 from __future__ import annotations
 

@@ -38,7 +38,12 @@ def test_shapes_do_not_touch_and_show_their_colour() -> None:
             assert np.abs(pixels[int(y), int(x)] - COLORS[shape.color]).max() <= 20, (scene, shape)
         for i, one in enumerate(scene.shapes):
             for two in scene.shapes[:i]:
-                apart = one.box[0] > two.box[2] or two.box[0] > one.box[2] or one.box[1] > two.box[3] or two.box[1] > one.box[3]
+                apart = (
+                    one.box[0] > two.box[2]
+                    or two.box[0] > one.box[2]
+                    or one.box[1] > two.box[3]
+                    or two.box[1] > one.box[3]
+                )
                 assert apart
 
 

@@ -1,4 +1,4 @@
-"""The published easy-VQA set (PyPI package `easy-vqa`, MIT licence): its training half trains, its test half only measures."""
+"""The published easy-VQA set (PyPI package `easy-vqa`, MIT): one half trains, the test half only measures."""
 
 from __future__ import annotations
 

@@ -67,7 +67,9 @@ def chat_prompt(processor: AutoProcessor, text: str) -> str:
 
 
 @torch.inference_mode()
-def answer(model: LlavaForConditionalGeneration, processor: AutoProcessor, items: list[Item], batch: int = 64) -> list[str]:
+def answer(
+    model: LlavaForConditionalGeneration, processor: AutoProcessor, items: list[Item], batch: int = 64
+) -> list[str]:
     """Greedy answers of the model, in the order of the items."""
     prompts = [chat_prompt(processor, item.question.text) for item in items]
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
@@ -106,7 +108,9 @@ def score(items: list[Item], answers: list[str]) -> dict[str, dict]:
     return {group: share(sum(rights), len(rights)) for group, rights in sorted(hits.items())}
 
 
-def compare(model: LlavaForConditionalGeneration, processor: AutoProcessor, items: list[Item], majority: dict[str, str]) -> dict:
+def compare(
+    model: LlavaForConditionalGeneration, processor: AutoProcessor, items: list[Item], majority: dict[str, str]
+) -> dict:
     """The model's scores beside both blind baselines."""
     blank = [Item(BLANK, item.question, item.group) for item in items]
     texts = sorted({item.question.text for item in items})
@@ -114,7 +118,9 @@ def compare(model: LlavaForConditionalGeneration, processor: AutoProcessor, item
     by_text = dict(zip(texts, once, strict=True))
     return {
         "model": score(items, answer(model, processor, items)),
-        "blind, majority answer of the training questions": score(items, [majority.get(i.question.text, "") for i in items]),
+        "blind, majority answer of the training questions": score(
+            items, [majority.get(i.question.text, "") for i in items]
+        ),
         "blind, model with a grey picture": score(blank, [by_text[i.question.text] for i in items]),
     }
 
@@ -129,10 +135,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     args = parser.parse_args()
-    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+    model = (
+        LlavaForConditionalGeneration.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+        .to(args.device)
+        .eval()
+    )
     processor = AutoProcessor.from_pretrained(args.model)
     easy_majority = majority_answers(q for questions in load_easy_vqa("train")[1] for q in questions)
-    scene_majority = majority_answers(q for questions in pool_questions(args.seed, "train", 10000, 16) for q in questions)
+    scene_majority = majority_answers(
+        q for questions in pool_questions(args.seed, "train", 10000, 16) for q in questions
+    )
     held_out = scene_items(args.seed, "heldout", 0, args.scenes)
     report = {
         "settings": {

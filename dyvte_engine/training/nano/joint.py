@@ -1,6 +1,7 @@
 """Stage 2: tower, projector and decoder together, several questions behind each picture, loss on the answers.
 
-The tower goes on learning the patch labels beside it, from those alone at first: a young decoder's gradients only disturb it.
+The tower goes on learning the patch labels beside it; the answers' loss reaches it only when the decoder is no
+longer young, because a young decoder's gradients disturb it.
 
 In a random share of the steps the text rows lose the visual rows after a random layer, so that what a question needs
 from the picture moves into the text early enough for an exit in mid-depth to be possible.
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,16 @@ from dyvte_engine.training.nano.packing import PREFIX, EncodedQuestions, Packed,
 from dyvte_engine.training.nano.tower import DenseTower, dense_loss
 
 
-def _split_attention(module, q, k, v, mask, scaling=None, dropout=0.0, prefix=0, **unused):  # noqa: ANN001, ANN003
+def _split_attention(
+    module: nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float = 1.0,
+    prefix: int = 0,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
     """Plain attention in which the first `prefix` rows do not even compute scores against the others.
 
     q [B, Hq, S, D], k and v [B, Hkv, S, D], mask [B, 1, S, S] added to the scores; returns [B, S, Hq, D].
@@ -33,7 +44,9 @@ def _split_attention(module, q, k, v, mask, scaling=None, dropout=0.0, prefix=0,
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
 
     def attend(rows: slice, columns: slice) -> torch.Tensor:
-        scores = (q[:, :, rows] @ k[:, :, columns].transpose(-1, -2)).float() * scaling + mask[:, :, rows, columns].float()
+        scores = (q[:, :, rows] @ k[:, :, columns].transpose(-1, -2)).float() * scaling + mask[
+            :, :, rows, columns
+        ].float()
         return scores.softmax(-1).to(q.dtype) @ v[:, :, columns]
 
     first, rest = slice(0, prefix), slice(prefix, None)
@@ -43,12 +56,14 @@ def _split_attention(module, q, k, v, mask, scaling=None, dropout=0.0, prefix=0,
 AttentionInterface.register("prefix_split", _split_attention)
 
 
-def layer_runner(decoder: nn.Module, compile_model: bool) -> Callable:
+def layer_runner(decoder: Any, compile_model: bool) -> Callable:
     """Runs any layer of the decoder through one (compiled) forward: `run(layer, hidden, mask, cos, sin, prefix)`."""
     decoder.config._attn_implementation = "prefix_split"
     template = decoder.layers[0]
 
-    def forward(weights: dict, hidden: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, prefix: int):
+    def forward(
+        weights: dict, hidden: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, prefix: int
+    ) -> torch.Tensor:
         extra = {"attention_mask": mask, "position_embeddings": (cos, sin), "prefix": prefix}
         output = functional_call(template, weights, (hidden,), extra)
         return output[0] if isinstance(output, tuple) else output
@@ -108,7 +123,7 @@ class JointSettings:
 
 @dataclass
 class Source:
-    """Pictures uint8 [P, 96, 96, 3], their patch labels uint8 [P, 144, len(LABELS)] (IGNORE if unknown), their questions."""
+    """Pictures uint8 [P, 96, 96, 3], patch labels uint8 [P, 144, len(LABELS)] (IGNORE if unknown), questions."""
 
     pictures: np.ndarray
     labels: np.ndarray
@@ -163,7 +178,7 @@ def train_joint(
     folder: Path,
     on_save: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Trains `model` in place, and `dense`, which holds the model's own tower; resumes from `folder/joint.safetensors`."""
+    """Trains `model` and `dense` (around its tower) in place; resumes from `folder/joint.safetensors`."""
     parameters = dict(model.named_parameters())
     parameters |= {f"labels.{name}": p for name, p in dense.labels.named_parameters()}
     optimiser = MasterAdamW(parameters, settings.lr, settings.steps, min(300, settings.steps // 10 + 1))

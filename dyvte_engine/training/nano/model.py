@@ -1,4 +1,4 @@
-"""The architecture of nano: CLIP tower (144 patches), MLP projector, Llama decoder of 12 layers, and its tokenizer and processor."""
+"""The architecture of nano: CLIP tower (144 patches), MLP projector, Llama decoder of 12 layers; its tokenizer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     corpus = []
     for index in range(4000):
         for asked in questions.ask_many(scenes.sample_scene(0, "train", index), 6):
-            corpus += [asked.text, asked.answer.lower(), asked.answer.capitalize()] if asked.kind != "word" else [asked.text]
+            corpus += (
+                [asked.text, asked.answer.lower(), asked.answer.capitalize()] if asked.kind != "word" else [asked.text]
+            )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("[A-Z](?![a-z])", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,4 +1,4 @@
-"""AdamW with fp32 master weights behind a low-precision model, warm-up and cosine decay, resumable from safetensors files."""
+"""AdamW with fp32 master weights behind a low-precision model, warm-up and cosine decay, resumable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class MasterAdamW:
     Gradients are clipped to norm 1; weight decay acts on matrices only. The whole state is a dict of tensors.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], lr: float, total_steps: int, warmup: int, weight_decay: float = 0.05):
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], lr: float, total_steps: int, warmup: int, weight_decay: float = 0.05
+    ):
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.masters = {name: p.detach().float().clone().requires_grad_() for name, p in self.parameters.items()}
         groups = [
@@ -87,7 +89,7 @@ class Progress:
         self.sums: dict[str, float] = {}
         self.count = 0
 
-    def __call__(self, step: int, **values: float) -> None:
+    def __call__(self, step: int, **values: float | torch.Tensor) -> None:
         self.count += 1
         for key, value in values.items():
             self.sums[key] = self.sums.get(key, 0.0) + float(value)
@@ -96,5 +98,8 @@ class Progress:
         speed = (step - self.first) / (time.monotonic() - self.start)
         means = " ".join(f"{key} {value / self.count:.4f}" for key, value in self.sums.items())
         left = (self.total - step) / speed / 60
-        print(f"step {step}/{self.total} {means} | {speed * self.per_step:.1f} pictures/s, {left:.1f} min left", flush=True)
+        print(
+            f"step {step}/{self.total} {means} | {speed * self.per_step:.1f} pictures/s, {left:.1f} min left",
+            flush=True,
+        )
         self.sums, self.count = {}, 0

@@ -21,8 +21,11 @@ PREFIX = 2 + VISUAL
 
 @dataclass
 class EncodedQuestions:
-    """Token ids of many questions, flat: question i is ids[start[i]:start[i+1]], its answer begins at answer[i] (relative)
-    and ends with the end token; picture p owns the questions picture_start[p]:picture_start[p+1]."""
+    """Token ids of many questions, flat.
+
+    Question i is ids[start[i]:start[i+1]]; its answer begins answer[i] tokens later and ends with the end token.
+    Picture p owns the questions picture_start[p]:picture_start[p+1].
+    """
 
     ids: np.ndarray
     start: np.ndarray
@@ -78,7 +81,9 @@ def pack(batch: list[list[tuple[np.ndarray, int]]], rows: int) -> Packed:
             at = end
     return Packed(
         torch.from_numpy(ids),
-        torch.from_numpy(np.concatenate([np.broadcast_to(np.arange(PREFIX), (len(batch), PREFIX)), offset + PREFIX], 1)),
+        torch.from_numpy(
+            np.concatenate([np.broadcast_to(np.arange(PREFIX), (len(batch), PREFIX)), offset + PREFIX], 1)
+        ),
         _mask(torch.from_numpy(segment)),
         torch.from_numpy(targets),
     )

@@ -1,4 +1,4 @@
-"""Questions and answers about generated scenes, in several phrasings, balanced so that guessing without the picture is poor."""
+"""Questions and answers about generated scenes, in several phrasings, balanced so that blind guessing is poor."""
 
 from __future__ import annotations
 
@@ -98,13 +98,22 @@ def _color(rng: random.Random, scene: Scene) -> Question | None:
         return None
     shape = rng.choice(unique)
     noun = "shape" if len(scene.shapes) == 1 and rng.random() < 0.5 else shape.kind
-    text = rng.choice(("what color is the {}?", "what is the color of the {}?", "What color is the {}?", "Which color does the {} have?"))
+    text = rng.choice(
+        (
+            "what color is the {}?",
+            "what is the color of the {}?",
+            "What color is the {}?",
+            "Which color does the {} have?",
+        )
+    )
     return _styled(rng, text.format(noun), shape.color, f"The {noun} is {shape.color}.", "color")
 
 
 def _shape(rng: random.Random, scene: Scene) -> Question | None:
     if len(scene.shapes) == 1 and rng.random() < 0.6:
-        text = rng.choice(("what shape is in the image?", "what shape does the image contain?", "what shape is present?"))
+        text = rng.choice(
+            ("what shape is in the image?", "what shape does the image contain?", "what shape is present?")
+        )
         return _styled(rng, text, scene.shapes[0].kind, f"It is a {scene.shapes[0].kind}.", "shape")
     counts = Counter(s.color for s in scene.shapes)
     unique = [s for s in scene.shapes if counts[s.color] == 1]
@@ -168,7 +177,9 @@ def _spatial(rng: random.Random, scene: Scene) -> Question | None:
 def _word(rng: random.Random, scene: Scene) -> Question | None:
     if not scene.word:
         return None
-    text = rng.choice(("What does the text say?", "Read the word.", "What word is printed?", "Which word is in the picture?"))
+    text = rng.choice(
+        ("What does the text say?", "Read the word.", "What word is printed?", "Which word is in the picture?")
+    )
     return _styled(rng, text, scene.word.text, f"The word is {scene.word.text}.", "word")
 
 

@@ -35,7 +35,7 @@ ON_DARK = ("red", "green", "yellow", "orange")
 INK = ("red", "blue", "black", "teal", "brown", "purple")
 MAX_SHAPES = 6
 MAX_LETTERS = 5
-WORDS = tuple(
+_WORD_LIST = (
     "ACE ADD AGE AIR ANT APE APPLE ARM ART ASK BAG BALL BANK BAR BAT BEACH BEAN BEAR BED BEE BELL BIG BIRD BOAT BONE "
     "BOOK BOX BOY BREAD BUS CAKE CALL CAMP CAN CAP CAR CARD CAT CHAIR CITY CLOCK CLOUD COAT COLD CORN COW CUP DANCE "
     "DAY DEER DESK DOG DOLL DOOR DOWN DREAM DRUM DUCK EAGLE EAR EARTH EAST EGG EXIT EYE FACE FAN FARM FISH FIVE FLAG "
@@ -44,12 +44,22 @@ WORDS = tuple(
     "LION LOCK MAP MILK MOON MOUSE MUSIC NAIL NECK NEST NET NIGHT NINE NO NORTH NOSE OCEAN OIL ONION OPEN OVEN OWL "
     "PARK PEN PIANO PIG PIZZA PLANE PLANT POND QUEEN QUIZ RADIO RAIN RED RICE RING RIVER ROAD ROBOT ROCK ROSE SALT "
     "SAND SEA SHEEP SHIP SHOE SIX SNAKE SNOW SOAP SOCK SOUP SPOON STAR STOP SUGAR SUN TABLE TAXI TEA TEN TENT TIGER "
-    "TOY TRAIN TREE TRUCK UP VAN VASE VIEW VOTE WALL WATER WAVE WEST WHALE WIND WOLF WOOD YARD YES ZEBRA ZERO ZOO".split()
+    "TOY TRAIN TREE TRUCK UP VAN VASE VIEW VOTE WALL WATER WAVE WEST WHALE WIND WOLF WOOD YARD YES ZEBRA ZERO ZOO"
 )
+WORDS = tuple(_WORD_LIST.split())
 UNSEEN_WORDS = WORDS[3::8]  # never printed in a training picture
 SEEN_WORDS = tuple(w for w in WORDS if w not in UNSEEN_WORDS)
 LABELS = ("shape", "color", "column", "row", "same_shape", "same_color", "letter", "letter_index")
-LABEL_SIZES = (len(SHAPES) + 2, len(COLORS) + 1, GRID + 1, GRID + 1, MAX_SHAPES + 1, MAX_SHAPES + 1, 27, MAX_LETTERS + 1)
+LABEL_SIZES = (
+    len(SHAPES) + 2,
+    len(COLORS) + 1,
+    GRID + 1,
+    GRID + 1,
+    MAX_SHAPES + 1,
+    MAX_SHAPES + 1,
+    27,
+    MAX_LETTERS + 1,
+)
 IGNORE = 255
 
 
@@ -180,7 +190,7 @@ def _points(kind: str, box: tuple[float, ...]) -> list[tuple[float, float]]:
     return tips
 
 
-def _paint(draw: ImageDraw.ImageDraw, shape: Shape, scale: float, fill: object) -> None:
+def _paint(draw: ImageDraw.ImageDraw, shape: Shape, scale: float, fill: int | tuple[int, ...]) -> None:
     box = tuple(v * scale for v in shape.box)
     if shape.kind == "circle":
         draw.ellipse(box, fill=fill)
@@ -209,7 +219,7 @@ def _background(rng: np.random.Generator, kind: str) -> np.ndarray:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Paints the scene: RGB, 96 x 96. A "single" scene is drawn at 64 x 64 without smoothing and enlarged, as easy-VQA is."""
+    """Paints the scene, RGB, 96 x 96; a "single" one is drawn at 64 x 64 unsmoothed and enlarged, as easy-VQA is."""
     rng = np.random.default_rng(np.frombuffer(scene.seed.encode().ljust(64), np.uint32))
     background = Image.fromarray(_background(rng, scene.background))
     if scene.style == "single":
@@ -231,7 +241,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """What each patch shows: uint8 [144, len(LABELS)], class 0 = nothing, IGNORE where an object only grazes the patch."""
+    """What each patch shows: uint8 [144, len(LABELS)]; 0 = nothing, IGNORE where an object only grazes the patch."""
     labels = np.zeros((GRID, GRID, len(LABELS)), np.uint8)
     best = np.zeros((GRID, GRID), np.float32)
     for shape in scene.shapes:
@@ -258,7 +268,7 @@ def patch_labels(scene: Scene) -> np.ndarray:
 
 
 def _label_word(labels: np.ndarray, word: Word) -> None:
-    left, top, right, bottom = word.box
+    left, top, _, bottom = word.box
     edges = [left + x for x in letter_edges(word.text, word.size)]
     color = 1 + tuple(COLORS).index(word.color)
     for row in range(GRID):

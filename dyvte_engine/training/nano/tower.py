@@ -31,7 +31,7 @@ class DenseTower(nn.Module):
 
 
 def dense_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Summed cross-entropies of the labels [B, 144, len(LABELS)] and the accuracy of each on the patches that carry it."""
+    """Summed cross-entropies of the labels [B, 144, len(LABELS)], and each one's accuracy where it is present."""
     total, accuracy = logits.new_zeros((), dtype=torch.float32), {}
     for i, (name, part) in enumerate(zip(LABELS, logits.float().split(LABEL_SIZES, -1))):
         target = labels[..., i].long()

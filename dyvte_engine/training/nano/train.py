@@ -11,7 +11,15 @@ from safetensors import safe_open
 
 from dyvte_engine.training.nano.easy import load_easy_vqa, load_pictures
 from dyvte_engine.training.nano.joint import JointSettings, Source, train_joint
-from dyvte_engine.training.nano.model import BOS, USER, build_config, build_model, build_processor, build_tokenizer, save
+from dyvte_engine.training.nano.model import (
+    BOS,
+    USER,
+    build_config,
+    build_model,
+    build_processor,
+    build_tokenizer,
+    save,
+)
 from dyvte_engine.training.nano.packing import encode
 from dyvte_engine.training.nano.pool import load_pool, pool_questions
 from dyvte_engine.training.nano.scenes import IGNORE
@@ -24,7 +32,9 @@ def run_tower(args: argparse.Namespace) -> None:
     model = build_model(config, args.seed)
     dense = DenseTower(model.model.vision_tower, config.vision_config.hidden_size).to(args.device, dtype)
     pictures, labels = load_pool(args.data, args.seed, "train", args.pictures)
-    train_tower(dense, pictures, labels, args.out, args.seed, args.steps, args.batch, args.lr, args.device, not args.no_compile)
+    train_tower(
+        dense, pictures, labels, args.out, args.seed, args.steps, args.batch, args.lr, args.device, not args.no_compile
+    )
 
 
 def run_joint(args: argparse.Namespace) -> None:
@@ -34,12 +44,15 @@ def run_joint(args: argparse.Namespace) -> None:
     dense = DenseTower(model.model.vision_tower, config.vision_config.hidden_size)
     paths, asked = load_easy_vqa("train")
     pictures, labels = load_pool(args.data, args.seed, "train", args.pictures)
-    scenes = Source(pictures, labels, encode(tokenizer, pool_questions(args.seed, "train", args.pictures, args.questions)))
+    scenes = Source(
+        pictures, labels, encode(tokenizer, pool_questions(args.seed, "train", args.pictures, args.questions))
+    )
     unknown = np.full((len(paths), *labels.shape[1:]), IGNORE, np.uint8)
     sources = [scenes, Source(load_pictures(paths), unknown, encode(tokenizer, asked))]
     with safe_open(args.tower or args.out / "tower.safetensors", "pt") as file:
         prefix = "master/"
-        dense.load_state_dict({k[len(prefix) :]: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)})
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        dense.load_state_dict({name[len(prefix) :]: file.get_tensor(name) for name in names})
     for module in (model, dense):
         module.to(args.device, getattr(torch, args.dtype))
     settings = JointSettings(args.seed, args.steps, args.batch, args.lr, args.device, compile_model=not args.no_compile)
@@ -55,14 +68,18 @@ def run_joint(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", choices=("tower", "joint"), required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/nano"), help="checkpoints; an interrupted run continues from here")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/nano"), help="checkpoints; an interrupted run continues from here"
+    )
     parser.add_argument("--data", type=Path, default=Path("runs/nano-data"), help="where generated pictures are kept")
     parser.add_argument("--pictures", type=int, default=80000, help="generated training pictures")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--questions", type=int, default=16, help="questions drawn up for each picture (joint)")
-    parser.add_argument("--tower", type=Path, help="tower checkpoint to begin from (joint); default OUT/tower.safetensors")
+    parser.add_argument(
+        "--tower", type=Path, help="tower checkpoint to begin from (joint); default OUT/tower.safetensors"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
