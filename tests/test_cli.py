@@ -1,18 +1,28 @@
 """The command line, run as a user runs it."""
 
 import json
+import random
 import subprocess
 import sys
 
 import pytest
 
+from dyvte_engine import cli
 from tests import tiny
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dyvte_engine.cli", *args], capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """main() in this process: returns exit code, stdout, and stderr with its line breaks taken out."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dyvte-engine", *args])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err.replace("\n", " ")
+
+    return call
 
 
 @pytest.fixture(scope="module")
