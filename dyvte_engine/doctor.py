@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-HOW_TO_BUILD = "build it with `make build` (in a source tree) or `pip install -e . --no-build-isolation`"
 PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "pillow", "flash-attn", "accelerate")
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
 
@@ -91,11 +90,12 @@ def _native() -> Report:
     """{"build": its own account or None, "reason": why it does not load or None, "runs": {device: reason or None}}."""
     native: Report = {"build": None, "reason": None, "runs": {}}
     try:
+        importlib.import_module("torch")
         ops = importlib.import_module("dyvte_engine.ops")
         ops.load_library()
         native["build"] = ops.build_info()
     except Exception as error:
-        native["reason"] = f"{_sentence(error)}; {HOW_TO_BUILD}"
+        native["reason"] = _sentence(error)
         return native
     native["runs"]["cpu"] = _try(lambda: _run_kernel("cpu"))
     native["runs"]["cuda"] = _why_no_cuda(native["build"]) or _try(lambda: _run_kernel("cuda"))
