@@ -70,10 +70,10 @@ format: build ## rewrite Python and C++ sources in the project's format
 audit: build ## what the native libraries ask of the system they are loaded on
 	$(PY) tools/audit_symbols.py
 
-sanitize: $(VENV)/.torch ## the CPU kernels under the address and undefined-behaviour sanitisers
+sanitize: $(VENV)/.torch ## the kernels without torch, under the address and undefined-behaviour sanitisers
 	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DDYVTE_SANITIZE=ON
 	$(VENV)/bin/cmake --build build/sanitize
-	build/sanitize/cpu_kernels
+	build/sanitize/kernels
 
 wheel: build ## a wheel in dist/
 	$(NATIVE_ENV) $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
