@@ -85,8 +85,9 @@ wheel-test: wheel ## the wheel in an empty environment, from another directory
 compat: build ## the built library on the oldest supported and the newest torch and transformers
 	$(PY) tools/compat.py
 
-bench: build ## kernel and engine benchmarks; JSON in outputs/
-	for file in benchmarks/bench_*.py; do $(PY) $$file || exit 1; done
+bench: build ## kernel and engine benchmarks; JSON in outputs/benchmarks
+	$(PY) -m benchmarks.kernels
+	$(PY) -m benchmarks.engine
 
 gpu-check: ## GPU tests and compute-sanitizer with the python3 in PATH; no network, no virtual environment
 	PYTHON='$(PYTHON)' bash tools/gpu_check.sh
