@@ -102,7 +102,8 @@ inline int multiprocessors() {
 }
 
 template <class... Parameters, class... Arguments>
-inline void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, void* stream, const Arguments&... arguments) {
+inline void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, void* stream,
+                   const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);

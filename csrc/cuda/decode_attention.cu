@@ -262,9 +262,7 @@ int64_t decode_attention_cuda_scratch(const DecodeAttentionParams& p) {
 
 Status decode_attention_cuda(const DecodeAttentionParams& p, void* stream) {
   if (p.batch * p.heads_q * p.pool.dim == 0) return nullptr;
-  cuda::by_dtype(p.dtype, [&](auto* type) {
-    cuda::run<std::remove_pointer_t<decltype(type)>>(p, stream);
-  });
+  cuda::by_dtype(p.dtype, [&](auto* type) { cuda::run<std::remove_pointer_t<decltype(type)>>(p, stream); });
   return cuda::launch_status();
 }
 

@@ -41,8 +41,7 @@ Status silu_mul_cuda(const SiluMulParams& p, void* stream) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int V = cuda::kVec<T>;
     const bool wide = p.m % V == 0 && p.stride % V == 0 && cuda::aligned(p.gate_up) && cuda::aligned(p.out);
-    wide ? cuda::run<T, V>(p, stream)
-         : cuda::run<T, 1>(p, stream);
+    wide ? cuda::run<T, V>(p, stream) : cuda::run<T, 1>(p, stream);
   });
   return cuda::launch_status();
 }

@@ -17,14 +17,14 @@
 #include "isa.h"
 #include "values.h"
 
-#define DYVTE_TEST_ISA(isa)                                           \
-  namespace dyvte::isa {                                              \
-  Status exit_head_cpu(const ExitHeadParams&, ParallelFor);           \
-  Status rope_append_cpu(const RopeAppendParams&, ParallelFor);       \
-  Status token_score_cpu(const TokenScoreParams&, ParallelFor);       \
+#define DYVTE_TEST_ISA(isa)                                               \
+  namespace dyvte::isa {                                                  \
+  Status exit_head_cpu(const ExitHeadParams&, ParallelFor);               \
+  Status rope_append_cpu(const RopeAppendParams&, ParallelFor);           \
+  Status token_score_cpu(const TokenScoreParams&, ParallelFor);           \
   Status decode_attention_cpu(const DecodeAttentionParams&, ParallelFor); \
-  Status rms_norm_cpu(const RmsNormParams&, ParallelFor);             \
-  Status silu_mul_cpu(const SiluMulParams&, ParallelFor);             \
+  Status rms_norm_cpu(const RmsNormParams&, ParallelFor);                 \
+  Status silu_mul_cpu(const SiluMulParams&, ParallelFor);                 \
   }
 
 DYVTE_TEST_ISA(generic)
@@ -52,10 +52,10 @@ Status on_cuda(const Params& p, ParallelFor) {
   return kernel(p, nullptr);
 }
 
-#define DYVTE_TEST_CPU(isa)                                                                            \
-  Implementation {                                                                                     \
-    #isa, false, isa::exit_head_cpu, kv_compact_cpu, isa::rope_append_cpu, isa::token_score_cpu,       \
-        isa::decode_attention_cpu, isa::rms_norm_cpu, isa::silu_mul_cpu                                \
+#define DYVTE_TEST_CPU(isa)                                                                      \
+  Implementation {                                                                               \
+    #isa, false, isa::exit_head_cpu, kv_compact_cpu, isa::rope_append_cpu, isa::token_score_cpu, \
+        isa::decode_attention_cpu, isa::rms_norm_cpu, isa::silu_mul_cpu                          \
   }
 
 inline std::vector<Implementation> implementations() {
@@ -75,13 +75,14 @@ inline std::vector<Implementation> implementations() {
 inline int32_t threaded_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* ctx) {
   const int64_t n = end - begin, pieces = std::max<int64_t>(1, std::min<int64_t>(3, n / std::max<int64_t>(1, grain)));
   std::vector<std::thread> threads;
-  for (int64_t i = 0; i < pieces; ++i) threads.emplace_back(body, begin + n * i / pieces, begin + n * (i + 1) / pieces, ctx);
+  for (int64_t i = 0; i < pieces; ++i)
+    threads.emplace_back(body, begin + n * i / pieces, begin + n * (i + 1) / pieces, ctx);
   for (auto& t : threads) t.join();
   return 0;
 }
 
-// Runs `run(implementation) -> outputs` for all and compares with the first. `tolerance` is relative to the largest output
-// near 1, and 0 asks for equal bits.
+// Runs `run(implementation) -> outputs` for all and compares with the first. `tolerance` is relative to the largest
+// output near 1, and 0 asks for equal bits.
 template <class Run>
 void compare(const std::string& what, float tolerance, const Run& run) {
   std::vector<float> expected;
@@ -91,8 +92,8 @@ void compare(const std::string& what, float tolerance, const Run& run) {
     for (size_t i = 0; i < expected.size(); ++i) {
       const float error = std::fabs(got[i] - expected[i]), bound = tolerance * std::fmax(1.0f, std::fabs(expected[i]));
       if (error <= bound) continue;  // false for NaN
-      std::printf("FAILED %s: %s gives %g at %zu of %zu, %g expected\n", what.c_str(), implementation.name.c_str(), got[i], i,
-                  expected.size(), expected[i]);
+      std::printf("FAILED %s: %s gives %g at %zu of %zu, %g expected\n", what.c_str(), implementation.name.c_str(),
+                  got[i], i, expected.size(), expected[i]);
       std::exit(1);
     }
   }

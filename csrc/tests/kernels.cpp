@@ -1,5 +1,6 @@
-// Runs every kernel in every implementation on odd sizes, strided and misaligned data, and compares them with each other.
-// Meant to run under the address and undefined-behaviour sanitisers; tests/ops compares the CPU kernels with torch.
+// Runs every kernel in every implementation on odd sizes, strided and misaligned data, and compares them with each
+// other. Meant to run under the address and undefined-behaviour sanitisers; tests/ops compares the CPU kernels with
+// torch.
 #include <numeric>
 
 #include "implementations.h"
@@ -34,8 +35,9 @@ void rms_norm(DType dtype, int64_t outer, int64_t inner, int64_t d, int64_t shif
   compare(label("rms_norm", dtype, {outer, inner, d, shift, add}), rounding(dtype), [&](const Implementation& with) {
     const Values residual = start, out(dtype, outer * inner * d, shift);
     out.fill(NAN);
-    const RmsNormParams p{x.data(), add ? residual.data() : nullptr, weight.data(), out.data(), outer, inner, d,
-                          row,      d,                               row,           d,          1e-5f, dtype};
+    const RmsNormParams p{
+        x.data(), add ? residual.data() : nullptr, weight.data(), out.data(), outer, inner, d, row, d, row, d, 1e-5f,
+        dtype};
     check(with.rms_norm(p, threaded_for), "rms_norm");
     std::vector<float> result;
     out.append_to(result);
@@ -52,7 +54,12 @@ struct Cache {
   Ints table;
 
   Cache(DType dtype_, int64_t slots_, int64_t max_pages_, int64_t page_, int64_t heads_, int64_t dim_, int64_t shift)
-      : dtype(dtype_), slots(slots_), max_pages(max_pages_), page(page_), heads(heads_), dim(dim_),
+      : dtype(dtype_),
+        slots(slots_),
+        max_pages(max_pages_),
+        page(page_),
+        heads(heads_),
+        dim(dim_),
         k(dtype, slots * max_pages * page * heads * dim, shift),
         v(dtype, slots * max_pages * page * heads * dim, shift),
         table(page_table(slots, max_pages)) {}
@@ -77,8 +84,10 @@ void kv_compact(DType dtype, int64_t slots, int64_t page, int64_t heads, int64_t
   compare(label("kv_compact", dtype, {slots, page, heads, dim, shift}), 0.0f, [&](const Implementation& with) {
     const Cache cache = start;
     const Ints lens(slots);
-    const KvCompactParams p{cache.pool(), cache.table.data(), lens.data(),     keep.data(),
-                            cu.data(),    slots,              cache.max_pages, heads * dim * element_size(dtype)};
+    const KvCompactParams p{cache.pool(),    cache.table.data(),
+                            lens.data(),     keep.data(),
+                            cu.data(),       slots,
+                            cache.max_pages, heads * dim * element_size(dtype)};
     check(with.kv_compact(p, threaded_for), "kv_compact");
     std::vector<float> result(lens.data(), lens.data() + slots);
     cache.k.append_to(result);
@@ -87,9 +96,10 @@ void kv_compact(DType dtype, int64_t slots, int64_t page, int64_t heads, int64_t
   });
 }
 
-void rope_append(DType dtype, const std::vector<int64_t>& added, int64_t heads_q, int64_t heads, int64_t dim, int64_t rot_dim,
-                 int64_t page, int64_t shift) {
-  const int64_t batch = static_cast<int64_t>(added.size()), rows = std::accumulate(added.begin(), added.end(), int64_t{0});
+void rope_append(DType dtype, const std::vector<int64_t>& added, int64_t heads_q, int64_t heads, int64_t dim,
+                 int64_t rot_dim, int64_t page, int64_t shift) {
+  const int64_t batch = static_cast<int64_t>(added.size()),
+                rows = std::accumulate(added.begin(), added.end(), int64_t{0});
   const int64_t width = (heads_q + 2 * heads) * dim + 8 + shift, max_pos = 50;
   const Values qkv_start(dtype, rows * width, shift);
   const Cache cache_start(dtype, batch, 60 / page + 1, page, heads, dim, shift);
@@ -99,34 +109,35 @@ void rope_append(DType dtype, const std::vector<int64_t>& added, int64_t heads_q
   for (int64_t i = 0; i < rows; ++i) positions[i] = static_cast<int32_t>(pick(0, max_pos - 1));
   for (int64_t b = 0; b < batch; ++b) lens[b] = static_cast<int32_t>(pick(0, 60 - added[b]));
   const Ints cu = cumulative(added);
-  compare(label("rope_append", dtype, {rows, heads_q, heads, dim, rot_dim, page, shift}), rounding(dtype), [&](const Implementation& with) {
-    const Values qkv = qkv_start;
-    const Cache cache = cache_start;
-    char* base = static_cast<char*>(qkv.data());
-    RopeAppendParams p{};
-    p.q = base;
-    p.k = base + heads_q * dim * element_size(dtype);
-    p.v = base + (heads_q + heads) * dim * element_size(dtype);
-    p.q_stride = p.k_stride = p.v_stride = width;
-    p.cos_sin = cos_sin.data();
-    p.positions = positions.data();
-    p.cu_seqlens = cu.data();
-    p.pool = cache.pool();
-    p.block_table = cache.table.data();
-    p.lens = lens.data();
-    p.rows = rows;
-    p.batch = batch;
-    p.heads_q = heads_q;
-    p.rot_dim = rot_dim;
-    p.max_pages = p.table_stride = cache.max_pages;
-    p.dtype = dtype;
-    check(with.rope_append(p, threaded_for), "rope_append");
-    std::vector<float> result;
-    qkv.append_to(result);
-    cache.k.append_to(result);
-    cache.v.append_to(result);
-    return result;
-  });
+  compare(label("rope_append", dtype, {rows, heads_q, heads, dim, rot_dim, page, shift}), rounding(dtype),
+          [&](const Implementation& with) {
+            const Values qkv = qkv_start;
+            const Cache cache = cache_start;
+            char* base = static_cast<char*>(qkv.data());
+            RopeAppendParams p{};
+            p.q = base;
+            p.k = base + heads_q * dim * element_size(dtype);
+            p.v = base + (heads_q + heads) * dim * element_size(dtype);
+            p.q_stride = p.k_stride = p.v_stride = width;
+            p.cos_sin = cos_sin.data();
+            p.positions = positions.data();
+            p.cu_seqlens = cu.data();
+            p.pool = cache.pool();
+            p.block_table = cache.table.data();
+            p.lens = lens.data();
+            p.rows = rows;
+            p.batch = batch;
+            p.heads_q = heads_q;
+            p.rot_dim = rot_dim;
+            p.max_pages = p.table_stride = cache.max_pages;
+            p.dtype = dtype;
+            check(with.rope_append(p, threaded_for), "rope_append");
+            std::vector<float> result;
+            qkv.append_to(result);
+            cache.k.append_to(result);
+            cache.v.append_to(result);
+            return result;
+          });
 }
 
 void token_score(DType dtype, const std::vector<int64_t>& queries, const std::vector<int64_t>& keys, int64_t heads_q,
@@ -148,19 +159,21 @@ void token_score(DType dtype, const std::vector<int64_t>& queries, const std::ve
   p.cu_k = cu_k.data();
   p.scale = 1.0f / std::sqrt(static_cast<float>(dim));
   p.dtype = dtype;
-  compare(label("token_score", dtype, {p.rows_q, p.rows_k, heads_q, heads, dim, shift}), 3e-6f, [&](const Implementation& with) {
-    const Array<float> score(p.rows_k), scratch(with.cuda ? token_score_cuda_scratch(p) : token_score_cpu_scratch(p));
-    std::fill(score.data(), score.data() + score.size(), NAN);
-    std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
-    p.score = score.data();
-    p.scratch = scratch.data();
-    check(with.token_score(p, threaded_for), "token_score");
-    return std::vector<float>(score.data(), score.data() + score.size());
-  });
+  compare(label("token_score", dtype, {p.rows_q, p.rows_k, heads_q, heads, dim, shift}), 3e-6f,
+          [&](const Implementation& with) {
+            const Array<float> score(p.rows_k),
+                scratch(with.cuda ? token_score_cuda_scratch(p) : token_score_cpu_scratch(p));
+            std::fill(score.data(), score.data() + score.size(), NAN);
+            std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
+            p.score = score.data();
+            p.scratch = scratch.data();
+            check(with.token_score(p, threaded_for), "token_score");
+            return std::vector<float>(score.data(), score.data() + score.size());
+          });
 }
 
-void decode_attention(DType dtype, const std::vector<int64_t>& lens, int64_t heads_q, int64_t heads, int64_t dim, int64_t page,
-                      int64_t shift) {
+void decode_attention(DType dtype, const std::vector<int64_t>& lens, int64_t heads_q, int64_t heads, int64_t dim,
+                      int64_t page, int64_t shift) {
   const int64_t longest = *std::max_element(lens.begin(), lens.end());
   DecodeAttentionParams p{};
   p.batch = static_cast<int64_t>(lens.size());
@@ -177,19 +190,20 @@ void decode_attention(DType dtype, const std::vector<int64_t>& lens, int64_t hea
   p.kv_lens = kv_lens.data();
   p.scale = 1.0f / std::sqrt(static_cast<float>(dim));
   p.dtype = dtype;
-  compare(label("decode_attention", dtype, {p.batch, longest, heads_q, heads, dim, page, shift}), rounding(dtype), [&](const Implementation& with) {
-    p.max_len = with.cuda ? p.max_pages * page : longest;
-    const Array<float> scratch(with.cuda ? decode_attention_cuda_scratch(p) : decode_attention_cpu_scratch(p));
-    std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
-    const Values out(dtype, p.batch * heads_q * dim, shift);
-    out.fill(NAN);
-    p.out = out.data();
-    p.scratch = scratch.data();
-    check(with.decode_attention(p, threaded_for), "decode_attention");
-    std::vector<float> result;
-    out.append_to(result);
-    return result;
-  });
+  compare(label("decode_attention", dtype, {p.batch, longest, heads_q, heads, dim, page, shift}), rounding(dtype),
+          [&](const Implementation& with) {
+            p.max_len = with.cuda ? p.max_pages * page : longest;
+            const Array<float> scratch(with.cuda ? decode_attention_cuda_scratch(p) : decode_attention_cpu_scratch(p));
+            std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
+            const Values out(dtype, p.batch * heads_q * dim, shift);
+            out.fill(NAN);
+            p.out = out.data();
+            p.scratch = scratch.data();
+            check(with.decode_attention(p, threaded_for), "decode_attention");
+            std::vector<float> result;
+            out.append_to(result);
+            return result;
+          });
 }
 
 void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t states, float rms_eps, int64_t shift) {
@@ -204,7 +218,8 @@ void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t sta
   p.hidden_stride = d + 8 * shift;
   p.threshold = 0.5f;
   p.rms_eps = rms_eps;
-  const Values hidden(dtype, rows * p.hidden_stride, shift), w1(dtype, inner * p.n_states * d, shift), w2(dtype, 2 * inner, shift);
+  const Values hidden(dtype, rows * p.hidden_stride, shift), w1(dtype, inner * p.n_states * d, shift),
+      w2(dtype, 2 * inner, shift);
   for (int64_t i = 0; i < w1.size(); ++i) w1.set(i, w1.get(i) / std::sqrt(static_cast<float>(d)));
   for (int64_t i = 0; i < w2.size(); ++i) w2.set(i, w2.get(i) / std::sqrt(static_cast<float>(inner)));
   Ints ranges(2 * batch);
@@ -223,21 +238,22 @@ void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t sta
   p.visual_cu = states & 3 ? cu.data() : nullptr;
   p.w1 = w1.data();
   p.w2 = w2.data();
-  compare(label("exit_head", dtype, {batch, d, inner, states, rms_eps >= 0, shift}), 2e-6f, [&](const Implementation& with) {
-    const Array<float> p_exit(batch), scratch(with.cuda ? exit_head_cuda_scratch(p) : exit_head_cpu_scratch(p));
-    const Array<bool> exit(batch);
-    std::fill(p_exit.data(), p_exit.data() + batch, NAN);
-    std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
-    p.p_exit = p_exit.data();
-    p.exit = exit.data();
-    p.scratch = scratch.data();
-    check(with.exit_head(p, threaded_for), "exit_head");
-    std::vector<float> result(p_exit.data(), p_exit.data() + batch);
-    for (int64_t b = 0; b < batch; ++b) {
-      if (exit[b] != (p_exit[b] > p.threshold)) check("exit is not p_exit > threshold", "exit_head");
-    }
-    return result;
-  });
+  compare(label("exit_head", dtype, {batch, d, inner, states, rms_eps >= 0, shift}), 2e-6f,
+          [&](const Implementation& with) {
+            const Array<float> p_exit(batch), scratch(with.cuda ? exit_head_cuda_scratch(p) : exit_head_cpu_scratch(p));
+            const Array<bool> exit(batch);
+            std::fill(p_exit.data(), p_exit.data() + batch, NAN);
+            std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
+            p.p_exit = p_exit.data();
+            p.exit = exit.data();
+            p.scratch = scratch.data();
+            check(with.exit_head(p, threaded_for), "exit_head");
+            std::vector<float> result(p_exit.data(), p_exit.data() + batch);
+            for (int64_t b = 0; b < batch; ++b) {
+              if (exit[b] != (p_exit[b] > p.threshold)) check("exit is not p_exit > threshold", "exit_head");
+            }
+            return result;
+          });
 }
 
 void movement_and_fusions(DType dtype, int64_t shift) {
@@ -258,23 +274,23 @@ void movement_and_fusions(DType dtype, int64_t shift) {
 
 void attention(DType dtype, int64_t shift) {
   decode_attention(dtype, {1}, 2, 2, 64, 16, shift);
-  decode_attention(dtype, {0, 83, 7, 520}, 8, 2, 64, 16, shift);
-  decode_attention(dtype, {769}, 7, 1, 128, 256, shift);
+  decode_attention(dtype, {0, 83, 7, 170}, 8, 2, 64, 16, shift);
+  decode_attention(dtype, {263}, 7, 1, 128, 256, shift);
   decode_attention(dtype, {0, 0}, 4, 4, 80, 5, shift);
-  decode_attention(dtype, {300, 1100}, 12, 1, 83, 64, shift);
+  decode_attention(dtype, {40, 513}, 9, 1, 83, 64, shift);
   decode_attention(dtype, {64, 130}, 2, 1, 256, 32, shift);
   decode_attention(dtype, {37, 2}, 3, 1, 7, 8, shift);
   token_score(dtype, {1}, {83}, 2, 2, 64, shift);
-  token_score(dtype, {1, 0, 7, 40, 5, 3}, {769, 9, 7, 67, 0, 1}, 6, 2, 83, shift);
+  token_score(dtype, {1, 0, 7, 40, 5, 3}, {149, 9, 7, 67, 0, 1}, 6, 2, 83, shift);
   token_score(dtype, {0, 0}, {3, 4}, 2, 1, 7, shift);
   token_score(dtype, {65, 16}, {65, 128}, 4, 1, 128, shift);
 }
 
 void heads(DType dtype, int64_t shift) {
-  for (int64_t batch : {1, 3, 8, 11}) {
+  for (int64_t batch : {1, 3, 10}) {
     exit_head(dtype, batch, 64, 16, 12, -1.0f, shift);
     exit_head(dtype, batch, 83, 7, 15, 1e-6f, shift);
-    exit_head(dtype, batch, 264, 33, 9, 1e-6f, shift);
+    exit_head(dtype, batch, 264, 19, 9, 1e-6f, shift);
     exit_head(dtype, batch, 7, 1, 4, -1.0f, shift);
   }
 }
@@ -287,6 +303,7 @@ int main() {
   for (dyvte::DType dtype : kDTypes) {
     for (int64_t shift : {0, 1}) {
       movement_and_fusions(dtype, shift);
+      if (dtype == dyvte::DType::f16 && shift) continue;  // nothing that bf16 does not do
       attention(dtype, shift);
       heads(dtype, shift);
     }

@@ -24,7 +24,9 @@ template <class T>
 class Array {
  public:
   explicit Array(int64_t n = 0, int64_t shift = 0) : n_(n), shift_(shift), data_(new T[n + shift]()) {}
-  Array(const Array& other) : Array(other.n_, other.shift_) { std::memcpy(data_.get(), other.data_.get(), (n_ + shift_) * sizeof(T)); }
+  Array(const Array& other) : Array(other.n_, other.shift_) {
+    std::memcpy(data_.get(), other.data_.get(), (n_ + shift_) * sizeof(T));
+  }
   Array(std::initializer_list<T> values) : Array(static_cast<int64_t>(values.size())) {
     std::copy(values.begin(), values.end(), data_.get());
   }
@@ -40,7 +42,8 @@ class Array {
 // Normal numbers of one of the three dtypes.
 class Values {
  public:
-  Values(DType dtype, int64_t n, int64_t shift = 0) : dtype_(dtype), n_(n), bytes_(n * element_size(dtype), shift * element_size(dtype)) {
+  Values(DType dtype, int64_t n, int64_t shift = 0)
+      : dtype_(dtype), n_(n), bytes_(n * element_size(dtype), shift * element_size(dtype)) {
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < n; ++i) set(i, normal(rng()));
   }

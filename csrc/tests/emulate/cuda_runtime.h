@@ -1,8 +1,8 @@
-// Enough of CUDA to run the kernels of csrc/cuda on the CPU, where sanitisers can watch them and no GPU is needed. Blocks run
-// one after the other in a random order; the threads of a block are fibers, and which one runs next is random at every
-// barrier and shuffle, so a missing __syncthreads() shows as a wrong result. Shared memory is a static array.
-// Not modelled: memory ordering between blocks, coalescing, register and shared memory limits, misaligned-access faults
-// (the undefined-behaviour sanitiser reports those).
+// Enough of CUDA to run the kernels of csrc/cuda on the CPU, where sanitisers can watch them and no GPU is needed.
+// Blocks run one after the other in a random order; the threads of a block are fibers, and which one runs next is
+// random at every barrier and shuffle, so a missing __syncthreads() shows as a wrong result. Shared memory is a static
+// array. Not modelled: memory ordering between blocks, coalescing, register and shared memory limits, misaligned-access
+// faults (the undefined-behaviour sanitiser reports those).
 #pragma once
 
 #include <cmath>
@@ -53,7 +53,9 @@ unsigned lane();
 
 inline void __syncthreads() { emulate::block_barrier(); }
 inline void __threadfence() {}
-inline float __shfl_xor_sync(unsigned, float value, int mask) { return emulate::exchange(value, emulate::lane() ^ mask); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  return emulate::exchange(value, emulate::lane() ^ mask);
+}
 inline float __shfl_down_sync(unsigned, float value, int delta) {
   const unsigned source = emulate::lane() + delta;
   return emulate::exchange(value, source < 32 ? source : emulate::lane());
@@ -84,10 +86,11 @@ cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t);
 void emulate_launch_error(cudaError_t error);
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
   const dim3 grid = config->gridDim;
-  const bool valid = grid.x > 0 && grid.x <= 0x7fffffffu && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535 &&
-                     config->blockDim.x > 0 && config->blockDim.x <= 1024;
+  const bool valid = grid.x > 0 && grid.x <= 0x7fffffffu && grid.y > 0 && grid.y <= 65535 && grid.z > 0 &&
+                     grid.z <= 65535 && config->blockDim.x > 0 && config->blockDim.x <= 1024;
   if (!valid) {
     emulate_launch_error(cudaErrorInvalidConfiguration);
     return cudaErrorInvalidConfiguration;

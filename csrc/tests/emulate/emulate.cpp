@@ -26,6 +26,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::ready;
+  unsigned exchanges = 0;
 };
 
 [[noreturn]] void die(const char* what) {
@@ -36,7 +37,8 @@ struct Fiber {
 std::vector<Fiber> fibers;
 ucontext_t scheduler;
 const std::function<void()>* body;
-float lanes[1024 / kWarp][kWarp];
+float lanes[2][1024 / kWarp]
+           [kWarp];  // a warp's exchanges take turns, so that nobody overwrites a value before it was read
 std::mt19937 random_order{1};
 
 void entry() {
@@ -54,6 +56,7 @@ void wait(State state) {
 void start(unsigned thread) {
   Fiber& fiber = fibers[thread];
   fiber.state = State::ready;
+  fiber.exchanges = 0;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStack;
@@ -64,7 +67,8 @@ void start(unsigned thread) {
 // Lets threads go that all their warp, or all threads of the block that are left, wait with.
 void release(unsigned threads) {
   auto count = [&](unsigned begin, unsigned end, State state) {
-    return std::count_if(fibers.begin() + begin, fibers.begin() + end, [&](const Fiber& f) { return f.state == state; });
+    return std::count_if(fibers.begin() + begin, fibers.begin() + end,
+                         [&](const Fiber& f) { return f.state == state; });
   };
   auto wake = [&](unsigned begin, unsigned end, State state) {
     for (unsigned i = begin; i < end; ++i) {
@@ -87,7 +91,8 @@ void run_block(unsigned threads) {
       if (fibers[i].state == State::ready) ready.push_back(i);
     }
     if (ready.empty()) {
-      const bool all_done = std::all_of(fibers.begin(), fibers.begin() + threads, [](const Fiber& f) { return f.state == State::done; });
+      const bool all_done =
+          std::all_of(fibers.begin(), fibers.begin() + threads, [](const Fiber& f) { return f.state == State::done; });
       if (all_done) return;
       die("threads wait for each other: a barrier or shuffle that not all of them reach");
     }
@@ -107,12 +112,10 @@ unsigned lane() { return threadIdx.x % kWarp; }
 void block_barrier() { wait(State::at_block_barrier); }
 
 float exchange(float value, unsigned source) {
-  float* warp = lanes[threadIdx.x / kWarp];
+  float* warp = lanes[fibers[threadIdx.x].exchanges++ % 2][threadIdx.x / kWarp];
   warp[lane()] = value;
   wait(State::at_warp_barrier);
-  const float result = warp[source];
-  wait(State::at_warp_barrier);  // nobody overwrites a value before it was read
-  return result;
+  return warp[source];
 }
 
 void run_grid(dim3 blocks, unsigned threads, const std::function<void()>& thread) {
@@ -144,7 +147,9 @@ cudaError_t cudaGetLastError() {
   return error;
 }
 
-const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid configuration argument"; }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
 
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
