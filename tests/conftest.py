@@ -10,11 +10,18 @@ import pytest
 import torch
 
 torch.set_num_threads(min(torch.get_num_threads(), 4))
+NOT_RUN = pytest.StashKey[int]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if "gpu" in item.keywords]
+    if torch.cuda.is_available() or not gpu:
         return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
+    config.stash[NOT_RUN] = len(gpu)
+    config.hook.pytest_deselected(items=gpu)
+    items[:] = [item for item in items if "gpu" not in item.keywords]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash.get(NOT_RUN, 0):
+        terminalreporter.write_line(f"{config.stash[NOT_RUN]} GPU tests not run: torch finds no CUDA device")
