@@ -13,7 +13,7 @@ int64_t decode_attention_cpu_scratch(const DecodeAttentionParams& p) {
   return chunks > 1 ? p.batch * p.heads_q * chunks * (p.pool.dim + 2) : 0;
 }
 
-// Per K/V head: kScoreRows rows of scores and one row of sums, each as long as all keys together.
-int64_t token_score_cpu_scratch(const TokenScoreParams& p) { return p.heads_kv * (kScoreRows + 1) * p.rows_k; }
+// Per K/V head: a row of double sums and kScoreRows rows of scores, each as long as all keys together.
+int64_t token_score_cpu_scratch(const TokenScoreParams& p) { return p.heads_kv * (2 + kScoreRows) * p.rows_k; }
 
 }  // namespace dyvte

@@ -12,8 +12,8 @@ template <class T>
 struct HeadSum {
   const TokenScoreParams& p;
   int64_t q0, nq, k0, nk, kv_head, group;
-  float* sum;  // [nk]
-  float* s;    // [kScoreRows, nk]
+  double* sum;  // [nk]; many small terms: float32 would lose what torch's pairwise sums keep
+  float* s;     // [kScoreRows, nk]
   float q[kScoreRows][kMaxHeadDim];
 
   HeadSum(const TokenScoreParams& params, int64_t seq, int64_t kv_head_)
@@ -24,8 +24,8 @@ struct HeadSum {
         nk(p.cu_k[seq + 1] - k0),
         kv_head(kv_head_),
         group(p.heads_q / p.heads_kv),
-        sum(p.scratch + kv_head * p.rows_k + k0),
-        s(p.scratch + p.heads_kv * p.rows_k + (kv_head * p.rows_k + k0) * kScoreRows) {}
+        sum(reinterpret_cast<double*>(p.scratch) + kv_head * p.rows_k + k0),
+        s(p.scratch + 2 * p.heads_kv * p.rows_k + (kv_head * p.rows_k + k0) * kScoreRows) {}
 
   // Query vector number i counts rows first, then the heads of the group.
   int64_t visible(int64_t i) const { return max64(0, nk - nq + i / group + 1); }
@@ -55,7 +55,7 @@ struct HeadSum {
   }
 
   void run() {
-    for (int64_t j = 0; j < nk; ++j) sum[j] = 0.0f;
+    for (int64_t j = 0; j < nk; ++j) sum[j] = 0.0;
     int64_t i = 0;
     for (; i + 4 <= nq * group; i += 4) add<4>(i);
     for (; i < nq * group; ++i) add<1>(i);
@@ -70,11 +70,11 @@ void token_score(const TokenScoreParams& p, ParallelFor parallel_for) {
   });
   for (int64_t seq = 0; seq < p.batch; ++seq) {
     const int64_t nq = p.cu_q[seq + 1] - p.cu_q[seq];
-    const float scale = nq ? 1.0f / static_cast<float>(nq * p.heads_q) : 0.0f;
+    const double scale = nq ? 1.0 / static_cast<double>(nq * p.heads_q) : 0.0;
     for (int64_t j = p.cu_k[seq]; j < p.cu_k[seq + 1]; ++j) {
-      float sum = 0.0f;
-      for (int64_t h = 0; h < p.heads_kv; ++h) sum += p.scratch[h * p.rows_k + j];
-      p.score[j] = sum * scale;
+      double sum = 0.0;
+      for (int64_t h = 0; h < p.heads_kv; ++h) sum += reinterpret_cast<const double*>(p.scratch)[h * p.rows_k + j];
+      p.score[j] = static_cast<float>(sum * scale);
     }
   }
 }

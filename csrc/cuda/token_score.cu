@@ -189,14 +189,14 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads) column_kernel(TokenScoreParams p, int splits) {
   __shared__ Shared shared;
   __shared__ float2 stats[kQueries];
-  __shared__ float part[kThreads / kAcross][kKeys];
+  __shared__ double part[kThreads / kAcross][kKeys];
   const int heads = static_cast<int>(p.heads_q), h = blockIdx.x % heads;
   const Tile tile = find_tile(p.cu_k, static_cast<int>(p.batch), blockIdx.x / heads, kKeys);
   if (tile.seq < 0) return;
   const Head<T> head(p, tile.seq, h);
   const int thread = threadIdx.x, across = thread % kAcross, down = thread / kAcross;
   const int first_seeing = max(0, tile.first - (head.nk - head.nq));
-  float column[4] = {};
+  double column[4] = {};  // many small terms
   for (int query0 = first_seeing / kQueries * kQueries; query0 < head.nq; query0 += kQueries) {
     __syncthreads();  // the previous stats are no longer read
     if (thread < kQueries && query0 + thread < head.nq) {
@@ -216,10 +216,10 @@ __global__ void __launch_bounds__(kThreads) column_kernel(TokenScoreParams p, in
   for (int b = 0; b < 4; ++b) part[down][across + b * kAcross] = column[b];
   __syncthreads();
   if (thread >= kKeys || tile.first + thread >= head.nk) return;
-  float sum = 0.0f;
+  double sum = 0.0;
 #pragma unroll
   for (int i = 0; i < kThreads / kAcross; ++i) sum += part[i][thread];
-  split_scratch(p, splits).columns[h * p.rows_k + p.cu_k[tile.seq] + tile.first + thread] = sum;
+  split_scratch(p, splits).columns[h * p.rows_k + p.cu_k[tile.seq] + tile.first + thread] = static_cast<float>(sum);
 }
 
 __global__ void __launch_bounds__(kThreads) mean_kernel(TokenScoreParams p, int splits) {
@@ -227,9 +227,9 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(TokenScoreParams p, int 
   if (key >= p.rows_k) return;
   const int seq = find_sequence(p.cu_k, static_cast<int>(p.batch), static_cast<int>(key));
   const int nq = p.cu_q[seq + 1] - p.cu_q[seq];
-  float sum = 0.0f;
+  double sum = 0.0;
   for (int64_t h = 0; h < p.heads_q; ++h) sum += split_scratch(p, splits).columns[h * p.rows_k + key];
-  p.score[key] = nq > 0 ? sum / static_cast<float>(nq * p.heads_q) : 0.0f;
+  p.score[key] = nq > 0 ? static_cast<float>(sum / static_cast<double>(nq * p.heads_q)) : 0.0f;
 }
 
 template <class T, int V>

@@ -1,0 +1,112 @@
+"""rms_norm, add_rms_norm_ and silu_mul."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyvte_engine import ops
+
+from .common import OPCHECK, assert_as_good_as_torch, check_errors
+
+WIDTHS = [1, 7, 64, 83, 128, 769, 1032, 4096]
+
+
+def llama_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """transformers' LlamaRMSNorm; in float64 without its roundings."""
+    inner = torch.float64 if dtype == torch.float64 else torch.float32
+    x = x.to(inner)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return weight.to(dtype) * x.to(dtype)
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_rms_norm(device: str, dtype: torch.dtype, rows: int, d: int) -> None:
+    x = torch.randn(rows, d + 8, device=device).to(dtype)[:, :d]
+    weight = torch.randn(d, device=device).to(dtype)
+    out = ops.rms_norm(x, weight, 1e-5)
+    assert out.is_contiguous() and out.dtype == dtype
+    exact, own = (llama_norm(x, weight, 1e-5, t) for t in (torch.float64, dtype))
+    assert_as_good_as_torch(out, own, exact)
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 2, 5, 64), (0, 3, 64), (7, 1, 83)])
+def test_rms_norm_shapes(device: str, shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape, device=device), torch.randn(shape[-1], device=device)
+    assert_as_good_as_torch(
+        ops.rms_norm(x, weight, 1e-6), *(llama_norm(x, weight, 1e-6, t) for t in (x.dtype, torch.float64))
+    )
+
+
+@pytest.mark.parametrize("rows,heads,d", [(5, 3, 64), (1, 8, 128), (7, 1, 83), (9, 4, 1)])
+def test_rms_norm_of_heads(device: str, dtype: torch.dtype, rows: int, heads: int, d: int) -> None:
+    """The q heads of a fused projection: two strides, no copy."""
+    fused = torch.randn(rows, (heads + 2) * d, device=device).to(dtype)
+    q = fused[:, : heads * d].view(rows, heads, d)
+    weight = torch.randn(d, device=device).to(dtype)
+    assert torch.equal(ops.rms_norm(q, weight, 1e-6), ops.rms_norm(q.contiguous(), weight, 1e-6))
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_add_rms_norm(device: str, dtype: torch.dtype, rows: int, d: int) -> None:
+    x = torch.randn(rows, d + 16, device=device).to(dtype)[:, :d]
+    residual = torch.randn(rows, d + 8, device=device).to(dtype)[:, :d]
+    weight = torch.randn(d, device=device).to(dtype)
+    total = residual + x
+    out = ops.add_rms_norm_(residual, x, weight, 1e-5)
+    assert torch.equal(residual, total)
+    exact, own = (llama_norm(total, weight, 1e-5, t) for t in (torch.float64, dtype))
+    assert_as_good_as_torch(out, own, exact)
+
+
+@pytest.mark.parametrize("m", WIDTHS)
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_silu_mul(device: str, dtype: torch.dtype, rows: int, m: int) -> None:
+    gate_up = (4 * torch.randn(rows, 2 * m + 8, device=device)).to(dtype)[:, : 2 * m]
+    gate, up = gate_up.chunk(2, -1)
+    out = ops.silu_mul(gate_up)
+    assert out.shape == (rows, m)
+    assert_as_good_as_torch(out, F.silu(gate) * up, F.silu(gate.double()) * up.double())
+
+
+def test_extreme_values(device: str) -> None:
+    x = torch.tensor([[-300.0, -88.0, 0.0, 88.0, 300.0, torch.inf, torch.nan, -5e-39] + [1.0] * 8], device=device)
+    out = ops.silu_mul(x)
+    torch.testing.assert_close(out, F.silu(x[:, :8]) * x[:, 8:], equal_nan=True)
+    big = torch.full((2, 64), 3e4, device=device, dtype=torch.float16)
+    torch.testing.assert_close(ops.rms_norm(big, torch.ones_like(big[0]), 1e-5), torch.ones_like(big))
+
+
+def test_refs_and_opcheck(device: str, dtype: torch.dtype) -> None:
+    x, residual, weight = (torch.randn(s, device=device).to(dtype) for s in ((5, 83), (5, 83), (83,)))
+    twin, tolerance = residual.clone(), {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    even = x[:, :82].contiguous()
+    checks = [("rms_norm", (x, weight, 1e-5)), ("add_rms_norm_", (residual, x, weight, 1e-5)), ("silu_mul", (even,))]
+    for name, args in checks:
+        torch.library.opcheck(getattr(torch.ops.dyvte, name).default, args, test_utils=OPCHECK)
+    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), ops.rms_norm_ref(x, weight, 1e-5), **tolerance)
+    torch.testing.assert_close(
+        ops.add_rms_norm_(residual, x, weight, 1e-5), ops.add_rms_norm_ref(twin, x, weight, 1e-5), **tolerance
+    )
+    assert torch.equal(residual, twin)
+    torch.testing.assert_close(ops.silu_mul(even), ops.silu_mul_ref(even), **tolerance)
+
+
+def test_errors(device: str) -> None:
+    x, weight = torch.randn(5, 64, device=device), torch.randn(64, device=device)
+    good = {"x": x, "weight": weight, "eps": 1e-5}
+    bad = [
+        ("x", x[:, :63], "weight must"),
+        ("x", x.double(), ""),
+        ("x", x.t().contiguous().t(), ""),
+        ("x", torch.randn(4, 5, 6, 7, 128, device=device)[::2, ::2, ::2, ::2, ::2][..., :64], ""),
+        ("weight", weight[1:], ""),
+        ("weight", weight.half(), ""),
+    ]
+    check_errors(ops.rms_norm, good, bad)
+    check_errors(
+        ops.add_rms_norm_, good | {"residual": x.clone()}, [("residual", x[1:].clone(), ""), ("residual", x.half(), "")]
+    )
+    check_errors(ops.silu_mul, {}, [("gate_up", x[0], ""), ("gate_up", x[:, :63], ""), ("gate_up", x.t(), "")])

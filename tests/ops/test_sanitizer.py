@@ -1,0 +1,41 @@
+"""One short run of each main kernel on odd sizes, small enough to repeat under compute-sanitizer on a GPU:
+
+compute-sanitizer --tool memcheck python -m pytest -m gpu tests/ops/test_sanitizer.py
+"""
+
+import pytest
+import torch
+
+from dyvte_engine import ops
+
+from . import test_decode_attention, test_exit_head, test_kv_compact, test_rope_append, test_token_score
+
+CASES = {
+    "exit_head": (ops.exit_head, lambda t: test_exit_head.make("cpu", t, 83, 33, 15)),
+    "exit_head-wide": (ops.exit_head, lambda t: test_exit_head.make("cpu", t, 264, 33, 12, batch=9)),
+    "kv_compact": (ops.kv_compact_, lambda t: test_kv_compact.make("cpu", t, [[100, 7], [0, 83]], 16, 2, 83, 0.6)),
+    "rope_append": (ops.rope_append_, lambda t: test_rope_append.make("cpu", t, [3, 0, 83], (6, 2), 80, 32, 16)),
+    "rope_append-odd": (ops.rope_append_, lambda t: test_rope_append.make("cpu", t, [5, 1], (2, 2), 83, 82, 7)),
+    "token_score": (
+        ops.token_score,
+        lambda t: test_token_score.make("cpu", t, [1, 0, 40, 3], [769, 9, 67, 1], (6, 2), 83),
+    ),
+    "decode_attention": (
+        ops.decode_attention,
+        lambda t: test_decode_attention.make("cpu", t, [0, 83, 769], (7, 1), 128, 16),
+    ),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_sanitizer(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    op, make = CASES[name]
+    host = make(dtype)
+    device = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in host.items()}
+    op(**device)
+    op(**host)
+    for n, v in host.items():
+        if isinstance(v, torch.Tensor):
+            torch.testing.assert_close(device[n].cpu(), v, rtol=2e-2, atol=2e-2)
