@@ -21,7 +21,21 @@ from .errors import (
 )
 from .exit_head import ExitHeadConfig, ExitHeads
 from .generation import GenerationResult, GenerationStats, Running, StreamChunk
-from .policies import DynamicExit, FastV, FixedExit, KeepAll, VisualTokenPolicy, compose
+from .policies import (
+    DivPrune,
+    Downsample,
+    DynamicExit,
+    FastV,
+    FixedExit,
+    KeepAll,
+    PyramidDrop,
+    Random,
+    ToMe,
+    VisionZip,
+    VisualTokenPolicy,
+    compose,
+    search_vtw,
+)
 
 __version__ = "0.1.0"
 
@@ -31,6 +45,8 @@ __all__ = [
     "NANO_HEADS",
     "CacheError",
     "DeviceError",
+    "DivPrune",
+    "Downsample",
     "DynamicExit",
     "DyvteError",
     "Engine",
@@ -48,8 +64,13 @@ __all__ = [
     "ModelError",
     "NativeLibraryError",
     "PromptError",
+    "PyramidDrop",
+    "Random",
     "Running",
     "StreamChunk",
+    "ToMe",
+    "VisionZip",
     "VisualTokenPolicy",
     "compose",
+    "search_vtw",
 ]

@@ -12,7 +12,7 @@ from .models.decoder import Decoder
 
 
 def decode_step(decoder: Decoder, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
-    """tokens int64 [B] at positions int32 [B] -> float32 logits [B, vocab]; appends one row to every layer's cache."""
+    """tokens int64 [B] at positions int32 [L, B] -> f32 logits [B, vocab]; appends one row to every layer's cache."""
     cache.reserve_next()
     pool, layers = cache.pool, decoder.layers
     cu = torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
@@ -22,7 +22,7 @@ def decode_step(decoder: Decoder, cache: KVCache, tokens: Tensor, positions: Ten
     x = ops.rms_norm(hidden, layers[0].input_norm, decoder.eps)
     for number, layer in enumerate(layers):
         q, k, v = layer.project_qkv(x)
-        ops.rope_append_(q, k, v, decoder.cos_sin, positions, cu, pool.k, pool.v, tables[number], lens[number])
+        ops.rope_append_(q, k, v, decoder.cos_sin, positions[number], cu, pool.k, pool.v, tables[number], lens[number])
         attended = ops.decode_attention(q, pool.k, pool.v, tables[number], kv_lens[number], decoder.scale)
         x = ops.add_rms_norm_(hidden, layer.project_out(attended), layer.post_norm, layer.eps)
         x = ops.add_rms_norm_(hidden, layer.mlp(x), norms[number], decoder.eps)

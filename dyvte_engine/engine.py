@@ -14,6 +14,7 @@ from .assets import resolve_model
 from .attention import choose_backend
 from .config import EngineConfig
 from .errors import DeviceError, InvalidArgumentError, PromptError
+from .flops import vision_flops
 from .generation import GenerationResult, PrefillFigures, Request, Running, StreamChunk, TokenLoop
 from .kv_cache import KVCache, PagePool
 from .models import TokenizedPrompt, VisionLanguageModel
@@ -23,6 +24,7 @@ from .prefill import prefill
 from .prompts import as_batch, is_single, render
 from .sampling import merge_config
 from .segments import Pack
+from .splice import reduce_pictures, runs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_NEW_TOKENS = 128
@@ -154,7 +156,7 @@ class Engine:
 
         Args:
             inputs_embeds: [n, d] of one sequence, or a list of such; moved to the engine's device and dtype.
-            visual_mask: bool [n] for each, true at visual tokens.
+            visual_mask: bool [n] for each, true at visual tokens; each unbroken stretch counts as one picture.
             position_ids: integer [n] for each, ascending and below `max_len`; default 0..n-1.
 
         Returns:
@@ -180,6 +182,7 @@ class Engine:
             [e.to(device, self.config.dtype) for e in embeds],
             [m.cpu() for m in masks],
             [p.to(device, torch.int32) for p in positions],
+            [runs(m.cpu()) for m in masks],
         )
 
     def _check_entry(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> None:
@@ -204,7 +207,14 @@ class Engine:
             raise InvalidArgumentError(f"position_ids must ascend within 0 to {self.max_len - 1} (max_len - 1)")
 
     @torch.inference_mode()
-    def _prefill(self, embeds: Sequence[Tensor], visual: Sequence[Tensor], positions: Sequence[Tensor]) -> Running:
+    def _prefill(
+        self,
+        embeds: Sequence[Tensor],
+        visual: Sequence[Tensor],
+        positions: Sequence[Tensor],
+        pictures: Sequence[Sequence[int]],
+    ) -> Running:
+        embeds, visual, positions = reduce_pictures(self.policy, embeds, visual, positions, pictures)
         cache = KVCache(self.pool, self.model.shape.num_layers, len(embeds), self.max_len)
         try:
             pack = Pack.from_sequences(visual, positions)
@@ -217,8 +227,7 @@ class Engine:
                 self.policy,
                 self.config.drop_early_kv,
             )
-            following = torch.stack([p[-1] + 1 for p in positions]).to(torch.int32)
-            return Running(self.model.decoder, cache, done, following)
+            return Running(self.model.decoder, cache, done)
         except BaseException:
             cache.close()
             raise
@@ -236,18 +245,21 @@ class Engine:
         self, first: int, inputs: list[TokenizedPrompt], budgets: list[int], config: Any, seeds: list[int]
     ) -> Iterator[StreamChunk]:
         started = time.perf_counter() - sum(i.seconds for i in inputs)
-        prepared = self.model.prepare(inputs)
+        prepared = self.model.prepare(inputs, self.policy)
         if self.config.device.type == "cuda":
             torch.cuda.synchronize(self.config.device)
         vision_s = time.perf_counter() - started
         requests = [
-            Request(list(i.input_ids), int(p.visual.sum()), i.n_images, n)
-            for i, p, n in zip(inputs, prepared, budgets, strict=True)
+            Request(list(i.input_ids), i.input_ids.count(self.model.image_token_id), i.n_images, n)
+            for i, n in zip(inputs, budgets, strict=True)
         ]
         loop = TokenLoop(requests, config, self.model.processor.tokenizer, seeds, self.config.device)
-        with self._prefill(*zip(*((p.inputs_embeds, p.visual, p.positions) for p in prepared), strict=True)) as running:
+        tower = self.model.hf.config.vision_config
+        picture_flops = vision_flops(tower, self.policy.tower_merges), vision_flops(tower)
+        entry = ((p.inputs_embeds, p.visual, p.positions, p.pictures) for p in prepared)
+        with self._prefill(*zip(*entry, strict=True)) as running:
             figures = [
-                PrefillFigures.of(running, b, r.n_images, self.model.hf.config.vision_config)
+                PrefillFigures.of(running, b, len(r.ids), *(r.n_images * f for f in picture_flops))
                 for b, r in enumerate(requests)
             ]
             for b, token, text in loop.run(running):

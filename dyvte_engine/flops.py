@@ -25,10 +25,18 @@ def true_flops(shape: DecoderShape, rows: Sequence[int], vision: float = 0.0) ->
     return vision + layers + 2.0 * d * shape.vocab_size
 
 
-def vision_flops(config: Any) -> float:
-    """FLOPs of one picture through a ViT tower (HF vision config), with its two-matrix MLP and its class token."""
+def vision_flops(config: Any, merges: Sequence[int] = ()) -> float:
+    """FLOPs of one picture through a ViT tower (HF vision config), with its two-matrix MLP and its class token.
+
+    `merges`: rows that each block merges away between its attention and its MLP (ToMe).
+    """
     if getattr(config, "image_size", None) is None or not isinstance(getattr(config, "patch_size", None), int):
         return 0.0
     n = (config.image_size // config.patch_size) ** 2 + (config.model_type == "clip_vision_model")
     d, m = config.hidden_size, config.intermediate_size
-    return config.num_hidden_layers * (2.0 * (4 * n * d * d + 2 * n * d * m) + 4.0 * n * n * d)
+    total = 0.0
+    for merged in [*merges, *[0] * (config.num_hidden_layers - len(merges))]:
+        total += 8.0 * n * d * d + 4.0 * n * n * d
+        n -= merged
+        total += 4.0 * n * d * m
+    return total

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from .decode import decode_step
-from .flops import paper_flops, true_flops, vision_flops
+from .flops import paper_flops, true_flops
 from .kv_cache import KVCache
 from .models import Decoder
 from .prefill import Prefilled
@@ -25,6 +25,7 @@ class GenerationStats:
 
     Attributes:
         exit_layer: layer after which the last visual token left; None if some stayed or there were none.
+        visual_tokens: of the prompt, before any policy.
         tokens_per_layer: prompt rows that each layer computed.
         ttft_s: seconds from the call to the first token of this batch (processor, vision, prefill, sampling).
         vision_s: the part of it spent in processor, vision tower and projector.
@@ -72,26 +73,31 @@ class StreamChunk:
 class Running:
     """A prefilled batch that can be stepped; `logits` f32 [B, vocab] are those of the next token."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, prefilled: Prefilled, next_positions: Tensor):
+    def __init__(self, decoder: Decoder, cache: KVCache, prefilled: Prefilled):
         self.decoder, self.cache = decoder, cache
         self.exit_layers, self.rows = prefilled.exit_layers, prefilled.rows
-        self.positions = next_positions  # int32 [B]
+        self._positions = prefilled.next_positions  # int32 [L, B]
         self.logits = decoder.logits(prefilled.hidden)
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 [B], the next token's position in the first layer; in all layers, unless a policy renumbered."""
+        return self._positions[0]
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to every sequence; returns (and keeps) the next logits."""
-        ids = torch.tensor(tokens, device=self.positions.device)
-        self.logits = decode_step(self.decoder, self.cache, ids, self.positions)
-        self.positions = self.positions + 1
+        ids = torch.tensor(tokens, device=self._positions.device)
+        self.logits = decode_step(self.decoder, self.cache, ids, self._positions)
+        self._positions = self._positions + 1
         return self.logits
 
     @torch.inference_mode()
     def select(self, keep: Sequence[int]) -> None:
         """Go on with the sequences listed; the others give their memory back."""
         self.cache.select(keep)
-        index = torch.tensor(list(keep), device=self.positions.device)
-        self.positions, self.logits = self.positions[index], self.logits[index]
+        index = torch.tensor(list(keep), device=self._positions.device)
+        self._positions, self.logits = self._positions[:, index], self.logits[index]
 
     @torch.inference_mode()
     def close(self) -> None:
@@ -119,21 +125,23 @@ class PrefillFigures:
     kv_bytes_keep_all: int
 
     @classmethod
-    def of(cls, running: Running, b: int, n_images: int, vision_config: Any) -> PrefillFigures:
-        """Figures of sequence b, read before any sequence leaves the batch."""
+    def of(cls, running: Running, b: int, prompt_len: int, vision: float, vision_keep_all: float) -> PrefillFigures:
+        """Figures of sequence b, read before any sequence leaves the batch.
+
+        `prompt_len` tokens before any policy; `vision` FLOPs of the tower, under the policy and without one.
+        """
         shape, pool = running.decoder.shape, running.cache.pool
         rows = [layer[b] for layer in running.rows]
-        full = [rows[0]] * shape.num_layers
-        vision = n_images * vision_flops(vision_config)
+        full = [prompt_len] * shape.num_layers
         return cls(
             exit_layer=running.exit_layers[b],
             tokens_per_layer=rows,
             prefill_tflops=paper_flops(shape, rows, vision) / 1e12,
-            prefill_tflops_keep_all=paper_flops(shape, full, vision) / 1e12,
+            prefill_tflops_keep_all=paper_flops(shape, full, vision_keep_all) / 1e12,
             prefill_tflops_true=true_flops(shape, rows, vision) / 1e12,
-            prefill_tflops_true_keep_all=true_flops(shape, full, vision) / 1e12,
+            prefill_tflops_true_keep_all=true_flops(shape, full, vision_keep_all) / 1e12,
             kv_bytes=running.cache.bytes_of(b),
-            kv_bytes_keep_all=shape.num_layers * -(-rows[0] // pool.page_size) * pool.page_bytes,
+            kv_bytes_keep_all=shape.num_layers * -(-prompt_len // pool.page_size) * pool.page_bytes,
         )
 
 

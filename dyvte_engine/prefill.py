@@ -24,11 +24,13 @@ class Prefilled:
         hidden: [B, d], the last row of each sequence after the final norm.
         exit_layers: layer after which the last visual token left, None if some stayed or there were none.
         rows: [L][B], rows each layer computed.
+        next_positions: int32 [L, B], where the next token stands in each layer: alike, unless a policy renumbered.
     """
 
     hidden: Tensor
     exit_layers: list[int | None]
     rows: list[list[int]]
+    next_positions: Tensor
 
 
 def prefill(
@@ -68,18 +70,20 @@ def prefill(
             x = ops.add_rms_norm_(hidden, out, norms[number], decoder.eps)
             continue
         hidden += out
-        dropped = pack.drop(policy.decide(LayerState(number, num_layers, hidden, q, k, decoder.scale, pack)))
+        dropped = pack.drop(policy.decide(LayerState(number, decoder, hidden, q, k, pack)))
         if dropped is not None:
             before, (pack, index) = pack, dropped
             hidden = hidden[index]
             for b, (old, new) in enumerate(zip(before.n_visual, pack.n_visual, strict=True)):
                 exit_layers[b] = number if old and not new else exit_layers[b]
+            if policy.renumbers(number, num_layers):
+                pack = pack.renumbered([o != n for o, n in zip(before.n_visual, pack.n_visual, strict=True)])
         x = ops.rms_norm(hidden, norms[number], decoder.eps)
     last = x if only_last else x[pack.last_rows]
     rows = [list(row) for row in cache.host_lens]
     if drop_early_kv:
         _compact_early_layers(cache, packs, pack)
-    return Prefilled(last, exit_layers, rows)
+    return Prefilled(last, exit_layers, rows, torch.stack([p.next_positions for p in packs]))
 
 
 def _attention(

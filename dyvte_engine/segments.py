@@ -7,7 +7,7 @@ on the host is kept as lists, so that dropping rows needs no device synchronisat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,11 +29,11 @@ class Pack:
     """The rows present at one layer.
 
     Attributes:
-        positions: int32 [N], the row's position in the full prompt; never renumbered.
+        positions: int32 [N], the row's position in the prompt that entered layer 0, unless a policy renumbered.
         visual: bool [N], whether the row is a visual token.
         source: int64 [N], the row's number in the pack that entered layer 0.
         lengths: rows of each sequence.
-        n_visual: visual rows of each sequence.
+        n_visual: visual rows of each sequence; n_entered: those it had at layer 0.
         n_tail: rows of T, the text after the last visual token (the whole prompt if there is none).
     """
 
@@ -42,6 +42,7 @@ class Pack:
     source: Tensor
     lengths: Lengths
     n_visual: list[int]
+    n_entered: list[int]
     n_tail: list[int]
 
     @classmethod
@@ -50,12 +51,14 @@ class Pack:
         device = positions[0].device
         host = [len(v) for v in visual]
         ends = [v.nonzero()[-1].item() + 1 if v.any() else 0 for v in visual]
+        n_visual = [int(v.sum()) for v in visual]
         return cls(
             positions=torch.cat(list(positions)).to(torch.int32),
             visual=torch.cat(list(visual)).to(device),
             source=torch.arange(sum(host), device=device),
             lengths=Lengths(_cumulative(host, device), host),
-            n_visual=[int(v.sum()) for v in visual],
+            n_visual=n_visual,
+            n_entered=n_visual,
             n_tail=[n - int(end) for n, end in zip(host, ends, strict=True)],
         )
 
@@ -85,6 +88,19 @@ class Pack:
         """int64 [B], the last row of each sequence."""
         return (self.lengths.cu[1:] - 1).long()
 
+    @cached_property
+    def next_positions(self) -> Tensor:
+        """int32 [B], the position after each sequence's last row."""
+        return self.positions[self.last_rows] + 1
+
+    def renumbered(self, which: Sequence[bool]) -> Pack:
+        """The same rows, those of the sequences told at positions 0, 1, 2, ..."""
+        total, counts = sum(self.lengths.host), self.row_counts.long()
+        first = torch.repeat_interleave(self.lengths.cu[:-1], counts, output_size=total)
+        chosen = torch.repeat_interleave(torch.tensor(which, device=first.device), counts, output_size=total)
+        numbers = torch.arange(total, dtype=torch.int32, device=first.device) - first
+        return replace(self, positions=torch.where(chosen, numbers, self.positions))
+
     def drop(self, decision: Sequence[Tensor | None]) -> tuple[Pack, Tensor] | None:
         """Apply a decision: per sequence None, or the ascending numbers (among its visual rows) of those that stay.
 
@@ -110,6 +126,7 @@ class Pack:
             source=self.source[index],
             lengths=Lengths(_cumulative(host, index.device), host),
             n_visual=n_visual,
+            n_entered=self.n_entered,
             n_tail=self.n_tail,
         )
         return pack, index

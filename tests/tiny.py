@@ -55,7 +55,7 @@ def processor(vision: str = "clip") -> transformers.LlavaProcessor:
 
 
 def model(
-    decoder: str = "llama-gqa", vision: str = "clip", layers: int = 4, seed: int = 0
+    decoder: str = "llama-gqa", vision: str = "clip", layers: int = 4, seed: int = 0, tower_layers: int = 2
 ) -> transformers.LlavaForConditionalGeneration:
     options = dict(DECODERS[decoder])
     text = transformers.AutoConfig.for_model(
@@ -77,7 +77,7 @@ def model(
         vision_type,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=tower_layers,
         num_attention_heads=2,
         image_size=28,
         patch_size=7,

@@ -11,8 +11,9 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ from torch import Tensor
 from ..config import DecoderShape
 from ..errors import ModelError, PromptError
 from .decoder import Decoder
+from .vision import VisionTower, padded_features
+
+if TYPE_CHECKING:
+    from ..policies import VisualTokenPolicy
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,15 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True, eq=False)
 class PreparedPrompt:
-    """One prompt at the decoder's entry: inputs_embeds [n, d], visual bool [n] (on the host), positions int32 [n]."""
+    """One prompt at the decoder's entry.
+
+    inputs_embeds [n, d], visual bool [n] (on the host), positions int32 [n], and the visual rows of each picture.
+    """
 
     inputs_embeds: Tensor
     visual: Tensor
     positions: Tensor
+    pictures: list[int]
 
 
 class _AtEntry(Exception):
@@ -85,6 +94,11 @@ class VisionLanguageModel:
     def device(self) -> torch.device:
         return self.decoder.norm.device
 
+    @cached_property
+    def vision(self) -> VisionTower:
+        """The vision tower, for policies that act in it. Raises ModelError for towers they cannot act in."""
+        return VisionTower.of(self.hf)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.norm.dtype
@@ -109,8 +123,13 @@ class VisionLanguageModel:
         return TokenizedPrompt(ids, pixels, len(pictures), time.perf_counter() - started)
 
     @torch.inference_mode()
-    def prepare(self, prompts: Sequence[TokenizedPrompt]) -> list[PreparedPrompt]:
-        """Run vision tower, projector and embedding (all pictures as one batch) up to the decoder's entry."""
+    def prepare(
+        self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy | None = None
+    ) -> list[PreparedPrompt]:
+        """Run vision tower, projector and embedding (all pictures as one batch) up to the decoder's entry.
+
+        A `policy` (bound to this model) that acts in the tower shortens the pictures and closes the gaps.
+        """
         longest = max(len(p.input_ids) for p in prompts)
         # Right padding: true rows come first, so neither embeddings nor positions depend on it.
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -120,15 +139,28 @@ class VisionLanguageModel:
             row_mask[: len(p.input_ids)] = 1
         pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
         extra = {"pixel_values": torch.cat(pixels).to(self.device, self.dtype)} if pixels else {}
-        entry = self._run_to_entry(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **extra)
+        inputs = dict(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **extra)
+        visual = ids == self.image_token_id
+        full = kept = int(visual.sum()) // max(sum(p.n_images for p in prompts), 1)  # rows of a picture
+        if policy is None or not policy.acts_in_tower or not pixels:
+            entry = self._run_to_entry(**inputs)
+        else:
+            with policy.in_tower(self.vision), padded_features(self.vision.projector, full) as seen:
+                entry = self._run_to_entry(**inputs)
+            kept = seen[0]
         positions = entry.get("position_ids")
         if positions is None:
             positions = torch.arange(longest, device=self.device)[None]
         positions = positions.expand(len(prompts), -1).to(torch.int32)
-        return [
-            PreparedPrompt(entry["inputs_embeds"][b, :n], ids[b, :n] == self.image_token_id, positions[b, :n])
-            for b, n in enumerate(len(p.input_ids) for p in prompts)
-        ]
+        out = []
+        for b, p in enumerate(prompts):
+            n, embeds, marks = len(p.input_ids), entry["inputs_embeds"][b], visual[b]
+            if kept < full:
+                stay = ~marks | ((marks.cumsum(0) - 1) % full < kept)  # the first rows of each picture; padding follows
+                stay[n:] = False
+                embeds, marks, n = embeds[stay.to(embeds.device)], marks[stay], int(stay.sum())
+            out.append(PreparedPrompt(embeds[:n], marks[:n], positions[b, :n], [kept] * p.n_images))
+        return out
 
     def _run_to_entry(self, **inputs: Any) -> dict[str, Any]:
         handle = self.language_model.register_forward_pre_hook(_stop_at_entry, with_kwargs=True)

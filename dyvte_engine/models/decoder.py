@@ -73,6 +73,19 @@ class DecoderLayer:
             k = ops.rms_norm(k, self.qk_norm[1], self.eps)
         return q, k, v
 
+    def project_qk(self, x: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, d], normalised -> q [B, Hq, D] of the rows told and k [N, Hkv, D] of all: enough to score tokens."""
+        s = self.shape
+        sizes = (s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim, s.num_kv_heads * s.head_dim)
+        weight, bias = self.qkv
+        w_q, w_k, _ = weight.split(sizes)
+        b_q, b_k, _ = (None, None, None) if bias is None else bias.split(sizes)
+        q = F.linear(x[query_rows], w_q, b_q).view(len(query_rows), -1, s.head_dim)
+        k = F.linear(x, w_k, b_k).view(len(x), -1, s.head_dim)
+        if self.qk_norm is not None:
+            q, k = ops.rms_norm(q, self.qk_norm[0], self.eps), ops.rms_norm(k, self.qk_norm[1], self.eps)
+        return q, k
+
     def project_out(self, attended: Tensor) -> Tensor:
         """attended [N, Hq, D] -> [N, d], to be added to the residual stream."""
         return F.linear(attended.flatten(1), self.out.weight, self.out.bias)
@@ -105,6 +118,13 @@ class Decoder:
         cos, sin = language_model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=device), positions)
         half = cos.shape[-1] // 2
         self.cos_sin = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).float().contiguous()
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [n, H, D] turned to positions int32 [n], as keys and queries are; in plain torch, for scores only."""
+        cos, sin = self.cos_sin[positions.long()][:, None].chunk(2, dim=-1)
+        half = cos.shape[-1]
+        a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+        return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), dim=-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, d], normalised -> float32 [B, vocab]."""

@@ -1,28 +1,70 @@
-"""Policies: when visual tokens leave, and which. `parse` reads the command line's notation."""
+"""Policies: when visual tokens leave, and which. `parse` reads the command line's notation.
+
+To add one: a file beside these with a subclass of `VisualTokenPolicy`, and a line in `POLICIES` (docs/policies.md).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from ..errors import InvalidArgumentError
 from .base import Decision, LayerState, VisualTokenPolicy
 from .compose import Composed, compose
+from .divprune import DivPrune
+from .downsample import Downsample
 from .dynamic import DynamicExit
 from .fastv import FastV
 from .fixed import FixedExit, KeepAll
+from .pyramid_drop import PyramidDrop
+from .random import Random
+from .tome import ToMe
+from .visionzip import VisionZip
+from .vtw import search_vtw
 
-NOTATION = "keep-all, fixed:LAYER, fastv:K,R, dynamic:HEADS_FILE[,THRESHOLD], or several joined by '+'"
+
+class Notation(NamedTuple):
+    """How a policy is written, what makes it of the arguments behind the colon, and their types."""
+
+    usage: str
+    make: Callable[..., VisualTokenPolicy]
+    types: tuple[Callable[[str], object], ...] = ()
+
+
+POLICIES = {
+    "keep-all": Notation("keep-all", KeepAll),
+    "fixed": Notation("fixed:LAYER", FixedExit, (int,)),
+    "dynamic": Notation("dynamic:HEADS_FILE[,THRESHOLD]", DynamicExit.from_file, (str, float)),
+    "fastv": Notation("fastv[:K,R]", FastV, (int, float)),
+    "pyramiddrop": Notation("pyramiddrop", PyramidDrop),
+    "divprune": Notation("divprune[:KEEP]", DivPrune, (float,)),
+    "visionzip": Notation("visionzip[:DOMINANT,CONTEXTUAL]", VisionZip, (int, int)),
+    "tome": Notation("tome[:KEEP]", ToMe, (float,)),
+    "random": Notation("random[:PLACE,RATIO,SEED]", Random, (int, float, int)),
+    "downsample": Notation("downsample[:FACTOR]", Downsample, (int,)),
+}
+NOTATION = f"{', '.join(n.usage for n in POLICIES.values())}, or several joined by '+'"
 
 __all__ = [
     "NOTATION",
+    "POLICIES",
     "Composed",
     "Decision",
+    "DivPrune",
+    "Downsample",
     "DynamicExit",
     "FastV",
     "FixedExit",
     "KeepAll",
     "LayerState",
+    "PyramidDrop",
+    "Random",
+    "ToMe",
+    "VisionZip",
     "VisualTokenPolicy",
     "compose",
     "parse",
+    "search_vtw",
 ]
 
 
@@ -39,17 +81,12 @@ def parse(text: str) -> VisualTokenPolicy:
 def _parse_one(text: str) -> VisualTokenPolicy:
     name, _, rest = text.strip().partition(":")
     args = [a.strip() for a in rest.split(",")] if rest else []
+    notation = POLICIES.get(name)
     try:
-        if name == "keep-all" and not args:
-            return KeepAll()
-        if name == "fixed" and len(args) == 1:
-            return FixedExit(int(args[0]))
-        if name == "fastv" and len(args) <= 2:
-            return FastV(*(kind(a) for kind, a in zip((int, float), args, strict=False)))
-        if name == "dynamic" and 1 <= len(args) <= 2:
-            return DynamicExit.from_file(args[0], float(args[1]) if len(args) == 2 else None)
+        if notation is not None and len(args) <= len(notation.types):
+            return notation.make(*(kind(a) for kind, a in zip(notation.types, args, strict=False)))
     except InvalidArgumentError:
         raise
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: too few
         pass
     raise InvalidArgumentError(f"policy {text!r} is not understood; accepted: {NOTATION}")

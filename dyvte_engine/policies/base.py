@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..segments import Pack
+
+if TYPE_CHECKING:
+    from ..models.decoder import Decoder
+    from ..models.vision import VisionTower
 
 Decision = Sequence[
     Tensor | None
@@ -17,27 +22,57 @@ Decision = Sequence[
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """What a policy may look at after layer `layer` of `num_layers`.
+    """What a policy may look at after layer `layer`.
 
     hidden [N, d] is the residual stream leaving the layer; q [N, Hq, D] and k [N, Hkv, D] are the layer's rotated
-    queries and keys; scale multiplies q k^T.
+    queries and keys.
     """
 
     layer: int
-    num_layers: int
+    decoder: Decoder
     hidden: Tensor
     q: Tensor
     k: Tensor
-    scale: float
     pack: Pack
+
+    @property
+    def num_layers(self) -> int:
+        return self.decoder.shape.num_layers
+
+    @property
+    def scale(self) -> float:
+        """Multiplies q k^T."""
+        return self.decoder.scale
 
 
 class VisualTokenPolicy:
-    """Base of all policies. Subclasses are dataclasses that override `layers` and `decide`."""
+    """Base of all policies. Subclasses are dataclasses that act in one or more of three places.
+
+    Between layers: `layers` and `decide`. Before the language model: `reduce`. In the vision tower: `in_tower`, with
+    `acts_in_tower` true. Tokens taken before the language model leave no gap: positions are new and contiguous.
+    """
+
+    @property
+    def acts_in_tower(self) -> bool:
+        """Whether `in_tower` changes how many tokens the tower yields."""
+        return False
+
+    @property
+    def tower_merges(self) -> tuple[int, ...]:
+        """Rows that each block of the vision tower merges away, for the count of FLOPs."""
+        return ()
 
     def bind(self, model: Any) -> VisualTokenPolicy:
         """This policy, ready to run on `model` (a `VisionLanguageModel`); a typed error if it cannot."""
         return self
+
+    def in_tower(self, tower: VisionTower) -> AbstractContextManager[None]:
+        """Surrounds one call of the vision tower on all pictures of a batch."""
+        return nullcontext()
+
+    def reduce(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What enters the language model for each picture: [V, d] each -> [V', d] each, in the order of the prompt."""
+        return features
 
     def layers(self, num_layers: int) -> set[int]:
         """Layers after which `decide` is called (0-based; "after l" means layers 0..l see what leaves)."""
@@ -46,3 +81,7 @@ class VisualTokenPolicy:
     def decide(self, state: LayerState) -> Decision:
         """Which visual tokens stay from here on, for each sequence."""
         raise NotImplementedError
+
+    def renumbers(self, layer: int, num_layers: int) -> bool:
+        """Whether a sequence that loses tokens after `layer` is numbered anew, 0, 1, 2, ...; else rows keep theirs."""
+        return False

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..errors import InvalidArgumentError
 from .base import Decision, LayerState, VisualTokenPolicy
+
+if TYPE_CHECKING:
+    from ..models.vision import VisionTower
 
 
 @dataclass(frozen=True, eq=False)
 class Composed(VisualTokenPolicy):
-    """Asks each part at its own layers; where two ask at one layer, a token stays only if both keep it."""
+    """Asks each part at its own places; where two ask at one layer, a token stays only if both keep it."""
 
     parts: tuple[VisualTokenPolicy, ...]
 
+    def __post_init__(self) -> None:
+        in_tower = [type(part).__name__ for part in self.parts if part.acts_in_tower]
+        if len(in_tower) > 1:
+            raise InvalidArgumentError(f"compose got {' and '.join(in_tower)}; accepted: one policy in the tower")
+
+    @property
+    def acts_in_tower(self) -> bool:
+        return any(part.acts_in_tower for part in self.parts)
+
+    @property
+    def tower_merges(self) -> tuple[int, ...]:
+        return next((part.tower_merges for part in self.parts if part.tower_merges), ())
+
     def bind(self, model: Any) -> Composed:
         return Composed(tuple(part.bind(model) for part in self.parts))
+
+    @contextmanager
+    def in_tower(self, tower: VisionTower) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.in_tower(tower))
+            yield
+
+    def reduce(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        for part in self.parts:
+            features = part.reduce(features)
+        return features
 
     def layers(self, num_layers: int) -> set[int]:
         return set().union(*(part.layers(num_layers) for part in self.parts))
@@ -35,6 +66,9 @@ class Composed(VisualTokenPolicy):
                 else:
                     merged[b] = keep[torch.isin(keep, before)]
         return merged
+
+    def renumbers(self, layer: int, num_layers: int) -> bool:
+        return any(layer in p.layers(num_layers) and p.renumbers(layer, num_layers) for p in self.parts)
 
 
 def compose(*parts: VisualTokenPolicy) -> VisualTokenPolicy:

@@ -1,0 +1,62 @@
+"""PyramidDrop (CVPR 2025): visual tokens leave in stages, ranked by what the next layer is going to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..errors import InvalidArgumentError
+from .base import Decision, LayerState, VisualTokenPolicy
+
+
+@dataclass(frozen=True)
+class PyramidDrop(VisualTokenPolicy):
+    """Entering the layers L/4, L/2 and 3L/4, keep `keep` of the visual tokens that entered the language model.
+
+    The score is the attention of the last prompt token over all rows, averaged over heads, with the q/k projections of
+    the layer about to run. int(keep * V) tokens stay in each sequence, over all its pictures, in their order.
+
+    Settled from the authors' code: the ranking query is the last token of the prompt, the shares are of the original
+    V, the stages lie after L/4, L/2, 3L/4 layers. There every stage is numbered anew from 0, and a decoded token has
+    another position in every stage: `renumber=True`. By default positions are kept, as spec section 2 has it. A
+    sequence that another policy has brought below the share is left alone.
+    """
+
+    keep: tuple[float, float, float] = (0.5, 0.25, 0.125)
+    renumber: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.keep) != 3 or not 1 >= self.keep[0] >= self.keep[1] >= self.keep[2] >= 0:
+            raise InvalidArgumentError(f"PyramidDrop keep is {self.keep}; accepted: three shares, falling, from 1 to 0")
+
+    def bind(self, model: Any) -> VisualTokenPolicy:
+        if model.shape.num_layers < 4:
+            raise InvalidArgumentError(f"PyramidDrop needs 4 layers; the model has {model.shape.num_layers}")
+        return self
+
+    def layers(self, num_layers: int) -> set[int]:
+        return set(_stages(num_layers))
+
+    def decide(self, state: LayerState) -> Decision:
+        pack, decoder = state.pack, state.decoder
+        share = self.keep[_stages(state.num_layers).index(state.layer)]
+        following = decoder.layers[state.layer + 1]
+        x = ops.rms_norm(state.hidden, following.input_norm, decoder.eps)
+        q, k = following.project_qk(x, pack.last_rows)
+        q, k = decoder.rotate(q, pack.positions[pack.last_rows]), decoder.rotate(k, pack.positions)
+        one_each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+        scores = ops.token_score(q, k, one_each, pack.lengths.cu, state.scale)
+        visual = scores[pack.visual_rows].split(pack.n_visual)
+        kept = [min(int(n * share), len(s)) for n, s in zip(pack.n_entered, visual, strict=True)]
+        return [s.topk(n).indices.sort().values for n, s in zip(kept, visual, strict=True)]
+
+    def renumbers(self, layer: int, num_layers: int) -> bool:
+        return self.renumber
+
+
+def _stages(num_layers: int) -> list[int]:
+    """The layers after which tokens leave."""
+    return [num_layers * quarter // 4 - 1 for quarter in (1, 2, 3)]

@@ -1,0 +1,53 @@
+"""Visual tokens that leave by chance: the baseline every ranking has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgumentError
+from .base import Decision, LayerState, VisualTokenPolicy
+
+
+@dataclass(frozen=True)
+class Random(VisualTokenPolicy):
+    """Entering layer `place`, `ratio` of the visual tokens leave, drawn uniformly without replacement.
+
+    place 0 is before the language model: each picture by itself, positions new and contiguous. A later place takes
+    from all of a sequence's visual tokens and keeps positions, as FastV does; V - int(ratio * V) stay either way. The
+    draw depends on `seed` and V alone, so a prompt gets the same answer in every batch.
+    """
+
+    place: int = 0
+    ratio: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.place < 0 or not 0 <= self.ratio <= 1:
+            given = f"Random place is {self.place}, ratio {self.ratio}"
+            raise InvalidArgumentError(f"{given}; accepted: place >= 0, ratio 0 to 1")
+
+    def bind(self, model: Any) -> VisualTokenPolicy:
+        if self.place >= model.shape.num_layers:
+            raise InvalidArgumentError(f"Random place is {self.place}; accepted: 0 to {model.shape.num_layers - 1}")
+        return self
+
+    def reduce(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.place > 0:
+            return features
+        return [f[self.select(len(f)).to(f.device)] for f in features]
+
+    def layers(self, num_layers: int) -> set[int]:
+        return {self.place - 1} if self.place > 0 else set()
+
+    def decide(self, state: LayerState) -> Decision:
+        return [self.select(n).to(state.hidden.device) for n in state.pack.n_visual]
+
+    def select(self, size: int) -> Tensor:
+        """int64 [size - int(ratio * size)], ascending rows that stay."""
+        drawn = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
+        return drawn[int(size * self.ratio) :].sort().values

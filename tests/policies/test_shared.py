@@ -1,0 +1,117 @@
+"""What every policy owes, over the one list: the method itself, batches, text, positions, K/V, composition, pages."""
+
+import pytest
+import torch
+
+from dyvte_engine import FixedExit, KeepAll, compose
+from dyvte_engine.policies import POLICIES as NOTATIONS
+from tests import tiny
+from tests.policies import reference as ref
+from tests.policies.shared import LAYERS, POLICIES, VISION, always_exit, build, prefill
+
+every_policy = pytest.mark.parametrize("name", POLICIES)
+every_tower = pytest.mark.parametrize("vision", VISION)
+
+
+@pytest.fixture(scope="module")
+def engines():
+    return {vision: build(vision) for vision in VISION}
+
+
+def run(engine, policy, texts, images, **options):
+    engine.policy = policy
+    return engine.generate(texts, images, chat=False, max_new_tokens=5, **options)
+
+
+def check_against_plain(engine, hf, reference, texts, images, steps=3):
+    """Logits, rows and positions of a batch, after the prompt and while decoding, against recomputation in HF."""
+    entered = [ref.enter(hf, engine.model.processor, reference, t, i) for t, i in zip(texts, images)]
+    new: list[list[int]] = [[] for _ in texts]
+    with prefill(engine, texts, images) as running:
+        rows = [[layer[b] for layer in running.rows] for b in range(len(texts))]
+        for step in range(steps):
+            assert running.positions.tolist() == [len(e) + step for e, _ in entered]
+            for b, (embeds, visual) in enumerate(entered):
+                want, want_rows = ref.logits(hf, reference, embeds, visual, new[b])
+                torch.testing.assert_close(running.logits[b], want, rtol=2e-4, atol=2e-4)
+                assert rows[b] == want_rows
+                new[b].append(int(want.argmax()))
+            running.step([tokens[-1] for tokens in new])
+        pages = sum(-(-(n + steps) // 4) for row in rows for n in row)
+        assert engine.pool.bytes_held == pages * engine.pool.page_bytes
+    assert engine.pool.bytes_held == 0
+
+
+@every_tower
+@every_policy
+def test_equals_the_plain_method(engines, name, vision):
+    engine, hf = engines[vision]
+    engine.policy, reference = POLICIES[name]
+    texts, images = tiny.prompts(seed=5, n=4, images=(0, 1, 1, 2))
+    check_against_plain(engine, hf, reference, texts, images)
+
+
+@every_policy
+def test_composes_with_exits(engines, name):
+    engine, hf = engines["clip"]
+    policy, reference = POLICIES[name]
+    engine.policy = compose(policy, FixedExit(5))
+    texts, images = tiny.prompts(seed=6, n=2, images=(1, 2))
+    check_against_plain(engine, hf, ref.then_exit(reference, 5), texts, images, steps=2)
+    fixed = run(engine, engine.policy, texts, images)
+    dynamic = run(engine, compose(policy, always_exit(5)), texts, images)
+    assert [r.token_ids for r in dynamic] == [r.token_ids for r in fixed]
+    assert [r.stats.tokens_per_layer for r in dynamic] == [r.stats.tokens_per_layer for r in fixed]
+
+
+@every_tower
+@every_policy
+def test_alone_as_in_a_batch(engines, name, vision):
+    engine, _ = engines[vision]
+    texts, images = tiny.prompts(seed=7, n=6)
+    batch = run(engine, POLICIES[name][0], texts, images)
+    for text, pictures, together in zip(texts, images, batch):
+        alone = run(engine, POLICIES[name][0], [text], [pictures])[0]
+        assert alone.token_ids == together.token_ids
+        for figure in ("tokens_per_layer", "kv_bytes", "prefill_tflops", "exit_layer", "visual_tokens", "text_tokens"):
+            assert getattr(alone.stats, figure) == getattr(together.stats, figure)
+
+
+@every_policy
+def test_text_passes_through(engines, name):
+    engine, _ = engines["clip"]
+    texts, images = tiny.prompts(seed=8, n=3, images=(0,))
+    got, want = (run(engine, policy, texts, images) for policy in (POLICIES[name][0], KeepAll()))
+    assert [r.token_ids for r in got] == [r.token_ids for r in want]
+    assert [r.stats.tokens_per_layer for r in got] == [r.stats.tokens_per_layer for r in want]
+
+
+@every_policy
+def test_figures_count_from_the_whole_prompt(engines, name):
+    engine, _ = engines["clip"]
+    texts, images = tiny.prompts(seed=9, n=2, images=(1, 2))
+    got, plain = (run(engine, policy, texts, images) for policy in (POLICIES[name][0], KeepAll()))
+    for g, p in zip(got, plain):
+        assert (g.stats.visual_tokens, g.stats.text_tokens) == (p.stats.visual_tokens, p.stats.text_tokens)
+        for figure in ("prefill_tflops", "prefill_tflops_true", "kv_bytes"):
+            assert getattr(g.stats, f"{figure}_keep_all") == pytest.approx(getattr(p.stats, figure))
+            assert getattr(g.stats, figure) < getattr(p.stats, figure) or name == "keep-all"
+
+
+@every_policy
+def test_early_kv_can_go_and_every_page_comes_back(name):
+    engine, _ = build(policy=POLICIES[name][0], drop_early_kv=True)
+    texts, images = tiny.prompts(seed=10, n=5)
+    with prefill(engine, texts, images) as running:
+        assert all(layer == running.cache.host_lens[0] for layer in running.cache.host_lens)
+    assert engine.pool.bytes_held == 0
+    chunks = engine.stream(texts, images, chat=False, max_new_tokens=5)
+    next(chunks)
+    assert engine.pool.bytes_held > 0
+    chunks.close()
+    assert engine.pool.bytes_held == 0
+
+
+def test_the_list_is_whole():
+    assert set(NOTATIONS) <= set(POLICIES)
+    assert LAYERS > 5
