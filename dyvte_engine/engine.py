@@ -154,6 +154,8 @@ class Engine:
     ) -> Running:
         """The lower entry, for models whose vision code lives elsewhere: prefill sequences under the policy.
 
+        What the policy would do inside a vision tower is left out; all else applies.
+
         Args:
             inputs_embeds: [n, d] of one sequence, or a list of such; moved to the engine's device and dtype.
             visual_mask: bool [n] for each, true at visual tokens; each unbroken stretch counts as one picture.

@@ -158,7 +158,8 @@ class VisionLanguageModel:
             if kept < full:
                 stay = ~marks | ((marks.cumsum(0) - 1) % full < kept)  # the first rows of each picture; padding follows
                 stay[n:] = False
-                embeds, marks, n = embeds[stay.to(embeds.device)], marks[stay], int(stay.sum())
+                rows = stay.nonzero()[:, 0]
+                embeds, marks, n = embeds[rows.to(embeds.device)], marks[rows], len(rows)
             out.append(PreparedPrompt(embeds[:n], marks[:n], positions[b, :n], [kept] * p.n_images))
         return out
 

@@ -50,7 +50,7 @@ class VisionTower:
             raise ModelError(f"vision features are taken at {given}; accepted here: after a block, without class token")
         vision = config.vision_config
         tokens = (vision.image_size // vision.patch_size) ** 2
-        return cls(blocks, used, int(has_class), tokens, hf_model.model.multi_modal_projector)
+        return cls(list(blocks), used, int(has_class), tokens, hf_model.model.multi_modal_projector)
 
 
 def _are_blocks(modules: nn.ModuleList) -> bool:

@@ -49,8 +49,8 @@ class ToMe(VisualTokenPolicy):
         ends = [leave * (block + 1) // tower.used for block in range(tower.used)]
         merges = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
         if any(2 * r > tower.tokens - sum(merges[:block]) for block, r in enumerate(merges)):
-            least = 0.5**tower.used
-            raise InvalidArgumentError(f"ToMe keep is {self.keep}; a block halves at most: accepted: {least:.3g} to 1")
+            least = 1 / (tower.used + 1)  # where the last block halves what is left
+            raise InvalidArgumentError(f"ToMe keep is {self.keep}; accepted in this tower: {least:.3f} to 1")
         return replace(self, tower_merges=merges)
 
     @contextmanager

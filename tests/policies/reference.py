@@ -237,6 +237,8 @@ def visionzip_features(hf, pixels: Tensor, dominant: int, contextual: int) -> Te
         score = attention.mean(dim=(0, 1))
     best = sorted(sorted(range(len(x)), key=lambda i: -score[i].item())[:dominant])
     rest = [i for i in range(len(x)) if i not in best]
+    if contextual == 0:
+        return x[best]
     targets = rest[:: max(1, len(rest) // contextual)][:contextual]
     joined: dict[int, list[int]] = {t: [] for t in targets}
     keys = k.mean(0).double()

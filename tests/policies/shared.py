@@ -89,10 +89,10 @@ POLICIES = {
 VISION = ("clip", "siglip")
 
 
-def build(vision: str = "clip", policy: VisualTokenPolicy | None = None, **options):
+def build(vision: str = "clip", policy: VisualTokenPolicy | None = None, dtype=torch.float32, device="cpu", **options):
     """An engine of 8 layers whose features come from the third of four tower blocks, and an untouched twin."""
-    models = [tiny.model("llama-gqa", vision, layers=LAYERS, tower_layers=4) for _ in range(2)]
-    config = EngineConfig(torch.device("cpu"), torch.float32, **{"max_len": 256, "page_size": 4, **options})
+    models = [tiny.model("llama-gqa", vision, layers=LAYERS, tower_layers=4).to(device, dtype) for _ in range(2)]
+    config = EngineConfig(torch.device(device), dtype, **{"max_len": 256, "page_size": 4, **options})
     loaded = VisionLanguageModel(models[0], tiny.processor(vision), f"tiny-{vision}", config.max_len)
     return Engine(loaded, config, policy), models[1]
 

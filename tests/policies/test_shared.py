@@ -112,6 +112,39 @@ def test_early_kv_can_go_and_every_page_comes_back(name):
     assert engine.pool.bytes_held == 0
 
 
+@every_policy
+def test_other_dtypes(name):
+    texts, images = tiny.prompts(seed=11, n=4)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        engine, _ = build(policy=POLICIES[name][0], dtype=dtype)
+        with prefill(engine, texts, images) as running:
+            assert running.logits.isfinite().all()
+            rows.append(running.rows)
+    assert rows[0] == rows[1] == rows[2]
+
+
+@pytest.mark.parametrize("name", ["divprune", "random", "downsample", "pyramiddrop"])
+def test_lower_entry_takes_each_stretch_as_a_picture(engines, name):
+    engine, hf = engines["clip"]
+    engine.policy, reference = POLICIES[name]
+    text, pictures = "w1 <image> w2 w3 <image> w4", tiny.prompts(seed=12, n=1, images=(2,))[1][0]
+    embeds, visual, _ = tiny.embed(hf, engine.model.processor, text, pictures)
+    entered = ref.enter(hf, engine.model.processor, reference, text, pictures)
+    with engine.prefill(embeds, visual) as running:
+        torch.testing.assert_close(running.logits[0], ref.logits(hf, reference, *entered, [])[0], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.gpu
+@every_tower
+@every_policy
+def test_equals_the_cpu(name, vision):
+    texts, images = tiny.prompts(seed=13, n=8)
+    answers = [run(build(vision, device=device)[0], POLICIES[name][0], texts, images) for device in ("cpu", "cuda")]
+    assert [r.token_ids for r in answers[0]] == [r.token_ids for r in answers[1]]
+    assert [r.stats.tokens_per_layer for r in answers[0]] == [r.stats.tokens_per_layer for r in answers[1]]
+
+
 def test_the_list_is_whole():
     assert set(NOTATIONS) <= set(POLICIES)
     assert LAYERS > 5

@@ -1,0 +1,198 @@
+"""Single methods on larger random inputs, and what their arguments and notation accept."""
+
+import pytest
+import torch
+import transformers
+
+from dyvte_engine import (
+    DivPrune,
+    Downsample,
+    FastV,
+    FixedExit,
+    InvalidArgumentError,
+    KeepAll,
+    ModelError,
+    PyramidDrop,
+    Random,
+    ToMe,
+    VisionZip,
+    compose,
+    search_vtw,
+)
+from dyvte_engine.flops import vision_flops
+from dyvte_engine.models.vision import VisionTower
+from dyvte_engine.policies import parse
+from dyvte_engine.policies.tome import match, merge_rows
+from dyvte_engine.splice import reduce_pictures, runs
+from tests import tiny
+from tests.policies import reference as ref
+from tests.policies.shared import LAYERS, VISION, build
+
+
+@pytest.mark.parametrize(("size", "keep"), [(1, 0.098), (7, 0.5), (40, 0.098), (61, 0.4), (9, 1.0)])
+def test_divprune_rows(size, keep):
+    features = torch.randn(3, size, 12, generator=torch.Generator().manual_seed(size))
+    got = DivPrune(keep).select(features)
+    assert got.tolist() == [ref.divprune_rows(f, keep) or [0] for f in features]
+
+
+def test_divprune_never_keeps_a_token_twice():
+    features = torch.randn(4, 8).repeat_interleave(3, dim=0)[None]
+    assert len(set(DivPrune(0.75).select(features)[0].tolist())) == 9
+
+
+@pytest.mark.parametrize("has_class", [0, 1])
+@pytest.mark.parametrize(("size", "r"), [(12, 2), (51, 20), (64, 31), (33, 16)])
+def test_tome_matching(size, r, has_class):
+    generator = torch.Generator().manual_seed(size + r)
+    x, keys = torch.randn(2, size, 5, generator=generator), torch.randn(2, size, 7, generator=generator)
+    stay, pairs = match(keys, r, has_class)
+    weight = torch.ones(2, size, 1)
+    sums = merge_rows(torch.cat((x, weight), dim=-1), stay, pairs)
+    for b in range(2):
+        want, members = ref.tome_merge(x[b], [[i] for i in range(size)], keys[b], r, bool(has_class))
+        torch.testing.assert_close(sums[b, :, :-1] / sums[b, :, -1:], want)
+        assert sums[b, :, -1].tolist() == [len(m) for m in members]
+        assert members[0] == [0] or not has_class
+
+
+def wide_model(vision: str):
+    """100 patches, six blocks; features of the fifth."""
+    config = tiny.model(vision=vision).config
+    config.vision_config.image_size, config.vision_config.num_hidden_layers = 70, 6
+    torch.manual_seed(1)
+    hf = transformers.LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    for weight in hf.model.vision_tower.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return hf
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("policy", [ToMe(0.5), ToMe(0.18), VisionZip(20, 6), VisionZip(1, 99), VisionZip(50, 0)])
+def test_tower_policies_on_a_wider_tower(vision, policy):
+    hf = wide_model(vision)
+    tower = VisionTower.of(hf)
+    model = type("Model", (), {"vision": tower})
+    pixels = torch.randn(3, 3, 70, 70)
+    with policy.bind(model).in_tower(tower):
+        got = features_of(hf, pixels)
+    for features, picture in zip(got, pixels):
+        if isinstance(policy, ToMe):
+            want = ref.tome_features(hf, picture[None], policy.keep)
+        else:
+            want = ref.visionzip_features(hf, picture[None], policy.dominant, policy.contextual)
+        torch.testing.assert_close(features, hf.model.multi_modal_projector(want), rtol=1e-3, atol=1e-4)
+    after = features_of(hf, pixels)
+    assert after[0].shape[0] == 100, "the tower is as it was"
+
+
+def features_of(hf, pixels: torch.Tensor) -> torch.Tensor:
+    """[P, V', d], tower and projector called as LLaVA does."""
+    out = hf.model.vision_tower(pixels, output_hidden_states=True).hidden_states[hf.config.vision_feature_layer]
+    return hf.model.multi_modal_projector(out[:, 1:] if hf.config.vision_feature_select_strategy == "default" else out)
+
+
+def test_flops_of_a_merging_tower():
+    vision = wide_model("clip").config.vision_config
+    d, m = vision.hidden_size, vision.intermediate_size
+    total = 0
+    for before, after in [(101, 91), (91, 71), (71, 71), (71, 71), (71, 71), (71, 71)]:
+        total += 2 * 4 * before * d * d + 2 * 2 * before * before * d + 2 * 2 * after * d * m
+    assert vision_flops(vision, (10, 20)) == total
+
+
+def test_downsample_of_grids_that_do_not_divide():
+    features = torch.randn(25, 6)
+    torch.testing.assert_close(Downsample(2).reduce([features])[0], ref.downsample(features, 2))
+    with pytest.raises(InvalidArgumentError, match="24 tokens"):
+        Downsample(2).reduce([features[:24]])
+
+
+def test_random_is_uniform_and_repeatable():
+    draws = torch.stack([torch.isin(torch.arange(20), Random(0, 0.3, seed).select(20)) for seed in range(400)])
+    assert (draws.sum(1) == 14).all()
+    assert ((draws.float().mean(0) - 0.7).abs() < 5 * (0.7 * 0.3 / 400) ** 0.5).all()
+    assert Random(0, 0.3, 7).select(20).tolist() == Random(0, 0.3, 7).select(20).tolist()
+
+
+def test_pictures_are_replaced_where_they_stand():
+    class Halve(KeepAll):
+        def reduce(self, features):
+            return [f[::2] for f in features]
+
+    visual = torch.tensor([0, 1, 1, 1, 0, 0, 1, 1, 0], dtype=torch.bool)
+    assert runs(visual) == [3, 2]
+    embeds, text = torch.arange(9.0)[:, None], torch.ones(2, 1)
+    e, v, p = reduce_pictures(
+        Halve(),
+        [embeds, text],
+        [visual, torch.zeros(2, dtype=torch.bool)],
+        [torch.arange(3, 12), torch.arange(2)],
+        [[3, 2], []],
+    )
+    assert e[0].flatten().tolist() == [0, 1, 3, 4, 5, 6, 8] and e[1] is not None
+    assert v[0].int().tolist() == [0, 1, 1, 0, 0, 1, 0]
+    assert p[0].tolist() == [3, 4, 5, 6, 7, 8, 9] and p[1].tolist() == [0, 1]
+
+
+def test_vtw_finds_the_first_layer_that_changes_little():
+    engine, hf = build(max_batch=3)
+    before = engine.policy
+    texts, images = tiny.prompts(seed=3, n=5, images=(0, 1, 2))
+    kl = dict.fromkeys(range(2, LAYERS), 0.0)
+    for text, pictures in zip(texts, images):
+        embeds, visual = ref.enter(hf, engine.model.processor, ref.Reference(), text, pictures)
+        full = ref.logits(hf, ref.Reference(), embeds, visual, [])[0].softmax(-1)
+        for k in kl:
+            gone = ref.logits(hf, ref.then_exit(ref.Reference(), k - 1), embeds, visual, [])[0].softmax(-1)
+            kl[k] += sum(g * (g / f).log() for f, g in zip(full.tolist(), gone)).item() / len(texts)
+    for eta in sorted(kl.values()):
+        want = next(k for k in kl if kl[k] <= eta * 1.001)
+        got = search_vtw(engine, texts, images, eta=eta * 1.001, first=2, chat=False)
+        assert got == FixedExit(want - 1)
+    assert search_vtw(engine, texts, images, eta=0, first=2, chat=False) == FixedExit(LAYERS - 1)
+    assert engine.policy is before
+    with pytest.raises(InvalidArgumentError, match="first is 9"):
+        search_vtw(engine, texts, images, first=9, chat=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("pyramiddrop", PyramidDrop()),
+        ("divprune:0.2", DivPrune(0.2)),
+        ("visionzip", VisionZip()),
+        ("visionzip:108,20", VisionZip(108, 20)),
+        ("tome:0.25", ToMe(0.25)),
+        ("random:2,0.75", Random(2, 0.75)),
+        ("downsample:3", Downsample(3)),
+        ("fastv", FastV()),
+    ],
+)
+def test_notation(text, policy):
+    assert parse(text) == policy
+    assert parse(f"{text} + fixed:3").parts == (policy, FixedExit(3))
+
+
+@pytest.mark.parametrize("text", ["fixed", "tome:a", "tome:0", "pyramiddrop:1", "random:0,2", "vtw", "visionzip:0,1"])
+def test_notation_refused(text):
+    with pytest.raises(InvalidArgumentError, match="accepted"):
+        parse(text)
+
+
+def test_what_does_not_fit_the_model_is_refused_at_once():
+    engine, _ = build()
+    refused = [VisionZip(10, 7), ToMe(0.05), Random(LAYERS), compose(FastV(1), VisionZip(16, 1))]
+    for policy in refused:
+        with pytest.raises(InvalidArgumentError, match="accepted"):
+            engine.policy = policy
+    with pytest.raises(InvalidArgumentError, match="one policy in the tower"):
+        compose(ToMe(), VisionZip())
+
+
+@pytest.mark.parametrize(("layer", "strategy"), [([1, 2], "default"), (-2, "full"), (0, "default")])
+def test_features_that_tower_policies_cannot_follow_are_refused(layer, strategy):
+    hf = tiny.model()
+    hf.config.vision_feature_layer, hf.config.vision_feature_select_strategy = layer, strategy
+    with pytest.raises(ModelError, match="accepted here"):
+        VisionTower.of(hf)
