@@ -1,4 +1,4 @@
-"""What a policy is: the layers after which the loop must ask, and which visual tokens stay then."""
+"""What a policy is: where it acts on visual tokens, and what stays of them there."""
 
 from __future__ import annotations
 

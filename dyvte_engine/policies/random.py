@@ -17,7 +17,8 @@ from .base import Decision, LayerState, VisualTokenPolicy
 class Random(VisualTokenPolicy):
     """Entering layer `place`, `ratio` of the visual tokens leave, drawn uniformly without replacement.
 
-    place 0 is before the language model: each picture by itself, positions new and contiguous. A later place takes
+    place 0 is before the language model (the projector works row by row, so before or after it is the same): each
+    picture by itself, positions new and contiguous. A later place takes
     from all of a sequence's visual tokens and keeps positions, as FastV does; V - int(ratio * V) stay either way. The
     draw depends on `seed` and V alone, so a prompt gets the same answer in every batch.
     """

@@ -17,6 +17,7 @@ from dyvte_engine import (
     ToMe,
     VisionZip,
     compose,
+    ops,
     search_vtw,
 )
 from dyvte_engine.flops import vision_flops
@@ -26,7 +27,7 @@ from dyvte_engine.policies.tome import match, merge_rows
 from dyvte_engine.splice import reduce_pictures, runs
 from tests import tiny
 from tests.policies import reference as ref
-from tests.policies.shared import LAYERS, VISION, build
+from tests.policies.shared import LAYERS, VISION, build, prefill
 
 
 @pytest.mark.parametrize(("size", "keep"), [(1, 0.098), (7, 0.5), (40, 0.098), (61, 0.4), (9, 1.0)])
@@ -106,6 +107,36 @@ def test_downsample_of_grids_that_do_not_divide():
     torch.testing.assert_close(Downsample(2).reduce([features])[0], ref.downsample(features, 2))
     with pytest.raises(InvalidArgumentError, match="24 tokens"):
         Downsample(2).reduce([features[:24]])
+
+
+@pytest.mark.parametrize("queries", ["last", "all"])
+def test_fastv_scores_equal_eager_attention_maps(queries):
+    """Over all rows; "last" as FastV calls the kernel, "all" with every row a query."""
+
+    class Scores(KeepAll):
+        def layers(self, num_layers):
+            return set(range(num_layers - 1))
+
+        def decide(self, state):
+            cu = state.pack.lengths.cu
+            q = state.q if queries == "all" else state.q[state.pack.last_rows]
+            cu_q = cu if queries == "all" else torch.arange(len(cu), dtype=torch.int32)
+            scores = ops.token_score(q, state.k, cu_q, cu, state.scale)
+            seen.append(scores.split(state.pack.lengths.host))
+            return [None] * len(state.pack.n_visual)
+
+    seen: list = []
+    engine, hf = build(policy=Scores())
+    hf.set_attn_implementation("eager")
+    texts, images = tiny.prompts(seed=14, n=3, images=(1, 2))
+    prefill(engine, texts, images).close()
+    for b, (text, pictures) in enumerate(zip(texts, images)):
+        embeds, _, _ = tiny.embed(hf, engine.model.processor, text, pictures)
+        with torch.no_grad():
+            maps = hf.model.language_model(inputs_embeds=embeds[None], output_attentions=True).attentions
+        for scores, attention in zip(seen, maps):
+            want = attention[0].mean(0)[-1] if queries == "last" else attention[0].mean(dim=(0, 1))
+            torch.testing.assert_close(scores[b], want, rtol=1e-4, atol=1e-6)
 
 
 def test_random_is_uniform_and_repeatable():
