@@ -47,7 +47,11 @@ class Pack:
 
     @classmethod
     def from_sequences(cls, visual: Sequence[Tensor], positions: Sequence[Tensor]) -> Pack:
-        """visual: bool [n_b] per sequence, on the host; positions: int32 [n_b], on the device."""
+        """visual: bool [n_b] per sequence, on the host; positions: int32 [n_b], on the device.
+
+        A prompt that ends in a picture keeps its last row as text: the next token is predicted from it.
+        """
+        visual = [torch.cat((v[:-1], v.new_zeros(1))) for v in visual]
         device = positions[0].device
         host = [len(v) for v in visual]
         ends = [v.nonzero()[-1].item() + 1 if v.any() else 0 for v in visual]

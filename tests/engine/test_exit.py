@@ -166,3 +166,19 @@ def test_drop_early_kv_hides_visual_columns_from_new_tokens(layer):
         embeds, visual, _ = tiny.embed(hf, engine.model.processor, text, pictures)
         want = tiny.masked_greedy(hf, embeds, visual, 6, lambda k, v=visual: v & (k > layer), first_new_blind=True)
         assert result.token_ids == want
+
+
+@pytest.mark.parametrize("policy", [FixedExit(1), compose(FastV(1, 1.0), FixedExit(2))])
+def test_a_prompt_that_ends_in_a_picture_keeps_its_last_row(policy):
+    """The next token is predicted from that row, so it cannot leave."""
+    engine, hf = build(policy=policy)
+    first_blind = 2 if policy == FixedExit(1) else 1
+    _, images = tiny.prompts(seed=90, n=4, images=(1,))
+    texts = ["w3 w4 w5 <image>"] * 4
+    got = answers(engine, texts, images)
+    for text, pictures, result in zip(texts, images, got):
+        embeds, visual, _ = tiny.embed(hf, engine.model.processor, text, pictures)
+        visual[-1] = False
+        want = tiny.masked_greedy(hf, embeds, visual, 6, lambda k, v=visual: v & (k >= first_blind))
+        assert result.token_ids == want
+        assert result.stats.tokens_per_layer[-1] == len(embeds) - tiny.VISUAL_TOKENS + 1
