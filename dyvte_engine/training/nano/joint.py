@@ -181,7 +181,7 @@ def train_joint(
     """Trains `model` and `dense` (around its tower) in place; resumes from `folder/joint.safetensors`."""
     parameters = dict(model.named_parameters())
     parameters |= {f"labels.{name}": p for name, p in dense.labels.named_parameters()}
-    optimiser = MasterAdamW(parameters, settings.lr, settings.steps, min(300, settings.steps // 10 + 1))
+    optimiser = MasterAdamW(parameters, settings.lr, settings.steps, min(300, settings.steps // 10 + 1), slow="tower")
     checkpoint = folder / "joint.safetensors"
     if checkpoint.exists():
         optimiser.load(checkpoint)

@@ -16,19 +16,31 @@ from torch import nn
 class MasterAdamW:
     """Steps fp32 copies of `parameters` and writes them back in the parameters' own dtype.
 
-    Gradients are clipped to norm 1; weight decay acts on matrices only. The whole state is a dict of tensors.
+    Gradients are clipped to norm 1; weight decay acts on matrices only. Parameters with `slow` in their name learn at
+    three tenths of the rate. The whole state is a dict of tensors.
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], lr: float, total_steps: int, warmup: int, weight_decay: float = 0.05
+        self,
+        parameters: dict[str, nn.Parameter],
+        lr: float,
+        total_steps: int,
+        warmup: int,
+        weight_decay: float = 0.05,
+        slow: str | None = None,
     ):
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.masters = {name: p.detach().float().clone().requires_grad_() for name, p in self.parameters.items()}
-        groups = [
-            {"params": [m for m in self.masters.values() if m.ndim > 1], "weight_decay": weight_decay},
-            {"params": [m for m in self.masters.values() if m.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), fused=True)
+        groups: dict[tuple[float, float], list[torch.Tensor]] = {}
+        for name, master in self.masters.items():
+            key = (weight_decay if master.ndim > 1 else 0.0, 0.3 if slow and slow in name else 1.0)
+            groups.setdefault(key, []).append(master)
+        self.adam = torch.optim.AdamW(
+            [{"params": group, "weight_decay": decay, "scale": scale} for (decay, scale), group in groups.items()],
+            lr=lr,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
         self.lr, self.total_steps, self.warmup, self.steps_done = lr, total_steps, warmup, 0
 
     def rate(self) -> float:
@@ -44,7 +56,7 @@ class MasterAdamW:
             parameter.grad = None
         torch.nn.utils.clip_grad_norm_([m for m in self.masters.values() if m.grad is not None], 1.0)
         for group in self.adam.param_groups:
-            group["lr"] = self.rate()
+            group["lr"] = self.rate() * group["scale"]
         self.adam.step()
         self.steps_done += 1
         self._write_back()

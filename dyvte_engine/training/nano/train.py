@@ -18,10 +18,12 @@ from dyvte_engine.training.nano.model import (
     build_model,
     build_processor,
     build_tokenizer,
+    normalise,
     save,
 )
 from dyvte_engine.training.nano.packing import encode
 from dyvte_engine.training.nano.pool import load_pool, pool_questions
+from dyvte_engine.training.nano.projector import start_projector
 from dyvte_engine.training.nano.scenes import IGNORE
 from dyvte_engine.training.nano.tower import DenseTower, train_tower
 
@@ -44,15 +46,22 @@ def run_joint(args: argparse.Namespace) -> None:
     dense = DenseTower(model.model.vision_tower, config.vision_config.hidden_size)
     paths, asked = load_easy_vqa("train")
     pictures, labels = load_pool(args.data, args.seed, "train", args.pictures)
-    scenes = Source(
-        pictures, labels, encode(tokenizer, pool_questions(args.seed, "train", args.pictures, args.questions))
-    )
+    asked_of = min(args.asked, args.pictures)
+    questions = encode(tokenizer, pool_questions(args.seed, "train", asked_of, args.questions))
+    scenes = Source(pictures[:asked_of], labels[:asked_of], questions)
     unknown = np.full((len(paths), *labels.shape[1:]), IGNORE, np.uint8)
     sources = [scenes, Source(load_pictures(paths), unknown, encode(tokenizer, asked))]
     with safe_open(args.tower or args.out / "tower.safetensors", "pt") as file:
         prefix = "master/"
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
         dense.load_state_dict({name[len(prefix) :]: file.get_tensor(name) for name in names})
+    if args.decoder:
+        with safe_open(args.decoder, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix + "model.language_model")]  # noqa: SIM118
+            model.load_state_dict({name[len(prefix) :]: file.get_tensor(name) for name in names}, strict=False)
+    shown = normalise(torch.from_numpy(np.array(pictures[:512])), torch.float32)
+    embeddings = model.get_input_embeddings().weight
+    start_projector(model.model.multi_modal_projector, dense, shown, tokenizer, embeddings)
     for module in (model, dense):
         module.to(args.device, getattr(torch, args.dtype))
     settings = JointSettings(args.seed, args.steps, args.batch, args.lr, args.device, compile_model=not args.no_compile)
@@ -77,6 +86,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--questions", type=int, default=16, help="questions drawn up for each picture (joint)")
+    parser.add_argument("--asked", type=int, default=80000, help="pictures about which questions are asked (joint)")
+    parser.add_argument("--decoder", type=Path, help="an earlier joint checkpoint whose decoder to begin from (joint)")
     parser.add_argument(
         "--tower", type=Path, help="tower checkpoint to begin from (joint); default OUT/tower.safetensors"
     )
