@@ -50,7 +50,7 @@ $(VENV)/.torch:
 
 build/configuration: FORCE
 	@mkdir -p build && printf '%s\n' 'DYVTE_CUDA=$(DYVTE_CUDA)' 'archs=$(LOCAL_ARCHS)' 'nvcc=$(NVCC)' > $@.new
-	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
+	@cmp -s $@ $@.new && rm $@.new || { rm -rf build/editable-*; mv $@.new $@; } # CMake remembers an nvcc not found
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES) build/configuration
 	$(NATIVE_ENV) DYVTE_CUDA_ARCHS='$(LOCAL_ARCHS)' $(PIP) install -q --no-build-isolation -e '.[dev]'
