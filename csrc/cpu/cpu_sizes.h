@@ -5,7 +5,7 @@
 
 namespace dyvte {
 
-constexpr int64_t kDecodeChunk = 512;  // cached rows of one decode_attention task
+constexpr int64_t kDecodeChunk = 128;  // cached rows of one decode_attention task
 constexpr int64_t kScoreRows = 4;      // query rows of token_score that share one pass over K
 
 }  // namespace dyvte

@@ -7,94 +7,118 @@ namespace dyvte {
 namespace DYVTE_ISA {
 namespace {
 
-constexpr int kHeads = 4;  // query heads that share one pass over K and V
+constexpr int kSlots = 32;  // query heads of one task
+constexpr int kSums = 8;    // scores computed at once
 
-// One (sequence, K/V head, chunk of rows, up to four query heads).
-template <class T>
+// Some rows of one sequence, for `heads` neighbouring K/V heads and R of the query heads that share each. A cached row
+// is read for all these heads before the next one, because the same head of the next row is far away in memory. Slot h
+// * R + r holds K/V head h, query head r.
+template <class T, int R>
 struct Chunk {
   const DecodeAttentionParams& p;
-  int64_t seq, kv_head, head, heads;  // query heads [head, head + heads)
-  int64_t rows;                       // cached rows of this chunk
-  int64_t at[kDecodeChunk];           // element offset of each row in the pools
-  float q[kHeads][kMaxHeadDim];
-  float s[kHeads][kDecodeChunk];  // scores, then exp(score - largest)
-  float acc[kHeads][kMaxHeadDim];
-  float largest[kHeads], total[kHeads];
+  int64_t seq, kv_head, heads, first_query;
+  int64_t rows;              // cached rows of this chunk
+  int64_t at[kDecodeChunk];  // element offset of each row's first head in the pools
+  float q[kSlots][kMaxHeadDim];
+  float s[kSlots][kDecodeChunk];  // scores, then exp(score - largest)
+  float acc[kSlots][kMaxHeadDim];
+  float largest[kSlots], total[kSlots];
 
   // Not an aggregate: the arrays stay uninitialised.
-  Chunk(const DecodeAttentionParams& params, int64_t seq_, int64_t kv_head_, int64_t head_, int64_t heads_)
-      : p(params), seq(seq_), kv_head(kv_head_), head(head_), heads(heads_) {}
+  Chunk(const DecodeAttentionParams& params, int64_t seq_, int64_t kv_head_, int64_t heads_, int64_t first_query_)
+      : p(params), seq(seq_), kv_head(kv_head_), heads(heads_), first_query(first_query_) {}
+
+  int64_t query_head(int64_t slot) const {
+    return (kv_head + slot / R) * (p.heads_q / p.pool.heads) + first_query + slot % R;
+  }
 
   void find_rows(int64_t first) {
     const int32_t* table = p.block_table + seq * p.table_stride;
     const int64_t row = p.pool.heads * p.pool.dim;
     rows = min64(kDecodeChunk, p.kv_lens[seq] - first);
-    for (int64_t j = 0; j < rows; ++j) {
-      const int64_t r = first + j;
-      at[j] = (table[r / p.pool.page] * p.pool.page + r % p.pool.page) * row + kv_head * p.pool.dim;
+    int64_t page = first / p.pool.page, in_page = first % p.pool.page;  // no division per row: it would cost as much as
+    for (int64_t j = 0; j < rows; ++j) {                                // the row's arithmetic
+      at[j] = (table[page] * p.pool.page + in_page) * row + kv_head * p.pool.dim;
+      if (++in_page == p.pool.page) {
+        in_page = 0;
+        ++page;
+      }
     }
   }
 
   void load_queries() {
-    const T* from = static_cast<const T*>(p.q) + seq * p.q_stride + head * p.pool.dim;
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t c = 0; c < p.pool.dim; ++c) q[h][c] = to_float(from[h * p.pool.dim + c]) * p.scale;
+    for (int64_t slot = 0; slot < heads * R; ++slot) {
+      const T* from = static_cast<const T*>(p.q) + seq * p.q_stride + query_head(slot) * p.pool.dim;
+      for (int64_t c = 0; c < p.pool.dim; ++c) q[slot][c] = to_float(from[c]) * p.scale;
     }
   }
 
-  template <int R>
   void score() {
     const T* k = static_cast<const T*>(p.pool.k);
-    for (int64_t j = 0; j < rows; ++j) {
-      float sums[R];
-      dot_rows<R>(q[0], kMaxHeadDim, k + at[j], p.pool.dim, sums);
-      for (int r = 0; r < R; ++r) s[r][j] = sums[r];
-    }
-    for (int r = 0; r < R; ++r) largest[r] = exp_row(s[r], rows, &total[r]);
-  }
-
-  // acc = sum over rows of weight * v for columns [c, c + V * kLanes), summed in registers.
-  template <int R, int V>
-  void weigh_columns(int64_t c) {
-    const T* v = static_cast<const T*>(p.pool.v) + c;
-    Vec sum[R][V] = {};
-    for (int64_t j = 0; j < rows; ++j) {
-      for (int i = 0; i < V; ++i) {
-        const Vec x = load(v + at[j] + i * kLanes);
-        for (int r = 0; r < R; ++r) sum[r][i] += x * s[r][j];
+    int64_t row = 0, head = 0;
+    auto add_pairs = [&](auto count) {  // of a cached row and a K/V head
+      constexpr int C = decltype(count)::value;
+      const float* queries[C];
+      const T* keys[C];
+      float *to[C], dots[C * R];
+      while (rows * heads - (row * heads + head) >= C) {
+        for (int c = 0; c < C; ++c) {
+          if (head == 0) prefetch(k + at[min64(row + 4, rows - 1)], heads * p.pool.dim);
+          queries[c] = q[head * R];
+          keys[c] = k + at[row] + head * p.pool.dim;
+          to[c] = s[head * R] + row;
+          if (++head == heads) {
+            head = 0;
+            ++row;
+          }
+        }
+        dot_block<R, C, false>(queries, kMaxHeadDim, keys, p.pool.dim, dots);
+        for (int c = 0; c < C; ++c) {
+          for (int r = 0; r < R; ++r) to[c][r * kDecodeChunk] = dots[c * R + r];
+        }
       }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int i = 0; i < V; ++i) store(acc[r] + c + i * kLanes, sum[r][i]);
-    }
+    };
+    add_pairs(std::integral_constant<int, kSums / R>());
+    add_pairs(std::integral_constant<int, 1>());
+    for (int64_t slot = 0; slot < heads * R; ++slot) largest[slot] = exp_row(s[slot], rows, &total[slot]);
   }
 
-  template <int R>
-  void weigh_values() {
+  // acc += weight * v over the J rows from `first`.
+  template <int J>
+  void add_values(int64_t first) {
     const T* v = static_cast<const T*>(p.pool.v);
-    int64_t c = 0;
-    for (; c + 2 * kLanes <= p.pool.dim; c += 2 * kLanes) weigh_columns<R, 2>(c);
-    for (; c + kLanes <= p.pool.dim; c += kLanes) weigh_columns<R, 1>(c);
-    for (; c < p.pool.dim; ++c) {
-      for (int r = 0; r < R; ++r) acc[r][c] = 0.0f;
-      for (int64_t j = 0; j < rows; ++j) {
-        for (int r = 0; r < R; ++r) acc[r][c] += to_float(v[at[j] + c]) * s[r][j];
+    for (int j = 0; j < J; ++j) prefetch(v + at[min64(first + J + j, rows - 1)], heads * p.pool.dim);
+    for (int64_t head = 0; head < heads; ++head) {
+      const T* from[J];
+      for (int j = 0; j < J; ++j) from[j] = v + at[first + j] + head * p.pool.dim;
+      float (*sums)[kMaxHeadDim] = acc + head * R;
+      const float (*weights)[kDecodeChunk] = s + head * R;
+      int64_t c = 0;
+      for (; c + kLanes <= p.pool.dim; c += kLanes) {
+        Vec sum[R];
+        for (int r = 0; r < R; ++r) sum[r] = load(sums[r] + c);
+        for (int j = 0; j < J; ++j) {
+          const Vec x = load(from[j] + c);
+          for (int r = 0; r < R; ++r) sum[r] += x * weights[r][first + j];
+        }
+        for (int r = 0; r < R; ++r) store(sums[r] + c, sum[r]);
+      }
+      for (; c < p.pool.dim; ++c) {
+        for (int j = 0; j < J; ++j) {
+          for (int r = 0; r < R; ++r) sums[r][c] += to_float(from[j][c]) * weights[r][first + j];
+        }
       }
     }
-  }
-
-  template <int R>
-  void attend() {
-    score<R>();
-    weigh_values<R>();
   }
 
   void run(int64_t first) {
     find_rows(first);
     load_queries();
-    if (heads == 4) attend<4>();
-    if (heads == 2) attend<2>();
-    if (heads == 1) attend<1>();
+    score();
+    for (int64_t slot = 0; slot < heads * R; ++slot) std::memset(acc[slot], 0, p.pool.dim * sizeof(float));
+    int64_t row = 0;
+    for (; row + 8 <= rows; row += 8) add_values<8>(row);
+    for (; row < rows; ++row) add_values<1>(row);
   }
 };
 
@@ -125,40 +149,49 @@ void combine(const DecodeAttentionParams& p, int64_t seq, int64_t head, int64_t 
   write_head<T>(p, seq, head, acc, total);
 }
 
-template <class T>
-void run_task(const DecodeAttentionParams& p, int64_t seq, int64_t kv_head, int64_t part, int64_t chunks) {
-  const int64_t group = p.heads_q / p.pool.heads, first = part * kDecodeChunk;
-  if (p.kv_lens[seq] == 0 && part == 0) {
-    T* out = static_cast<T*>(p.out) + (seq * p.heads_q + kv_head * group) * p.pool.dim;
-    std::memset(out, 0, group * p.pool.dim * sizeof(T));
-  }
-  if (first >= p.kv_lens[seq]) return;
-  for (int64_t g = 0; g < group;) {
-    const int64_t left = group - g, heads = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    Chunk<T> chunk{p, seq, kv_head, kv_head * group + g, heads};
-    chunk.run(first);
-    for (int64_t h = 0; h < heads; ++h) {
-      if (chunks == 1) {
-        write_head<T>(p, seq, chunk.head + h, chunk.acc[h], chunk.total[h]);
-        continue;
-      }
-      float* to = p.scratch + ((seq * p.heads_q + chunk.head + h) * chunks + part) * (p.pool.dim + 2);
-      std::memcpy(to, chunk.acc[h], p.pool.dim * sizeof(float));
-      to[p.pool.dim] = chunk.largest[h];
-      to[p.pool.dim + 1] = chunk.total[h];
+// One chunk's result: final when the sequence has no other chunk, else a row of the scratch buffer.
+template <class T, int R>
+void run_chunk(const DecodeAttentionParams& p, int64_t seq, int64_t kv_head, int64_t heads, int64_t first_query,
+               int64_t part, int64_t chunks) {
+  Chunk<T, R> chunk(p, seq, kv_head, heads, first_query);
+  chunk.run(part * kDecodeChunk);
+  for (int64_t slot = 0; slot < heads * R; ++slot) {
+    if (chunks == 1) {
+      write_head<T>(p, seq, chunk.query_head(slot), chunk.acc[slot], chunk.total[slot]);
+      continue;
     }
-    g += heads;
+    float* to = p.scratch + ((seq * p.heads_q + chunk.query_head(slot)) * chunks + part) * (p.pool.dim + 2);
+    std::memcpy(to, chunk.acc[slot], p.pool.dim * sizeof(float));
+    to[p.pool.dim] = chunk.largest[slot];
+    to[p.pool.dim + 1] = chunk.total[slot];
   }
 }
 
 template <class T>
+void run_task(const DecodeAttentionParams& p, int64_t seq, int64_t kv_head, int64_t heads, int64_t part,
+              int64_t chunks) {
+  const int64_t group = p.heads_q / p.pool.heads;
+  if (p.kv_lens[seq] == 0 && part == 0) {
+    T* out = static_cast<T*>(p.out) + (seq * p.heads_q + kv_head * group) * p.pool.dim;
+    std::memset(static_cast<void*>(out), 0, heads * group * p.pool.dim * sizeof(T));
+  }
+  if (part * kDecodeChunk >= p.kv_lens[seq]) return;
+  int64_t query = 0;
+  for (; query + 4 <= group; query += 4) run_chunk<T, 4>(p, seq, kv_head, heads, query, part, chunks);
+  for (; query + 2 <= group; query += 2) run_chunk<T, 2>(p, seq, kv_head, heads, query, part, chunks);
+  for (; query < group; ++query) run_chunk<T, 1>(p, seq, kv_head, heads, query, part, chunks);
+}
+
+template <class T>
 void decode_attention(const DecodeAttentionParams& p, ParallelFor parallel_for) {
-  const int64_t chunks = max64(1, (p.max_len + kDecodeChunk - 1) / kDecodeChunk), pairs = p.batch * p.pool.heads;
-  const int64_t work = p.heads_q / p.pool.heads * p.pool.dim * min64(p.max_len, kDecodeChunk) * 2;
-  parallel(parallel_for, pairs * chunks, max64(1, 131072 / max64(1, work)), [&](int64_t begin, int64_t end) {
+  const int64_t chunks = max64(1, (p.max_len + kDecodeChunk - 1) / kDecodeChunk), group = p.heads_q / p.pool.heads;
+  const int64_t heads = kSlots / (group >= 4 ? 4 : group >= 2 ? 2 : 1);  // K/V heads of one task
+  const int64_t blocks = (p.pool.heads + heads - 1) / heads;
+  const int64_t work = min64(heads, p.pool.heads) * group * p.pool.dim * min64(p.max_len, kDecodeChunk) * 2;
+  parallel(parallel_for, p.batch * blocks * chunks, max64(1, 131072 / max64(1, work)), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t pair = task / chunks;
-      run_task<T>(p, pair / p.pool.heads, pair % p.pool.heads, task % chunks, chunks);
+      const int64_t seq = task / chunks / blocks, kv_head = task / chunks % blocks * heads;
+      run_task<T>(p, seq, kv_head, min64(heads, p.pool.heads - kv_head), task % chunks, chunks);
     }
   });
   if (chunks == 1) return;

@@ -61,8 +61,9 @@ void mean_rows(const ExitHeadParams& p, const StateRows& rows, float* pooled, in
 }
 
 void divide_by_rms(float* x, int64_t d, float eps) {
+  const float* self = x;
   float sum;
-  dot_rows<1>(x, 0, x, d, &sum);
+  dot_block<1, 1, true>(&self, 0, &self, d, &sum);
   const float factor = 1.0f / std::sqrt(sum / static_cast<float>(d) + eps);
   for (int64_t i = 0; i < d; ++i) x[i] *= factor;
 }
@@ -94,30 +95,51 @@ void pool_states(const ExitHeadParams& p, const Work& w, ParallelFor parallel_fo
   for (int64_t s = 0; s < w.count * p.n_states; ++s) divide_by_rms(w.pooled + s * p.d, p.d, p.rms_eps);
 }
 
-// inner = gelu(W1 pooled). A row of W1 is read once and meets every sequence while it is in the cache.
+// inner[a][j + c] += W1[j + c] . pooled[a] over `n` columns from `first`, for C rows of W1 and all sequences.
+template <int C, class T>
+void add_products(const ExitHeadParams& p, const Work& w, int64_t j, int64_t first, int64_t n) {
+  const int64_t width = p.n_states * p.d;
+  const T* rows[C];
+  for (int c = 0; c < C; ++c) rows[c] = static_cast<const T*>(p.w1) + (j + c) * width + first;
+  int64_t a = 0;
+  auto add = [&](auto sequences) {
+    constexpr int R = decltype(sequences)::value;
+    for (; a + R <= w.count; a += R) {
+      const float* pooled = w.pooled + a * width + first;
+      const float* same[C];
+      for (int c = 0; c < C; ++c) same[c] = pooled;
+      float sums[C * R];
+      dot_block<R, C, true>(same, width, rows, n, sums);
+      for (int c = 0; c < C; ++c) {
+        for (int r = 0; r < R; ++r) w.inner[(a + r) * p.inner + j + c] += sums[c * R + r];
+      }
+    }
+  };
+  add(std::integral_constant<int, 4>());
+  add(std::integral_constant<int, 1>());
+}
+
+// inner = gelu(W1 pooled). W1 passes once; blocks of its rows meet every sequence while they are in the cache. Partial
+// sums over 2048 columns keep the rounding error of wide heads down.
 template <class T>
 void first_layer(const ExitHeadParams& p, const Work& w, ParallelFor parallel_for) {
-  const int64_t width = p.n_states * p.d;
-  const T* w1 = static_cast<const T*>(p.w1);
-  parallel(parallel_for, p.inner, max64(1, 131072 / (width * w.count)), [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      int64_t a = 0;
-      float sums[4];
-      auto finish = [&](int rows) {
-        for (int r = 0; r < rows; ++r) w.inner[(a + r) * p.inner + j] = gelu(sums[r]);
-        a += rows;
-      };
-      while (a + 4 <= w.count) {
-        dot_rows<4>(w.pooled + a * width, width, w1 + j * width, width, sums);
-        finish(4);
+  constexpr int64_t kColumns = 2048;
+  constexpr int kRows = 4;
+  const int64_t width = p.n_states * p.d, blocks = (p.inner + kRows - 1) / kRows;
+  parallel(parallel_for, blocks, max64(1, 131072 / (width * w.count * kRows)), [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kRows; j < min64(end * kRows, p.inner); j += kRows) {
+      const int64_t rows = min64(kRows, p.inner - j);
+      for (int64_t a = 0; a < w.count; ++a) std::memset(w.inner + a * p.inner + j, 0, rows * sizeof(float));
+      for (int64_t first = 0; first < width; first += kColumns) {
+        const int64_t n = min64(kColumns, width - first);
+        if (rows == kRows) {
+          add_products<kRows, T>(p, w, j, first, n);
+        } else {
+          for (int64_t r = 0; r < rows; ++r) add_products<1, T>(p, w, j + r, first, n);
+        }
       }
-      while (a + 2 <= w.count) {
-        dot_rows<2>(w.pooled + a * width, width, w1 + j * width, width, sums);
-        finish(2);
-      }
-      while (a < w.count) {
-        dot_rows<1>(w.pooled + a * width, width, w1 + j * width, width, sums);
-        finish(1);
+      for (int64_t a = 0; a < w.count; ++a) {
+        for (int64_t r = 0; r < rows; ++r) w.inner[a * p.inner + j + r] = gelu(w.inner[a * p.inner + j + r]);
       }
     }
   });
@@ -136,12 +158,12 @@ void exit_head(const ExitHeadParams& p, ParallelFor parallel_for) {
   if (w.count == 0) return;
   pool_states<T>(p, w, parallel_for);
   first_layer<T>(p, w, parallel_for);
-  const T* w2 = static_cast<const T*>(p.w2);
+  const T* w2[] = {static_cast<const T*>(p.w2), static_cast<const T*>(p.w2) + p.inner};
   for (int64_t a = 0; a < w.count; ++a) {
-    float keep, exit;
-    dot_rows<1>(w.inner + a * p.inner, 0, w2, p.inner, &keep);
-    dot_rows<1>(w.inner + a * p.inner, 0, w2 + p.inner, p.inner, &exit);
-    const float probability = 1.0f / (1.0f + std::exp(keep - exit));
+    float logits[2];  // keep, exit
+    const float* inner[] = {w.inner + a * p.inner, w.inner + a * p.inner};
+    dot_block<1, 2, true>(inner, 0, w2, p.inner, logits);
+    const float probability = 1.0f / (1.0f + std::exp(logits[0] - logits[1]));
     p.p_exit[w.active[a]] = probability;
     p.exit[w.active[a]] = probability > p.threshold;
   }

@@ -6,30 +6,37 @@ namespace dyvte {
 namespace DYVTE_ISA {
 namespace {
 
-// residual += x, rounded to T.
-template <class T>
-void add_row(T* residual, const T* x, int64_t d) {
-  int64_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) store(residual + i, load(residual + i) + load(x + i));
-  for (; i < d; ++i) from_float(to_float(residual[i]) + to_float(x[i]), residual + i);
-}
+float square(float x) { return x * x; }
 
 template <class T>
 float sum_of_squares(const T* x, int64_t d) {
-  Vec sum[4] = {};
+  Vec sum[2] = {};
   int64_t i = 0;
-  for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
-    for (int u = 0; u < 4; ++u) {
-      const Vec v = load(x + i + u * kLanes);
-      sum[u] += v * v;
-    }
+  for (; i + 2 * kLanes <= d; i += 2 * kLanes) {
+    const Vec a = load(x + i), b = load(x + i + kLanes);
+    sum[0] += a * a;
+    sum[1] += b * b;
   }
+  float total = hsum(sum[0] + sum[1]);
+  for (; i < d; ++i) total += square(to_float(x[i]));
+  return total;
+}
+
+// residual += x, rounded to T; returns the new row's sum of squares.
+template <class T>
+float add_row(T* residual, const T* x, int64_t d) {
+  Vec sum = {};
+  int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
-    const Vec v = load(x + i);
-    sum[0] += v * v;
+    const Vec v = rounded(load(residual + i) + load(x + i), residual);
+    store(residual + i, v);
+    sum += v * v;
   }
-  float total = hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; i < d; ++i) total += to_float(x[i]) * to_float(x[i]);
+  float total = hsum(sum);
+  for (; i < d; ++i) {
+    from_float(to_float(residual[i]) + to_float(x[i]), residual + i);
+    total += square(to_float(residual[i]));
+  }
   return total;
 }
 
@@ -37,11 +44,7 @@ float sum_of_squares(const T* x, int64_t d) {
 template <class T>
 void scale_row(const T* x, const T* weight, float factor, T* out, int64_t d) {
   int64_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) {
-    T rounded[kLanes];
-    store(rounded, load(x + i) * factor);
-    store(out + i, load(rounded) * load(weight + i));
-  }
+  for (; i + kLanes <= d; i += kLanes) store(out + i, rounded(load(x + i) * factor, x) * load(weight + i));
   for (; i < d; ++i) {
     T rounded;
     from_float(to_float(x[i]) * factor, &rounded);
@@ -59,14 +62,11 @@ Status rms_norm_cpu(const RmsNormParams& p, ParallelFor parallel_for) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t o = row / p.inner, i = row % p.inner;
         const T* x = static_cast<const T*>(p.x) + o * p.x_outer + i * p.x_inner;
-        if (p.residual) {
-          T* residual = static_cast<T*>(p.residual) + o * p.res_outer + i * p.res_inner;
-          add_row(residual, x, p.d);
-          x = residual;
-        }
-        const float mean = sum_of_squares(x, p.d) / static_cast<float>(p.d);
-        scale_row(x, static_cast<const T*>(p.weight), 1.0f / std::sqrt(mean + p.eps),
-                  static_cast<T*>(p.out) + row * p.d, p.d);
+        T* residual = p.residual ? static_cast<T*>(p.residual) + o * p.res_outer + i * p.res_inner : nullptr;
+        const float sum = residual ? add_row(residual, x, p.d) : sum_of_squares(x, p.d);
+        const float factor = 1.0f / std::sqrt(sum / static_cast<float>(p.d) + p.eps);
+        const T* from = residual ? residual : x;
+        scale_row(from, static_cast<const T*>(p.weight), factor, static_cast<T*>(p.out) + row * p.d, p.d);
       }
     });
   });

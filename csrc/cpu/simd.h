@@ -89,10 +89,19 @@ inline Vec load(const float* p) {
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
+// gcc 12 makes three instructions more of __builtin_convertvector than the intrinsics need.
 inline Vec load(const bf16* p) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+#elif defined(__AVX2__)
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+#else
   VecH h;
   std::memcpy(&h, p, sizeof(h));
   return bit_cast<Vec>(__builtin_convertvector(h, VecU) << 16);
+#endif
 }
 inline Vec load(const f16* p) {
 #if defined(__AVX512F__)
@@ -109,9 +118,18 @@ inline Vec load(const f16* p) {
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(bf16* p, Vec v) {
   const VecU u = bit_cast<VecU>(v);
-  const VecU rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
-  const VecH h = __builtin_convertvector(v == v ? rounded : (rounded & 0u) + 0x7fc0u, VecH);
+  const VecU even = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  const VecU bits = v == v ? even : (even & 0u) + 0x7fc0u;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(bits)));
+#elif defined(__AVX2__)
+  __m128i half[2];
+  std::memcpy(half, &bits, sizeof(bits));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(half[0], half[1]));
+#else
+  const VecH h = __builtin_convertvector(bits, VecH);
   std::memcpy(p, &h, sizeof(h));
+#endif
 }
 inline void store(f16* p, Vec v) {
 #if defined(__AVX512F__)
@@ -142,10 +160,46 @@ inline float hsum(Vec v) {
 }
 #endif
 
+// Four sums at once, for less than the price of two.
+inline Vec4 hsum4(Vec a, Vec b, Vec c, Vec d) {
+#if defined(__AVX512F__)
+  const Vec ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+  const Vec cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
+  Vec s = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);  // four partial sums each
+  s += _mm512_permute_ps(s, 0xb1);
+  s += _mm512_permute_ps(s, 0x4e);
+  const __m512i firsts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+  return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, s));
+#elif defined(__AVX2__)
+  const Vec s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  Vec4 half[2];
+  std::memcpy(half, &s, sizeof(s));
+  return half[0] + half[1];
+#else
+  return Vec4{hsum(a), hsum(b), hsum(c), hsum(d)};
+#endif
+}
+
 inline float hmax(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  float lane[kLanes];
+  store(lane, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+  }
+  return lane[0];
+}
+
+// v rounded to T, still as floats.
+inline Vec rounded(Vec v, const float*) { return v; }
+inline Vec rounded(Vec v, const bf16*) {
+  const VecU u = bit_cast<VecU>(v);
+  const Vec even = bit_cast<Vec>((u + 0x7fffu + (u >> 16 & 1u)) & 0xffff0000u);
+  return v == v ? even : v;
+}
+inline Vec rounded(Vec v, const f16*) {
+  f16 half[kLanes];
+  store(half, v);
+  return load(half);
 }
 
 // e^x, within 2 units in the last place; 0 below -87.3, NaN stays NaN.
@@ -189,28 +243,36 @@ inline void by_dtype(DType dtype, const F& f) {
   if (dtype == DType::bf16) f(static_cast<bf16*>(nullptr));
 }
 
-// out[r] = sum over n of q[r * stride + i] * k[i], for R rows of q that share one pass over k.
-template <int R, class T>
-inline void dot_rows(const float* q, int64_t stride, const T* k, int64_t n, float* out) {
-  constexpr int kUnroll = 4 / R;  // four independent sums hide the latency of the multiply-add
-  Vec sum[R][kUnroll] = {};
+// out[c * R + r] = sum over n of q[c][r * stride + i] * k[c][i]. SAME_Q: all q[c] are one, loaded once for all C.
+template <int R, int C, bool SAME_Q, class T>
+inline void dot_block(const float* const* q, int64_t stride, const T* const* k, int64_t n, float* out) {
+  Vec sum[C * R] = {};
   int64_t i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-    for (int u = 0; u < kUnroll; ++u) {
-      const Vec kv = load(k + i + u * kLanes);
-      for (int r = 0; r < R; ++r) sum[r][u] += load(q + r * stride + i + u * kLanes) * kv;
+  for (; i + kLanes <= n; i += kLanes) {
+    Vec x[R];
+    for (int c = 0; c < C; ++c) {
+      for (int r = 0; r < R && !(SAME_Q && c > 0); ++r) x[r] = load(q[c] + r * stride + i);
+      const Vec y = load(k[c] + i);
+      for (int r = 0; r < R; ++r) sum[c * R + r] += x[r] * y;
     }
   }
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vec kv = load(k + i);
-    for (int r = 0; r < R; ++r) sum[r][0] += load(q + r * stride + i) * kv;
+  int done = 0;
+  for (; done + 4 <= C * R; done += 4) {
+    const Vec4 four = hsum4(sum[done], sum[done + 1], sum[done + 2], sum[done + 3]);
+    std::memcpy(out + done, &four, sizeof(four));
   }
-  for (int r = 0; r < R; ++r) {
-    for (int u = 1; u < kUnroll; ++u) sum[r][0] += sum[r][u];
-    out[r] = hsum(sum[r][0]);
-  }
+  for (; done < C * R; ++done) out[done] = hsum(sum[done]);
   for (; i < n; ++i) {
-    for (int r = 0; r < R; ++r) out[r] += q[r * stride + i] * to_float(k[i]);
+    for (int c = 0; c < C; ++c) {
+      for (int r = 0; r < R; ++r) out[c * R + r] += q[c][r * stride + i] * to_float(k[c][i]);
+    }
+  }
+}
+
+template <class T>
+inline void prefetch(const T* p, int64_t n) {
+  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
   }
 }
 

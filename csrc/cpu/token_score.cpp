@@ -40,11 +40,28 @@ struct HeadSum {
     }
     const T* k = static_cast<const T*>(p.k) + k0 * p.k_stride + kv_head * p.dim;
     const int64_t longest = visible(first + R - 1);
-    for (int64_t j = 0; j < longest; ++j) {
-      float dots[R];
-      dot_rows<R>(q[0], kMaxHeadDim, k + j * p.k_stride, p.dim, dots);
-      for (int r = 0; r < R; ++r) s[r * nk + j] = dots[r];
-    }
+    constexpr int C = 8 / R;  // keys at a time
+    int64_t j = 0;
+    auto add_keys = [&](auto keys) {
+      constexpr int kKeys = decltype(keys)::value;
+      for (; j + kKeys <= longest; j += kKeys) {
+        const float* same[kKeys];
+        const T* rows[kKeys];
+        float dots[kKeys * R];
+        for (int c = 0; c < kKeys; ++c) {
+          same[c] = q[0];
+          rows[c] = k + (j + c) * p.k_stride;
+        }
+        for (int c = 0; c < kKeys && j + 2 * kKeys + c < longest; ++c)
+          prefetch(k + (j + 2 * kKeys + c) * p.k_stride, p.dim);
+        dot_block<R, kKeys, true>(same, kMaxHeadDim, rows, p.dim, dots);
+        for (int c = 0; c < kKeys; ++c) {
+          for (int r = 0; r < R; ++r) s[r * nk + j + c] = dots[c * R + r];
+        }
+      }
+    };
+    add_keys(std::integral_constant<int, C>());
+    add_keys(std::integral_constant<int, 1>());
     for (int r = 0; r < R; ++r) {
       const int64_t n = visible(first + r);
       float total;

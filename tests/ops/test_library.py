@@ -33,7 +33,7 @@ def test_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("isa", ISAS[: ISAS.index(ops.build_info()["cpu_isa"])])
 def test_lower_instruction_sets(isa: str) -> None:
-    """Tests of every vector primitive again, with the kernels of an older processor; `make sanitize` compares them all."""
+    """Every vector primitive again, with the kernels of an older processor; `make sanitize` compares the rest."""
     if os.environ.get("DYVTE_CPU_ISA"):
         pytest.skip("already running with DYVTE_CPU_ISA")
     here = Path(__file__).parent
