@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -74,20 +75,21 @@ def draw(shown: list[Shown], path: Path) -> None:
     from matplotlib import pyplot as plt
     from PIL import Image
 
-    figure, axes = plt.subplots(len(shown), 3, figsize=(13, 3.1 * len(shown)), squeeze=False, width_ratios=(1, 2, 2))
+    figure, axes = plt.subplots(
+        len(shown), 3, figsize=(13, 3 * len(shown)), squeeze=False, width_ratios=(1, 2, 2), layout="constrained"
+    )
     for (left, middle, right), s in zip(axes, shown, strict=True):
         left.imshow(Image.open(s.file).convert("RGB"), interpolation="nearest")
         left.axis("off")
         full, early = s.full.stats, s.early.stats
-        words = [
-            (s.question, "bold"),
-            (f"with exit: {s.early.text.strip()}", "normal"),
-            (f"without exit: {s.full.text.strip()}", "normal"),
-            (f"first token {s.early_ms:.1f} ms, without exit {s.full_ms:.1f} ms", "normal"),
-            (f"K/V {early.kv_bytes / 1024:.0f} KiB, without exit {early.kv_bytes_keep_all / 1024:.0f} KiB", "normal"),
-        ]
-        for i, (text, weight) in enumerate(words):
-            middle.text(0, 0.9 - 0.2 * i, text, weight=weight, fontsize=11, wrap=True, transform=middle.transAxes)
+        words = (
+            f"with exit: {s.early.text.strip()}",
+            f"without exit: {s.full.text.strip()}",
+            f"first token {s.early_ms:.1f} ms, without exit {s.full_ms:.1f} ms",
+            f"K/V {early.kv_bytes / 1024:.0f} KiB, without exit {early.kv_bytes_keep_all / 1024:.0f} KiB",
+        )
+        middle.text(0, 1, textwrap.fill(s.question, 46), weight="bold", fontsize=11, va="top")
+        middle.text(0, 0.72, "\n\n".join(textwrap.fill(w, 54) for w in words), fontsize=10, va="top")
         middle.axis("off")
         layers = range(len(full.tokens_per_layer))
         right.bar(layers, full.tokens_per_layer, color="#d9d9d9", label="without exit")
@@ -96,7 +98,6 @@ def draw(shown: list[Shown], path: Path) -> None:
         right.set_xlabel("layer")
         right.set_ylabel("prompt tokens in the layer")
         right.legend(loc="lower left", fontsize=8)
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
