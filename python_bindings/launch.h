@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <memory>
+#include <new>
 #include <optional>
 
 #include "checks.h"
@@ -41,14 +42,18 @@ class Scratch {
       tensor_ = empty({floats}, aoti_torch_dtype_float32(), like);
       data_ = static_cast<float*>(tensor_->data_ptr());
     } else {
-      host_.reset(new float[floats]);
+      host_.reset(static_cast<float*>(::operator new(floats * sizeof(float), kCacheLine)));
       data_ = host_.get();
     }
   }
   float* data() const { return data_; }
 
  private:
-  std::unique_ptr<float[]> host_;
+  static constexpr std::align_val_t kCacheLine{64};
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, kCacheLine); }
+  };
+  std::unique_ptr<float, Free> host_;
   std::optional<Tensor> tensor_;
   float* data_ = nullptr;
 };

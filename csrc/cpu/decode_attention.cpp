@@ -8,20 +8,20 @@ namespace DYVTE_ISA {
 namespace {
 
 constexpr int kSlots = 32;  // query heads of one task
-constexpr int kSums = 8;    // scores computed at once
+constexpr int kSums = 8;    // scores computed at once: R queries times 8 / R cached rows
 
-// Some rows of one sequence, for `heads` neighbouring K/V heads and R of the query heads that share each. A cached row
-// is read for all these heads before the next one, because the same head of the next row is far away in memory. Slot h
-// * R + r holds K/V head h, query head r.
+// Some rows of one sequence, for `heads` neighbouring K/V heads and R of the query heads that share each. A few cached
+// rows are read for all these heads before the next ones, because the same head of the next row is far away in memory.
+// Slot number h times R plus r holds K/V head h, query head r.
 template <class T, int R>
 struct Chunk {
   const DecodeAttentionParams& p;
   int64_t seq, kv_head, heads, first_query;
   int64_t rows;              // cached rows of this chunk
   int64_t at[kDecodeChunk];  // element offset of each row's first head in the pools
-  float q[kSlots][kMaxHeadDim];
-  float s[kSlots][kDecodeChunk];  // scores, then exp(score - largest)
-  float acc[kSlots][kMaxHeadDim];
+  alignas(64) float q[kSlots][kMaxHeadDim];
+  alignas(64) float s[kSlots][kDecodeChunk];  // scores, then exp(score - largest)
+  alignas(64) float acc[kSlots][kMaxHeadDim];
   float largest[kSlots], total[kSlots];
 
   // Not an aggregate: the arrays stay uninitialised.
@@ -36,8 +36,9 @@ struct Chunk {
     const int32_t* table = p.block_table + seq * p.table_stride;
     const int64_t row = p.pool.heads * p.pool.dim;
     rows = min64(kDecodeChunk, p.kv_lens[seq] - first);
-    int64_t page = first / p.pool.page, in_page = first % p.pool.page;  // no division per row: it would cost as much as
-    for (int64_t j = 0; j < rows; ++j) {                                // the row's arithmetic
+    // No division per row: it would cost as much as the row's arithmetic.
+    int64_t page = first / p.pool.page, in_page = first % p.pool.page;
+    for (int64_t j = 0; j < rows; ++j) {
       at[j] = (table[page] * p.pool.page + in_page) * row + kv_head * p.pool.dim;
       if (++in_page == p.pool.page) {
         in_page = 0;
@@ -55,31 +56,27 @@ struct Chunk {
 
   void score() {
     const T* k = static_cast<const T*>(p.pool.k);
-    int64_t row = 0, head = 0;
-    auto add_pairs = [&](auto count) {  // of a cached row and a K/V head
+    int64_t row = 0;
+    auto add_rows = [&](auto count) {
       constexpr int C = decltype(count)::value;
-      const float* queries[C];
-      const T* keys[C];
-      float *to[C], dots[C * R];
-      while (rows * heads - (row * heads + head) >= C) {
-        for (int c = 0; c < C; ++c) {
-          if (head == 0) prefetch(k + at[min64(row + 4, rows - 1)], heads * p.pool.dim);
-          queries[c] = q[head * R];
-          keys[c] = k + at[row] + head * p.pool.dim;
-          to[c] = s[head * R] + row;
-          if (++head == heads) {
-            head = 0;
-            ++row;
+      for (; row + C <= rows; row += C) {
+        for (int64_t head = 0; head < heads; ++head) {
+          const float* same[C];
+          const T* keys[C];
+          float dots[C * R];
+          for (int c = 0; c < C; ++c) {
+            same[c] = q[head * R];
+            keys[c] = k + at[row + c] + head * p.pool.dim;
           }
-        }
-        dot_block<R, C, false>(queries, kMaxHeadDim, keys, p.pool.dim, dots);
-        for (int c = 0; c < C; ++c) {
-          for (int r = 0; r < R; ++r) to[c][r * kDecodeChunk] = dots[c * R + r];
+          dot_block<R, C, true>(same, kMaxHeadDim, keys, p.pool.dim, dots);
+          for (int c = 0; c < C; ++c) {
+            for (int r = 0; r < R; ++r) s[head * R + r][row + c] = dots[c * R + r];
+          }
         }
       }
     };
-    add_pairs(std::integral_constant<int, kSums / R>());
-    add_pairs(std::integral_constant<int, 1>());
+    add_rows(std::integral_constant<int, kSums / R>());
+    add_rows(std::integral_constant<int, 1>());
     for (int64_t slot = 0; slot < heads * R; ++slot) largest[slot] = exp_row(s[slot], rows, &total[slot]);
   }
 
@@ -87,7 +84,7 @@ struct Chunk {
   template <int J>
   void add_values(int64_t first) {
     const T* v = static_cast<const T*>(p.pool.v);
-    for (int j = 0; j < J; ++j) prefetch(v + at[min64(first + J + j, rows - 1)], heads * p.pool.dim);
+
     for (int64_t head = 0; head < heads; ++head) {
       const T* from[J];
       for (int j = 0; j < J; ++j) from[j] = v + at[first + j] + head * p.pool.dim;

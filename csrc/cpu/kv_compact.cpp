@@ -6,10 +6,6 @@
 namespace dyvte {
 namespace {
 
-struct Task {
-  const KvCompactParams* p;
-};
-
 // The row kept as number i is keep[i] >= i, so going upwards no source is overwritten before it is read. Runs of rows
 // that are neighbours at both ends move at once.
 void compact_slot(const KvCompactParams& p, int64_t slot) {
@@ -37,13 +33,13 @@ Status kv_compact_cpu(const KvCompactParams& p, ParallelFor parallel_for) {
   const int64_t bytes_per_slot = p.slots ? p.keep_cu[p.slots] / p.slots * p.row_bytes : 0;
   const int64_t grain = 1 + 262144 / (bytes_per_slot + 1);
   auto body = [](int64_t begin, int64_t end, void* ctx) {
-    for (int64_t slot = begin; slot < end; ++slot) compact_slot(*static_cast<Task*>(ctx)->p, slot);
+    for (int64_t slot = begin; slot < end; ++slot) compact_slot(*static_cast<const KvCompactParams*>(ctx), slot);
   };
-  Task task{&p};
+  void* ctx = const_cast<KvCompactParams*>(&p);
   if (p.slots <= grain) {
-    body(0, p.slots, &task);
+    body(0, p.slots, ctx);
   } else {
-    parallel_for(0, p.slots, grain, body, &task);
+    parallel_for(0, p.slots, grain, body, ctx);
   }
   return nullptr;
 }

@@ -269,13 +269,6 @@ inline void dot_block(const float* const* q, int64_t stride, const T* const* k, 
   }
 }
 
-template <class T>
-inline void prefetch(const T* p, int64_t n) {
-  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
-  }
-}
-
 // Softmax of s[0..n) in place: returns the largest value, leaves exp(s - largest) and writes their sum.
 inline float exp_row(float* s, int64_t n, float* total) {
   float best = -INFINITY;

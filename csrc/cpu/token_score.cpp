@@ -14,7 +14,7 @@ struct HeadSum {
   int64_t q0, nq, k0, nk, kv_head, group;
   double* sum;  // [nk]; many small terms: float32 would lose what torch's pairwise sums keep
   float* s;     // [kScoreRows, nk]
-  float q[kScoreRows][kMaxHeadDim];
+  alignas(64) float q[kScoreRows][kMaxHeadDim];
 
   HeadSum(const TokenScoreParams& params, int64_t seq, int64_t kv_head_)
       : p(params),
@@ -52,8 +52,6 @@ struct HeadSum {
           same[c] = q[0];
           rows[c] = k + (j + c) * p.k_stride;
         }
-        for (int c = 0; c < kKeys && j + 2 * kKeys + c < longest; ++c)
-          prefetch(k + (j + 2 * kKeys + c) * p.k_stride, p.dim);
         dot_block<R, kKeys, true>(same, kMaxHeadDim, rows, p.dim, dots);
         for (int c = 0; c < kKeys; ++c) {
           for (int r = 0; r < R; ++r) s[r * nk + j + c] = dots[c * R + r];
