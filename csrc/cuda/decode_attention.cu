@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kPerLane = 8;  // channels of a head one lane holds
+constexpr int kPerLane = 8;    // channels of a head one lane holds
+constexpr int kMinBlocks = 2;  // per multiprocessor; left to itself, ptxas spills some registers to fit more
 constexpr int kMinSplit = 64;
 constexpr int kMaxSplits = 64;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -110,7 +111,7 @@ __device__ void write_part(const DecodeAttentionParams& p, int64_t head, int spl
 }
 
 template <class T, int LANES, int G, int U, bool WIDE>
-__global__ void __launch_bounds__(kThreads) split_kernel(DecodeAttentionParams p, int groups, int splits) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) split_kernel(DecodeAttentionParams p, int groups, int splits) {
   constexpr int kRows = kWarp / LANES,
                 kSeen = kWarps * kRows;  // rows a warp reads at once; partial states of the block
   __shared__ float largest[kSeen][G], weight[kSeen][G], out[kSeen][G][LANES * kPerLane];

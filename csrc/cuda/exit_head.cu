@@ -13,7 +13,8 @@ constexpr int kPoolThreads = 256;
 constexpr int kPoolLanes = 16;  // threads that share a row of the pooled columns; the other factor walks the rows
 constexpr int kMlpThreads = 128;
 constexpr int kMlpWarps = kMlpThreads / kWarp;
-constexpr int kMinRows = 2;  // rows of W1 per warp, at least
+constexpr int kMlpMinBlocks = 2;  // per multiprocessor; left to itself, ptxas spills some registers to fit more
+constexpr int kMinRows = 2;       // rows of W1 per warp, at least
 
 // Regions of the scratch buffer, in floats.
 struct Scratch {
@@ -218,7 +219,7 @@ __device__ void decide(const ExitHeadParams& p, const Scratch& scratch) {
 
 // Each warp owns R inner units, for NB sequences at a time.
 template <class T, int V, int R, int NB>
-__global__ void __launch_bounds__(kMlpThreads) mlp_kernel(ExitHeadParams p, int chunks) {
+__global__ void __launch_bounds__(kMlpThreads, kMlpMinBlocks) mlp_kernel(ExitHeadParams p, int chunks) {
   static_assert(R >= kMinRows && R * NB <= kWarp, "one lane per (unit, sequence)");
   __shared__ float2 part[kMlpWarps][NB];
   const Scratch scratch = split_scratch(p);

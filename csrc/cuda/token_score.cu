@@ -11,6 +11,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kMinBlocks = 4;             // per multiprocessor; left to itself, ptxas spills some registers to fit more
 constexpr int kQueries = 16, kKeys = 64;  // one tile of scores
 constexpr int kChunk = 64;                // channels in shared memory at a time
 constexpr int kPitch = kChunk + 4;        // a row of them, shifted by four banks from the next
@@ -135,7 +136,7 @@ __device__ float weight(float x, float top) { return top == -INFINITY ? 0.0f : e
 
 // Block (tile of queries, head, split of the keys).
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) stats_kernel(TokenScoreParams p, int splits) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) stats_kernel(TokenScoreParams p, int splits) {
   __shared__ Shared shared;
   const int heads = static_cast<int>(p.heads_q), split = blockIdx.x % splits, h = blockIdx.x / splits % heads;
   const Tile tile = find_tile(p.cu_q, static_cast<int>(p.batch), blockIdx.x / splits / heads, kQueries);
@@ -186,7 +187,7 @@ __device__ float2 row_stats(const TokenScoreParams& p, int splits, int64_t row, 
 
 // Block (tile of keys, head): its columns' sums over all query rows.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) column_kernel(TokenScoreParams p, int splits) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) column_kernel(TokenScoreParams p, int splits) {
   __shared__ Shared shared;
   __shared__ float2 stats[kQueries];
   __shared__ double part[kThreads / kAcross][kKeys];
