@@ -72,7 +72,8 @@ def answer(
 ) -> list[str]:
     """Greedy answers of the model, in the order of the items."""
     prompts = [chat_prompt(processor, item.question.text) for item in items]
-    order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
+    # Prompts that end alike ("... in a sentence.") have answers of like length: batches finish together.
+    order = sorted(range(len(items)), key=lambda i: (prompts[i][-35:], len(prompts[i])))
     answers = [""] * len(items)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
@@ -129,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="report.json to write")
-    parser.add_argument("--scenes", type=int, default=2000, help="held-out scenes, up to four questions each")
+    parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes, up to four questions each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--easy-limit", type=int, help="only the first so many easy-VQA test questions")
     parser.add_argument("--device", default="cpu")

@@ -198,12 +198,22 @@ def train_joint(
         visual = model.model.multi_modal_projector(features)
         logits = answer_logits(model, visual, prefix_ids, batch.packed, batch.exit_layer, run_layer).float()
         targets = batch.packed.targets[batch.packed.targets >= 0]
-        loss = F.cross_entropy(logits, targets)
+        # The first token decides most answers ("Yes, ...") and would drown among the tokens of sentences.
+        first = (batch.packed.targets >= 0) & (F.pad(batch.packed.targets, (1, 0), value=-100)[:, :-1] < 0)
+        first = first[batch.packed.targets >= 0]
+        loss = F.cross_entropy(logits, targets) + F.cross_entropy(logits[first], targets[first])
         label_loss, accuracy = dense_loss(label_logits, batch.labels)
         (loss + label_loss).backward()
         optimiser.step()
-        right = (logits.argmax(-1) == targets).float().mean()
-        progress(step + 1, loss=loss.detach(), tokens=right, labels=label_loss.detach(), letters=accuracy["letter"])
+        right = (logits.argmax(-1) == targets).float()
+        progress(
+            step + 1,
+            loss=loss.detach(),
+            tokens=right.mean(),
+            first=right[first].mean(),
+            labels=label_loss.detach(),
+            letters=accuracy["letter"],
+        )
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             optimiser.save(checkpoint)
             on_save(step + 1)

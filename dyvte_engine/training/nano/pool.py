@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dyvte_engine.training.nano import scenes
-from dyvte_engine.training.nano.questions import Question, ask_many
+from dyvte_engine.training.nano.questions import WEIGHTS, Question, ask_many
 
 CHUNK = 500
 
@@ -44,13 +45,17 @@ def load_pool(root: str | Path, seed: int, split: str, count: int, workers: int 
     return np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r")
 
 
-def _ask(seed: int, split: str, number: int, start: int, stop: int) -> list[list[Question]]:
-    return [ask_many(scenes.sample_scene(seed, split, index), number) for index in range(start, stop)]
+def _ask(seed: int, split: str, number: int, weights: Sequence[float], start: int, stop: int) -> list[list[Question]]:
+    return [ask_many(scenes.sample_scene(seed, split, index), number, weights) for index in range(start, stop)]
 
 
-def pool_questions(seed: int, split: str, count: int, number: int, workers: int = 2) -> list[list[Question]]:
+def pool_questions(
+    seed: int, split: str, count: int, number: int, weights: Sequence[float] = WEIGHTS, workers: int = 2
+) -> list[list[Question]]:
     """Up to `number` questions about each picture of the pool with the same seed, split and count."""
     starts = range(0, count, CHUNK)
     stops = [min(start + CHUNK, count) for start in starts]
     with ProcessPoolExecutor(workers) as executor:
-        return [asked for part in executor.map(partial(_ask, seed, split, number), starts, stops) for asked in part]
+        return [
+            asked for part in executor.map(partial(_ask, seed, split, number, weights), starts, stops) for asked in part
+        ]

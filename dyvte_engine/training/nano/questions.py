@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dyvte_engine.training.nano.scenes import COLORS, EASY_COLORS, EASY_SHAPES, SHAPES, Scene, Shape
 
 KINDS = ("presence", "color", "shape", "count", "spatial", "word")
+# of KINDS: those that few scenes allow are drawn more often
 WEIGHTS = (1, 1, 1, 1.2, 4, 2)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 IN_A_SENTENCE = ("Answer in a sentence.", "Use a full sentence.")
@@ -191,11 +193,11 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> Question | None:
     return _ASK[kind](rng, scene)
 
 
-def ask_many(scene: Scene, number: int) -> list[Question]:
-    """Up to `number` different questions about one scene; the kinds that few scenes allow are drawn more often."""
+def ask_many(scene: Scene, number: int, weights: Sequence[float] = WEIGHTS) -> list[Question]:
+    """Up to `number` different questions about one scene, kinds (in the order of KINDS) drawn by weight."""
     rng = random.Random(scene.seed + "/questions")
     asked: list[Question] = []
-    for kind in rng.choices(KINDS, WEIGHTS, k=4 * number):
+    for kind in rng.choices(KINDS, weights, k=4 * number):
         question = ask(rng, scene, kind)
         if question and question not in asked and len(asked) < number:
             asked.append(question)

@@ -24,6 +24,7 @@ from dyvte_engine.training.nano.model import (
 from dyvte_engine.training.nano.packing import encode
 from dyvte_engine.training.nano.pool import load_pool, pool_questions
 from dyvte_engine.training.nano.projector import start_projector
+from dyvte_engine.training.nano.questions import KINDS, WEIGHTS
 from dyvte_engine.training.nano.scenes import IGNORE
 from dyvte_engine.training.nano.tower import DenseTower, train_tower
 
@@ -47,7 +48,7 @@ def run_joint(args: argparse.Namespace) -> None:
     paths, asked = load_easy_vqa("train")
     pictures, labels = load_pool(args.data, args.seed, "train", args.pictures)
     asked_of = min(args.asked, args.pictures)
-    questions = encode(tokenizer, pool_questions(args.seed, "train", asked_of, args.questions))
+    questions = encode(tokenizer, pool_questions(args.seed, "train", asked_of, args.questions, args.weights))
     scenes = Source(pictures[:asked_of], labels[:asked_of], questions)
     unknown = np.full((len(paths), *labels.shape[1:]), IGNORE, np.uint8)
     sources = [scenes, Source(load_pictures(paths), unknown, encode(tokenizer, asked))]
@@ -62,9 +63,26 @@ def run_joint(args: argparse.Namespace) -> None:
     shown = normalise(torch.from_numpy(np.array(pictures[:512])), torch.float32)
     embeddings = model.get_input_embeddings().weight
     start_projector(model.model.multi_modal_projector, dense, shown, tokenizer, embeddings)
+    if args.begin:
+        with safe_open(args.begin, "pt") as file:
+            weights = {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+        dense.labels.load_state_dict({n[len("labels.") :]: w for n, w in weights.items() if n.startswith("labels.")})
+        model.load_state_dict({n: w for n, w in weights.items() if not n.startswith("labels.")}, strict=False)
+    dense.requires_grad_(not args.freeze_tower)
     for module in (model, dense):
         module.to(args.device, getattr(torch, args.dtype))
-    settings = JointSettings(args.seed, args.steps, args.batch, args.lr, args.device, compile_model=not args.no_compile)
+    settings = JointSettings(
+        args.seed,
+        args.steps,
+        args.batch,
+        args.lr,
+        args.device,
+        shares=(1 - args.easy_share, args.easy_share),
+        exit_share=args.exit_share,
+        exit_range=tuple(args.exit_range),
+        label_pictures=0 if args.freeze_tower else 16,
+        compile_model=not args.no_compile,
+    )
     processor = build_processor(tokenizer)
     prefix_ids = torch.tensor(tokenizer.convert_tokens_to_ids([BOS, USER]))
 
@@ -87,6 +105,18 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--questions", type=int, default=16, help="questions drawn up for each picture (joint)")
     parser.add_argument("--asked", type=int, default=80000, help="pictures about which questions are asked (joint)")
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs=len(KINDS),
+        default=WEIGHTS,
+        help=f"how often each kind is asked: {', '.join(KINDS)}",
+    )
+    parser.add_argument("--easy-share", type=float, default=0.2, help="share of easy-VQA's pictures (joint)")
+    parser.add_argument("--exit-share", type=float, default=0.7, help="share of steps with a random exit (joint)")
+    parser.add_argument("--exit-range", type=int, nargs=2, default=(3, 10), help="first and last layer of those exits")
+    parser.add_argument("--freeze-tower", action="store_true", help="train projector and decoder only (joint)")
+    parser.add_argument("--begin", type=Path, help="an earlier joint checkpoint whose weights to begin from (joint)")
     parser.add_argument("--decoder", type=Path, help="an earlier joint checkpoint whose decoder to begin from (joint)")
     parser.add_argument(
         "--tower", type=Path, help="tower checkpoint to begin from (joint); default OUT/tower.safetensors"
