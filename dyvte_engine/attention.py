@@ -26,7 +26,7 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor, Lengths, float], Tensor]  # q [N
 
 
 def _flash_attn_package(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_varlen_func
 
     longest = max(lengths.host)
     return flash_attn_varlen_func(q, k, v, lengths.cu, lengths.cu, longest, longest, softmax_scale=scale, causal=True)

@@ -78,6 +78,7 @@ def generate(
         return
     images = image if len(prompt) > 1 else [image]
     results = engine.generate(prompt, images, seed=seed, **options)
+    assert isinstance(results, list)
     if as_json:
         print(json.dumps([asdict(r) for r in results], indent=2))
         return

@@ -293,6 +293,6 @@ def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtyp
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved not in _DTYPES.values():
+    if resolved is None or resolved not in _DTYPES.values():
         raise DeviceError(f"dtype {dtype!r} is not supported; accepted: auto, {', '.join(_DTYPES)}")
     return resolved
