@@ -26,7 +26,7 @@ def test_the_first_layer_over_the_threshold_exits() -> None:
     agree = torch.tensor([[False, False, True, True], [False, True, True, True], [False, False, False, True]])
     assert agreement(p_exit, agree, 0.5) == (1, pytest.approx(4 / 3))
     assert agreement(p_exit, agree, 0.75) == (3, 2.0)
-    assert 0.7 <= calibrate(p_exit, agree, 1.0) < 0.8
+    assert 0.69 < calibrate(p_exit, agree, 1.0) < 0.8
 
 
 def test_calibration_without_a_good_threshold_never_exits() -> None:
@@ -42,7 +42,7 @@ def test_heads_learn_a_rule_that_is_there() -> None:
     label[:, -1] = True
     data = HeadData(pooled, label, label, [])
     heads = ExitHeads(ExitHeadConfig(8, 3, head_hidden=32), seed=0)
-    train(heads, data, HeadSettings(epochs=30))
+    train(heads, data, HeadSettings(epochs=30, batch=32, lr=3e-3))
     fresh = torch.randn(400, 3, 16, generator=generator)
     expected = fresh[..., 0] > torch.tensor([1.0, 0.0, -1.0])
     expected[:, -1] = True
