@@ -3,7 +3,7 @@
 Shapes: B sequences, N packed rows, d hidden size, Hq/Hkv heads, D head size (at most 256 in attention). Data is
 float32, float16 or bfloat16, summed in float32; index tensors are int32. Where rows are read, the row stride is free
 (q, k and v may be slices of one fused projection) and everything inside a row is contiguous. All tensors of a call
-share one device.
+share one device. There is no autograd: these ops are for inference.
 
 A wrong shape, dtype or device raises RuntimeError naming the op, the argument, what is accepted and what was given:
 the check is made in C++ and not translated, to keep a call at a few microseconds. Values inside index tensors are

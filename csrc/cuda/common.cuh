@@ -21,15 +21,37 @@ __device__ __forceinline__ void from_float(float x, float* to) { *to = x; }
 __device__ __forceinline__ void from_float(float x, __half* to) { *to = __float2half_rn(x); }
 __device__ __forceinline__ void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 
-// N elements; a whole pack is moved in accesses of up to 16 bytes and must be aligned accordingly.
+// N elements, moved in 16-byte accesses, or a single element. Stores use __stwb: nvcc splits some plain uint4 stores.
 template <class T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
+struct Pack {
+  static_assert(N == 1 || sizeof(T) * N % 16 == 0, "a pack is one element or a multiple of 16 bytes");
   T at[N];
 };
 
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* from) {
-  return *reinterpret_cast<const Pack<T, N>*>(from);
+  Pack<T, N> pack;
+  if constexpr (N == 1) {
+    pack.at[0] = *from;
+  } else {
+    uint4 raw[sizeof(pack) / 16];
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) raw[i] = reinterpret_cast<const uint4*>(from)[i];
+    memcpy(&pack, raw, sizeof(pack));
+  }
+  return pack;
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, N>& pack) {
+  if constexpr (N == 1) {
+    *to = pack.at[0];
+  } else {
+    uint4 raw[sizeof(pack) / 16];
+    memcpy(raw, &pack, sizeof(pack));
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) __stwb(reinterpret_cast<uint4*>(to) + i, raw[i]);
+  }
 }
 
 template <class T, int N>
@@ -44,7 +66,7 @@ __device__ __forceinline__ void store(T* to, const float (&from)[N]) {
   Pack<T, N> pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) from_float(from[i], &pack.at[i]);
-  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  store_pack(to, pack);
 }
 
 // Elements of one 16-byte access.

@@ -44,7 +44,7 @@ __device__ void rotate(T* x, T* cache, const float* cos, int c, int half) {
 
 template <class T, int V>
 __device__ void copy(T* to, const T* from) {
-  *reinterpret_cast<Pack<T, V>*>(to) = load_pack<T, V>(from);
+  store_pack(to, load_pack<T, V>(from));
 }
 
 // One block row per packed row. Units of work, in this order: rotated pairs of q, rotated pairs of k, unrotated

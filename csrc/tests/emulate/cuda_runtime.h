@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 
 #define __global__
@@ -66,6 +67,7 @@ inline unsigned atomicAdd(unsigned* at, unsigned value) {
   return old;
 }
 inline float __ldcg(const float* at) { return *at; }
+inline void __stwb(uint4* at, uint4 value) { *at = value; }
 
 // --- runtime API ---------------------------------------------------------------------------------------------------
 
