@@ -5,37 +5,43 @@
 >>> engine.generate("What color is the shape?", "picture.png").text
 """
 
-from .assets import EXAMPLES, NANO, NANO_HEADS
-from .config import EngineConfig
-from .engine import Engine
-from .errors import (
-    CacheError,
-    DeviceError,
-    DyvteError,
-    HeadsError,
-    ImageError,
-    InvalidArgumentError,
-    ModelError,
-    NativeLibraryError,
-    PromptError,
-)
-from .exit_head import ExitHeadConfig, ExitHeads
-from .generation import GenerationResult, GenerationStats, Running, StreamChunk
-from .policies import (
-    DivPrune,
-    Downsample,
-    DynamicExit,
-    FastV,
-    FixedExit,
-    KeepAll,
-    PyramidDrop,
-    Random,
-    ToMe,
-    VisionZip,
-    VisualTokenPolicy,
-    compose,
-    search_vtw,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .assets import EXAMPLES, NANO, NANO_HEADS
+    from .config import EngineConfig
+    from .engine import Engine
+    from .errors import (
+        CacheError,
+        DeviceError,
+        DyvteError,
+        HeadsError,
+        ImageError,
+        InvalidArgumentError,
+        ModelError,
+        NativeLibraryError,
+        PromptError,
+    )
+    from .exit_head import ExitHeadConfig, ExitHeads
+    from .generation import GenerationResult, GenerationStats, Running, StreamChunk
+    from .policies import (
+        DivPrune,
+        Downsample,
+        DynamicExit,
+        FastV,
+        FixedExit,
+        KeepAll,
+        PyramidDrop,
+        Random,
+        ToMe,
+        VisionZip,
+        VisualTokenPolicy,
+        compose,
+        search_vtw,
+    )
 
 __version__ = "0.1.0"
 
@@ -74,3 +80,19 @@ __all__ = [
     "compose",
     "search_vtw",
 ]
+
+_HOMES = ("errors", "assets", "config", "exit_head", "policies", "generation", "engine")  # the light ones first
+
+
+def __getattr__(name: str) -> Any:
+    """Names are looked up at first use: the doctor must start where torch or the native library is missing."""
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(f".{home}", __name__)
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

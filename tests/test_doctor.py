@@ -1,8 +1,10 @@
 """The doctor tells the truth about this machine, and never fails itself."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +55,19 @@ def test_table_holds_every_finding(report, capsys):
 
 def test_unknown_argument():
     assert doctor.main(["--yaml"]) == 2
+
+
+def test_before_the_native_build(tmp_path):
+    """A fresh clone without its libraries: a report with the way to build, and exit code 1."""
+    package = Path(doctor.__file__).parent
+    shutil.copytree(package, tmp_path / "dyvte_engine", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    command = [sys.executable, "-m", "dyvte_engine.doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert found["usable"] is False
+    assert "make build" in found["native"]["reason"]
+    assert found["source_commit"] is None
 
 
 @pytest.mark.parametrize("module", ["torch", "transformers", "dyvte_engine.ops"])

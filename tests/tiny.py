@@ -35,6 +35,7 @@ def processor(vision: str = "clip") -> transformers.LlavaProcessor:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
+        model_input_names=["input_ids", "attention_mask"],
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import InvalidArgumentError
 from .base import Decision, LayerState, VisualTokenPolicy
-from .compose import Composed, compose
+from .composed import Composed, compose
 from .divprune import DivPrune
 from .downsample import Downsample
 from .dynamic import DynamicExit
