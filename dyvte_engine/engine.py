@@ -19,6 +19,8 @@ from .generation import GenerationResult, PrefillFigures, Request, Running, Stre
 from .kv_cache import KVCache, PagePool
 from .models import TokenizedPrompt, VisionLanguageModel
 from .models.adapters import load_model
+from .models.presets import preset
+from .models.random_model import byte_processor, random_model
 from .policies import KeepAll, VisualTokenPolicy
 from .prefill import prefill
 from .prompts import as_batch, is_single, render
@@ -81,6 +83,46 @@ class Engine:
             target, _resolve_dtype(dtype, target), attn_backend, max_batch, max_len, page_size, drop_early_kv
         )
         return cls(load_model(resolve_model(model), config.dtype, target, max_len, trust_remote_code), config, policy)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        weights: str = "random",
+        seed: int = 0,
+        policy: VisualTokenPolicy | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        attn_backend: str = "auto",
+        max_batch: int = 8,
+        max_len: int | None = None,
+        page_size: int = 16,
+        drop_early_kv: bool = False,
+    ) -> Engine:
+        """A model of a given size with random weights, made on the device; nothing is downloaded.
+
+        For measurements and tests: what it says means nothing. Its tokenizer has one token for every byte.
+
+        Args:
+            config: a transformers LlavaConfig, or the name of one of `models.presets.PRESETS`: "llava-1.5-7b",
+                "llava-1.5-13b", "llava-next-7b" (a prompt of five pictures has its 2,880 visual tokens), "llava-200m".
+            weights: "random", initialised as transformers does.
+            seed: equal seeds give equal weights on the same kind of device.
+            others: as in `from_pretrained`.
+
+        Raises:
+            ModelError, DeviceError, InvalidArgumentError: each with the argument and what is accepted.
+        """
+        if weights != "random":
+            raise InvalidArgumentError(f"weights is {weights!r}; accepted: 'random' (from_pretrained loads real ones)")
+        target = _resolve_device(device)
+        options = EngineConfig(
+            target, _resolve_dtype(dtype, target), attn_backend, max_batch, max_len, page_size, drop_early_kv
+        )
+        name, hf_config = (config, preset(config)) if isinstance(config, str) else ("random", config)
+        hf_model = random_model(hf_config, seed, options.dtype, target)
+        model = VisionLanguageModel(hf_model, byte_processor(hf_config), f"{name} (random weights)", max_len)
+        return cls(model, options, policy)
 
     @property
     def policy(self) -> VisualTokenPolicy:
