@@ -144,7 +144,7 @@ def embed(hf, proc, text: str, images) -> tuple[torch.Tensor, torch.Tensor, list
     inputs = proc(text=[text], images=images or None, return_tensors="pt").to(hf.device)
     ids = inputs["input_ids"][0]
     embeds = hf.get_input_embeddings()(ids)
-    visual = ids == 4
+    visual = ids == hf.config.image_token_id
     if images:
         tower = hf.model.vision_tower(inputs["pixel_values"].to(embeds.dtype), output_hidden_states=True)
         features = tower.hidden_states[hf.config.vision_feature_layer]
