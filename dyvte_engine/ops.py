@@ -118,10 +118,11 @@ def exit_head(
     states: int = MEAN_TEXT | LAST_TEXT,
     threshold: float = 0.5,
     rms_eps: float | None = None,
+    b1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Should the visual tokens of each sequence leave after this layer? (DyVTE, arXiv 2411.19628, section 3)
 
-    Pools token states of each sequence, then softmax(w2 gelu(w1 pooled)) with exact GELU.
+    Pools token states of each sequence, then softmax(w2 gelu(w1 pooled + b1)) with exact GELU.
 
     Args:
         hidden: [N, d], the residual stream of the packed rows.
@@ -132,12 +133,13 @@ def exit_head(
         states: bits MEAN_VISUAL, LAST_VISUAL, MEAN_TEXT (without the last text row, unless it is the only one),
             LAST_TEXT; the pooled vectors are concatenated in this order.
         rms_eps: if given, each pooled vector is divided by its root mean square first.
+        b1: [h], the dtype of hidden; None: no bias.
 
     Returns:
         p_exit float32 [B] and exit bool [B], p_exit > threshold. A sequence without rows of a requested state gets
         0 and False.
     """
-    return _exit_head(hidden, text_ranges, visual_rows, visual_cu, w1, w2, states, threshold, rms_eps)
+    return _exit_head(hidden, text_ranges, visual_rows, visual_cu, w1, w2, states, threshold, rms_eps, b1)
 
 
 def kv_compact_(

@@ -28,6 +28,7 @@ def exit_head_ref(
     states: int = 12,
     threshold: float = 0.5,
     rms_eps: float | None = None,
+    b1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     p_exit = torch.zeros(len(text_ranges), dtype=torch.float32, device=hidden.device)
     none = torch.empty(0, dtype=torch.int32)
@@ -39,7 +40,8 @@ def exit_head_ref(
         pooled = torch.stack([hidden[r.to(hidden.device).long()].float().mean(0) for r in rows])  # [n_states, d]
         if rms_eps is not None:
             pooled = pooled * torch.rsqrt(pooled.square().mean(-1, keepdim=True) + rms_eps)
-        logits = w2.float() @ F.gelu(w1.float() @ pooled.flatten())
+        inner = w1.float() @ pooled.flatten()
+        logits = w2.float() @ F.gelu(inner if b1 is None else inner + b1.float())
         p_exit[b] = logits.softmax(-1)[1]
     return p_exit, p_exit > threshold
 

@@ -22,7 +22,7 @@ void take_states(int64_t states, ExitHeadParams& p) {
   for (int32_t bit = 1; bit <= kLastText; bit *= 2) p.n_states += (p.states & bit) != 0;
 }
 
-void take_weights(const View& h, const View& w1, const View& w2, ExitHeadParams& p) {
+void take_weights(const View& h, const View& w1, const View& w2, const std::optional<Tensor>& bias, ExitHeadParams& p) {
   check_shape(w1, {-1, p.n_states * p.d}, "[h, n_states * d]");
   p.inner = w1.size[0];
   if (p.inner == 0) fail(kOp, ": w1 must have at least one row, got ", w1.shape());
@@ -33,6 +33,13 @@ void take_weights(const View& h, const View& w1, const View& w2, ExitHeadParams&
   }
   p.w1 = w1.data;
   p.w2 = w2.data;
+  if (!bias) return;
+  const View b1(kOp, "b1", *bias);
+  check_shape(b1, {p.inner}, "[h]");
+  check_like(b1, h);
+  check_dense(b1);
+  check_device(h, {&b1});
+  p.b1 = b1.data;
 }
 
 void take_visual(const View& h, const std::optional<Tensor>& visual_rows, const std::optional<Tensor>& visual_cu,
@@ -59,7 +66,7 @@ void take_visual(const View& h, const std::optional<Tensor>& visual_rows, const 
 std::tuple<Tensor, Tensor> exit_head(const Tensor& hidden, const Tensor& text_ranges,
                                      const std::optional<Tensor>& visual_rows, const std::optional<Tensor>& visual_cu,
                                      const Tensor& w1, const Tensor& w2, int64_t states, double threshold,
-                                     std::optional<double> rms_eps) {
+                                     std::optional<double> rms_eps, const std::optional<Tensor>& b1) {
   const View h(kOp, "hidden", hidden), ranges(kOp, "text_ranges", text_ranges), a(kOp, "w1", w1), b(kOp, "w2", w2);
   ExitHeadParams p{};
   p.dtype = data_type(h);
@@ -70,8 +77,8 @@ std::tuple<Tensor, Tensor> exit_head(const Tensor& hidden, const Tensor& text_ra
   check_index(ranges, {-1, 2}, "[B, 2]");
   p.batch = ranges.size[0];
   take_states(states, p);
-  take_weights(h, a, b, p);
   check_device(h, {&ranges, &a, &b});
+  take_weights(h, a, b, b1, p);
   take_visual(h, visual_rows, visual_cu, p);
   if (!h.on_cuda()) check_ranges(ranges, h.size[0]);
   if (rms_eps && !(*rms_eps >= 0)) fail(kOp, ": rms_eps must be None or not negative, got ", *rms_eps);

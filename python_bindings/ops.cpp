@@ -5,8 +5,7 @@
 STABLE_TORCH_LIBRARY(dyvte, m) {
   m.def(
       "exit_head(Tensor hidden, Tensor text_ranges, Tensor? visual_rows, Tensor? visual_cu, Tensor w1, Tensor w2, int "
-      "states, "
-      "float threshold, float? rms_eps) -> (Tensor, Tensor)");
+      "states, float threshold, float? rms_eps, Tensor? b1=None) -> (Tensor, Tensor)");
   m.def(
       "kv_compact_(Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor block_table, Tensor(c!) lens, Tensor keep, Tensor "
       "keep_cu) "

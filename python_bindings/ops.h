@@ -13,7 +13,7 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor> exit_head(const Tensor& hidden, const Tensor& text_ranges,
                                      const std::optional<Tensor>& visual_rows, const std::optional<Tensor>& visual_cu,
                                      const Tensor& w1, const Tensor& w2, int64_t states, double threshold,
-                                     std::optional<double> rms_eps);
+                                     std::optional<double> rms_eps, const std::optional<Tensor>& b1);
 void kv_compact_(const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table, const Tensor& lens,
                  const Tensor& keep, const Tensor& keep_cu);
 void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin, const Tensor& positions,

@@ -119,17 +119,20 @@ void add_products(const ExitHeadParams& p, const Work& w, int64_t j, int64_t fir
   add(std::integral_constant<int, 1>());
 }
 
-// inner = gelu(W1 pooled). W1 passes once; blocks of its rows meet every sequence while they are in the cache. Partial
-// sums over 2048 columns keep the rounding error of wide heads down.
+// inner = gelu(W1 pooled + b1). W1 passes once; blocks of its rows meet every sequence while they are in the cache.
+// Partial sums over 2048 columns keep the rounding error of wide heads down.
 template <class T>
 void first_layer(const ExitHeadParams& p, const Work& w, ParallelFor parallel_for) {
   constexpr int64_t kColumns = 2048;
   constexpr int kRows = 4;
+  const T* b1 = static_cast<const T*>(p.b1);
   const int64_t width = p.n_states * p.d, blocks = (p.inner + kRows - 1) / kRows;
   parallel(parallel_for, blocks, max64(1, 131072 / (width * w.count * kRows)), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin * kRows; j < min64(end * kRows, p.inner); j += kRows) {
       const int64_t rows = min64(kRows, p.inner - j);
-      for (int64_t a = 0; a < w.count; ++a) std::memset(w.inner + a * p.inner + j, 0, rows * sizeof(float));
+      for (int64_t a = 0; a < w.count; ++a) {
+        for (int64_t r = 0; r < rows; ++r) w.inner[a * p.inner + j + r] = b1 ? to_float(b1[j + r]) : 0.0f;
+      }
       for (int64_t first = 0; first < width; first += kColumns) {
         const int64_t n = min64(kColumns, width - first);
         if (rows == kRows) {

@@ -176,7 +176,8 @@ __device__ float2 warp_logits(const ExitHeadParams& p, int row, const float (&su
   }
   float keep = 0.0f, exit = 0.0f;
   if (lane < R * NB && unit < p.inner) {
-    const T* w2 = static_cast<const T*>(p.w2);
+    const T *w2 = static_cast<const T*>(p.w2), *b1 = static_cast<const T*>(p.b1);
+    if (b1) mine += to_float(b1[unit]);
     const float gelu = 0.5f * mine * (1.0f + erff(mine * 0.70710678118654752f));
     keep = gelu * to_float(w2[unit]);
     exit = gelu * to_float(w2[p.inner + unit]);

@@ -206,7 +206,8 @@ void decode_attention(DType dtype, const std::vector<int64_t>& lens, int64_t hea
           });
 }
 
-void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t states, float rms_eps, int64_t shift) {
+void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t states, float rms_eps, bool bias,
+               int64_t shift) {
   const int64_t rows = 57;
   ExitHeadParams p{};
   p.dtype = dtype;
@@ -219,7 +220,7 @@ void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t sta
   p.threshold = 0.5f;
   p.rms_eps = rms_eps;
   const Values hidden(dtype, rows * p.hidden_stride, shift), w1(dtype, inner * p.n_states * d, shift),
-      w2(dtype, 2 * inner, shift);
+      w2(dtype, 2 * inner, shift), b1(dtype, inner, shift);
   for (int64_t i = 0; i < w1.size(); ++i) w1.set(i, w1.get(i) / std::sqrt(static_cast<float>(d)));
   for (int64_t i = 0; i < w2.size(); ++i) w2.set(i, w2.get(i) / std::sqrt(static_cast<float>(inner)));
   Ints ranges(2 * batch);
@@ -238,7 +239,8 @@ void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t sta
   p.visual_cu = states & 3 ? cu.data() : nullptr;
   p.w1 = w1.data();
   p.w2 = w2.data();
-  compare(label("exit_head", dtype, {batch, d, inner, states, rms_eps >= 0, shift}), 2e-6f,
+  p.b1 = bias ? b1.data() : nullptr;
+  compare(label("exit_head", dtype, {batch, d, inner, states, rms_eps >= 0, bias, shift}), 2e-6f,
           [&](const Implementation& with) {
             const Array<float> p_exit(batch), scratch(with.cuda ? exit_head_cuda_scratch(p) : exit_head_cpu_scratch(p));
             const Array<bool> exit(batch);
@@ -288,10 +290,10 @@ void attention(DType dtype, int64_t shift) {
 
 void heads(DType dtype, int64_t shift) {
   for (int64_t batch : {1, 3, 10}) {
-    exit_head(dtype, batch, 64, 16, 12, -1.0f, shift);
-    exit_head(dtype, batch, 83, 7, 15, 1e-6f, shift);
-    exit_head(dtype, batch, 264, 19, 9, 1e-6f, shift);
-    exit_head(dtype, batch, 7, 1, 4, -1.0f, shift);
+    exit_head(dtype, batch, 64, 16, 12, -1.0f, false, shift);
+    exit_head(dtype, batch, 83, 7, 15, 1e-6f, true, shift);
+    exit_head(dtype, batch, 264, 19, 9, 1e-6f, true, shift);
+    exit_head(dtype, batch, 7, 1, 4, -1.0f, true, shift);
   }
 }
 

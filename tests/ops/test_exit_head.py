@@ -29,6 +29,7 @@ def make(device: str, dtype: torch.dtype, d: int, inner: int, states: int, batch
         "states": states,
         "threshold": 0.5,
         "rms_eps": None,
+        "b1": torch.randn(inner, dtype=dtype, device=device) if inner % 2 else None,
     }
 
 
@@ -48,7 +49,8 @@ def plain(args: dict, dtype: torch.dtype) -> Tensor:
             pooled = torch.stack([x.mean(0) for x in parts])
             if args["rms_eps"] is not None:
                 pooled = F.rms_norm(pooled, pooled.shape[-1:], eps=args["rms_eps"])
-            p[b] = F.linear(F.gelu(F.linear(pooled.flatten(), w1)), w2).softmax(-1)[1]
+            bias = None if args["b1"] is None else args["b1"].to(dtype)
+            p[b] = F.linear(F.gelu(F.linear(pooled.flatten(), w1, bias)), w2).softmax(-1)[1]
     return p
 
 
@@ -105,8 +107,9 @@ def test_full_size(device: str) -> None:
 
 
 @pytest.mark.parametrize("states", [12, 15])
-def test_ref_and_opcheck(device: str, dtype: torch.dtype, states: int) -> None:
-    args = make(device, dtype, 64, 32, states)
+@pytest.mark.parametrize("inner", [32, 33])  # an odd one has a bias
+def test_ref_and_opcheck(device: str, dtype: torch.dtype, states: int, inner: int) -> None:
+    args = make(device, dtype, 64, inner, states)
     p, fires = ops.exit_head(**args)
     ref_p, ref_fires = ops.exit_head_ref(**args)
     torch.testing.assert_close(p, ref_p, rtol=1e-5, atol=1e-5)
@@ -136,6 +139,9 @@ def test_errors(device: str) -> None:
             ("states", 15, "w1 must"),
             ("rms_eps", -1.0, ""),
             ("visual_rows", visual["visual_rows"], ""),
+            ("b1", torch.zeros(33, device=device), ""),
+            ("b1", torch.zeros(32, device=device).bfloat16(), ""),
+            ("b1", torch.zeros(64, device=device)[::2], ""),
         ],
     )
     check_errors(

@@ -14,6 +14,7 @@ struct ExitHeadParams {
   const int32_t* visual_cu;    // [batch + 1], or null
   const void* w1;              // [inner, n_states * d]
   const void* w2;              // [2, inner]
+  const void* b1;              // [inner], added before the GELU, or null
   float* p_exit;               // [batch]
   bool* exit;                  // [batch]
   float* scratch;              // exit_head_*_scratch() floats, 16-byte aligned
