@@ -1,6 +1,7 @@
 """One request from pixels to tokens: this engine under several policies against transformers' generate.
 
-Same checkpoint, same prompts, one process, interleaved rounds. `python -m benchmarks.engine --help`.
+Same weights, same prompts, one process, interleaved rounds; a checkpoint or a preset with random weights.
+`python -m benchmarks.engine --help`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from PIL import Image, ImageDraw
 from benchmarks.common import copy_bandwidth, interleave, machine, matmul_rate, paired_ratio, save_and_show, spread
 from dyvte_engine import NANO_HEADS, DynamicExit, Engine, FastV, FixedExit, KeepAll, VisualTokenPolicy, compose
 from dyvte_engine.assets import resolve_model
+from dyvte_engine.models.presets import PRESETS, preset
+from dyvte_engine.models.random_model import random_model
 
 
 def questions(n: int, seed: int) -> tuple[list[str], list[Image.Image]]:
@@ -36,10 +39,9 @@ def questions(n: int, seed: int) -> tuple[list[str], list[Image.Image]]:
 class HuggingFace:
     """transformers' generate, used as its documentation says: left padding, SDPA attention, dynamic cache."""
 
-    def __init__(self, checkpoint: str, dtype: torch.dtype, device: torch.device):
-        cls = transformers.AutoModelForImageTextToText
-        self.model = cls.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa").to(device).eval()
-        self.processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+    def __init__(self, model: Any, processor: Any):
+        self.model, self.processor = model.eval(), processor
+        self.model.set_attn_implementation("sdpa")
 
     def generate(self, texts: list[str], pictures: list[Image.Image], new_tokens: int) -> list[list[int]]:
         chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": t}]}] for t in texts]
@@ -58,30 +60,60 @@ class HuggingFace:
         return out[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def policies(engine: Engine) -> dict[str, VisualTokenPolicy]:
+def load(name: str, dtype: str, device: torch.device, max_batch: int) -> tuple[Engine, HuggingFace]:
+    """The engine, and transformers with a copy of the same weights."""
+    if name not in PRESETS:
+        engine = Engine.from_pretrained(name, dtype=dtype, device=device, max_batch=max_batch)
+        cls = transformers.AutoModelForImageTextToText
+        model = cls.from_pretrained(resolve_model(name), dtype=engine.config.dtype).to(device)
+    else:
+        engine = Engine.from_config(name, dtype=dtype, device=device, max_batch=max_batch, max_len=1024)
+        model = random_model(preset(name), 0, engine.config.dtype, device)
+    return engine, HuggingFace(model, engine.model.processor)
+
+
+def policies(engine: Engine, only: list[str] | None) -> dict[str, VisualTokenPolicy]:
     half = engine.model.shape.num_layers // 2 - 1
     out: dict[str, VisualTokenPolicy] = {"KeepAll": KeepAll(), f"FixedExit({half})": FixedExit(half), "FastV": FastV()}
     if NANO_HEADS.is_file() and engine.model.name == resolve_model("nano"):
         dynamic = DynamicExit.from_file(NANO_HEADS)
         out |= {"DyVTE": dynamic, "DyVTE+FastV": compose(FastV(), dynamic)}
-    return out
+    return {name: policy for name, policy in out.items() if not only or name.split("(")[0] in only}
 
 
-def measure(engine: Engine, hf: HuggingFace, batch: int, new_tokens: int, rounds: int) -> dict[str, Any]:
-    """Seconds from pictures and text to the last of `new_tokens` tokens, for everything, in turn."""
+def measure(
+    engine: Engine, hf: HuggingFace, chosen: dict[str, VisualTokenPolicy], batch: int, lengths: list[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Seconds from pictures and text to the last token, for every answer length and everything, in turn.
+
+    From the shortest and the longest answer of a round follows its time per token after the first.
+    """
     texts, pictures = questions(batch, seed=0)
-    bound = {name: policy.bind(engine.model) for name, policy in policies(engine).items()}
+    bound = {name: policy.bind(engine.model) for name, policy in chosen.items()}
     stats: dict[str, list[Any]] = {}
 
-    def ours(name: str) -> None:
+    def ours(name: str, new_tokens: int) -> None:
         engine._policy = bound[name]  # bound once: moving heads is not part of a request
         got = engine.generate(texts, pictures, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         stats[name] = [r.stats for r in got]
 
-    calls: dict[str, Any] = {"transformers": lambda: hf.generate(texts, pictures, new_tokens)}
-    calls |= {name: (lambda name=name: ours(name)) for name in bound}
+    calls: dict[str, Any] = {}
+    for n in lengths:
+        calls[f"transformers {n}"] = lambda n=n: hf.generate(texts, pictures, n)
+        calls |= {f"{name} {n}": (lambda name=name, n=n: ours(name, n)) for name in bound}
     times = interleave(calls, rounds, engine.config.device)
-    result = {}
+    series = {n: {name: times[f"{name} {n}"] for name in ("transformers", *bound)} for n in lengths}
+    cases = [{"batch": batch, "new_tokens": n, "results": _compare(by_name, stats)} for n, by_name in series.items()]
+    low, high = min(lengths), max(lengths)
+    if high > low:
+        pairs = {name: zip(series[low][name], series[high][name]) for name in series[low]}
+        step = {name: [(long - short) / (high - low) for short, long in both] for name, both in pairs.items()}
+        cases.append({"batch": batch, "new_tokens": "each further", "results": _compare(step, stats)})
+    return cases
+
+
+def _compare(times: dict[str, list[float]], stats: dict[str, list[Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for name, values in times.items():
         result[name] = {"seconds": spread(values), "speedup": paired_ratio(times["transformers"], values)}
         if name in stats:
@@ -100,32 +132,28 @@ def _mean(values: list[float]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="nano")
+    parser.add_argument("--model", default="nano", help=f"checkpoint folder or hub id, nano, {', '.join(PRESETS)}")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--policy", nargs="*", help="only these, e.g. KeepAll FixedExit")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args()
     device = torch.device(args.device)
-    engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=device, max_batch=max(args.batch))
-    hf = HuggingFace(resolve_model(args.model), engine.config.dtype, device)
+    engine, hf = load(args.model, args.dtype, device, max(args.batch))
     limits = {"matmul_flops": matmul_rate(device, engine.config.dtype), "copy_bytes": copy_bandwidth(device)}
     data: dict[str, Any] = {"machine": machine(device), "args": vars(args) | {"out": str(args.out)}, "limits": limits}
-    data["cases"] = []
-    rows = []
-    for batch in args.batch:
-        for new_tokens in args.new_tokens:
-            case = measure(engine, hf, batch, new_tokens, args.rounds)
-            data["cases"].append({"batch": batch, "new_tokens": new_tokens, "results": case})
-            rows += [_row(batch, new_tokens, name, r) for name, r in case.items()]
+    chosen = policies(engine, args.policy)
+    data["cases"] = [c for b in args.batch for c in measure(engine, hf, chosen, b, args.new_tokens, args.rounds)]
+    rows = [_row(c["batch"], c["new_tokens"], name, r) for c in data["cases"] for name, r in c["results"].items()]
     columns = ["batch", "new", "what", "ms (quartiles)", "times transformers (quartiles)", "exit", "GFLOPs", "K/V KiB"]
     save_and_show("engine", columns, rows, data, args.out)
     print(f"limits here: matmul {limits['matmul_flops'] / 1e9:.0f} GFLOP/s, copy {limits['copy_bytes'] / 1e9:.1f} GB/s")
 
 
-def _row(batch: int, new_tokens: int, name: str, r: dict[str, Any]) -> list[str]:
+def _row(batch: int, new_tokens: int | str, name: str, r: dict[str, Any]) -> list[str]:
     ms = {k: 1e3 * v for k, v in r["seconds"].items()}
     x = r["speedup"]
     return [
