@@ -1,0 +1,297 @@
+"""The nine tasks, each after one of the paper's benchmarks, over the pictures of a world; and easy-VQA's test half.
+
+Every sample depends on (task, world, seed, its number) alone, so a longer suite begins with the shorter one. Each task
+draws from its own pictures.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import InvalidArgumentError, ModelError
+from ..training.nano.scenes import WORDS
+from . import choices, metrics
+from .draw import OPPOSITE, Draw, Question, absent, attribute, labels_of, number, pair
+from .shapes import Shapes
+from .task import DESCRIBE, READ, SENTENCE, SHORT, STATEMENT, YES_NO, Metric, Sample, Task
+from .worlds import View, World, article
+
+POPE_SETTINGS = ("random", "popular", "adversarial")
+ONE_WORD = "Answer with one word."
+IN_A_SENTENCE = "Answer in a sentence."
+EASY_VQA = "easy-vqa"
+
+
+def pope(draw: Draw) -> Iterator[Sample]:
+    """Presence, as often yes as no; absent things at random, the most frequent ones, or like ones that are there."""
+    world = draw.world
+    counts = Counter(world.label(t) for index in range(300) for t in draw.view(index)[0].things)
+    popular = [label for label, _ in counts.most_common()]
+    for index, turn in draw.turns():
+        view, rng = draw.view(index)
+        there = labels_of(world, view)
+        setting, wanted = POPE_SETTINGS[turn % 3], turn // 3 % 2 == 0
+        if not there:
+            continue
+        if wanted:
+            label = rng.choice(sorted(there))
+        elif setting == "random":
+            label = rng.choice([x for x in world.labels() if x not in there])
+        elif setting == "popular":
+            label = rng.choice([x for x in popular if x not in there][:5])
+        else:
+            label = world.alike(rng, view)
+        prompt = f"Is there {article(label)} in the picture? {ONE_WORD}"
+        yield draw.sample(index, view, prompt, "yes" if wanted else "no", YES_NO, setting)
+
+
+def gqa(draw: Draw) -> Iterator[Sample]:
+    """Attributes (what colour, which thing) and relations (yes or no, which of two), in turn."""
+    world = draw.world
+    for index, turn in draw.turns():
+        view, rng = draw.view(index)
+        if turn % 2 == 0:
+            asked = attribute(rng, world, view, ask_color=turn % 4 == 0)
+            if asked:
+                yield draw.sample(index, view, f"{asked[0]} {ONE_WORD}", asked[1], SHORT, "attribute")
+            continue
+        found = pair(rng, world, view)
+        if not found:
+            continue
+        one, two, axis, true = found
+        if turn % 4 == 1:
+            text = f"Is the {world.label(one)} {('left or right of', 'above or below')[axis]} the {world.label(two)}?"
+            answer, form = true.removeprefix("to the ").removesuffix(" of"), SHORT
+        else:
+            wanted = rng.random() < 0.5
+            text = f"Is the {world.label(one)} {true if wanted else OPPOSITE[true]} the {world.label(two)}?"
+            answer, form = "yes" if wanted else "no", YES_NO
+        yield draw.sample(index, view, f"{text} {ONE_WORD}", answer, form, "spatial")
+
+
+def vqav2(draw: Draw) -> Iterator[Sample]:
+    """Open questions of VQAv2's three answer types: yes or no, number, other."""
+    world = draw.world
+    for index, turn in draw.turns():
+        view, rng = draw.view(index)
+        if not view.things:
+            continue
+        kind = ("yes/no", "number", "other")[turn % 3]
+        form = SHORT
+        if kind == "yes/no":
+            answer = rng.choice(("yes", "no"))
+            label = absent(rng, world, view) if answer == "no" else rng.choice(sorted(labels_of(world, view)))
+            text, form = f"Is there {article(label)} in the picture?", YES_NO
+        elif kind == "number":
+            noun, there = number(rng, world, view)
+            text, answer = world.ask_count(noun), metrics.NUMBERS[there]
+        else:
+            asked = attribute(rng, world, view, ask_color=rng.random() < 0.5)
+            if not asked:
+                continue
+            text, answer = asked
+        yield draw.sample(index, view, f"{text} {ONE_WORD}", world.wordings(answer), form, kind)
+
+
+def textvqa(draw: Draw) -> Iterator[Sample]:
+    """Reading a printed word never seen in training, half of them in fonts never seen either."""
+    for index, _ in draw.turns():
+        view, _ = draw.view(index, printed=True)
+        prompt = f"What does the text say? {ONE_WORD}"
+        yield draw.sample(index, view, prompt, {view.word: 10}, READ, str(view.font))
+
+
+def mme(draw: Draw) -> Iterator[Sample]:
+    """For each picture a question to affirm and its twin to deny; existence, colour, position, count, word in turn."""
+    kinds: tuple[Callable[[random.Random, World, View], Question | None], ...] = (
+        _mme_existence,
+        _mme_color,
+        _mme_position,
+        _mme_count,
+        _mme_word,
+    )
+    for index, turn in draw.turns():
+        kind = kinds[turn % len(kinds)]
+        view, rng = draw.view(index, printed=kind is _mme_word)
+        asked = kind(rng, draw.world, view)
+        if not asked:
+            continue
+        form = STATEMENT if kind in (_mme_count, _mme_word) else YES_NO
+        for part, (text, answer) in zip("ab", zip(asked, ("yes", "no"))):
+            split, pair = kind.__name__.removeprefix("_mme_"), f"{index}"
+            prompt = f"{text} {ONE_WORD}"
+            yield draw.sample(index, view, prompt, answer, form, split, pair=pair, part=part)
+
+
+def _mme_existence(rng: random.Random, world: World, view: View) -> Question | None:
+    nouns = {t.noun for t in view.things}
+    absent = [n for n in world.nouns if n not in nouns]
+    if not nouns or not absent:
+        return None
+    texts = [f"Is there {article(n)} in the picture?" for n in (rng.choice(sorted(nouns)), rng.choice(absent))]
+    return texts[0], texts[1]
+
+
+def _mme_color(rng: random.Random, world: World, view: View) -> Question | None:
+    things = [t for t in view.with_unique("noun") if t.color is not None]
+    if not things:
+        return None
+    thing = rng.choice(things)
+    assert thing.color is not None
+    other = rng.choice([c for c in world.colors if c != thing.color])
+    return world.ask_if_color(thing.noun, thing.color), world.ask_if_color(thing.noun, other)
+
+
+def _mme_position(rng: random.Random, world: World, view: View) -> Question | None:
+    found = pair(rng, world, view)
+    if not found:
+        return None
+    one, two, _, true = found
+    texts = [f"Is the {world.label(one)} {r} the {world.label(two)}?" for r in (true, OPPOSITE[true])]
+    return texts[0], texts[1]
+
+
+def _mme_count(rng: random.Random, world: World, view: View) -> Question | None:
+    if not view.things:
+        return None
+    noun = rng.choice(sorted({t.noun for t in view.things}))
+    true = sum(t.noun == noun for t in view.things)
+    false = rng.choice([n for n in (true - 1, true + 1) if n >= 1])
+    return world.ask_if_count(noun, true), world.ask_if_count(noun, false)
+
+
+def _mme_word(rng: random.Random, world: World, view: View) -> Question | None:
+    assert view.word is not None
+    like = [w for w in WORDS if w != view.word and len(w) == len(view.word)]
+    texts = [f'Does the text in the picture say "{w}"?' for w in (view.word, rng.choice(like))]
+    return texts[0], texts[1]
+
+
+def mmvet(draw: Draw) -> Iterator[Sample]:
+    """Answers of a sentence with one or two facts, and descriptions with a fact for each thing and their number."""
+    world = draw.world
+    for index, turn in draw.turns():
+        view, rng = draw.view(index)
+        if not view.things:
+            continue
+        if turn % 3 == 2:
+            found = [*dict.fromkeys(world.fact(t) for t in view.things), (metrics.NUMBERS[len(view.things)],)]
+            yield draw.sample(index, view, world.ask_all(), tuple(found), DESCRIBE, "description")
+            continue
+        made = _sentence(rng, world, view)
+        if made:
+            text, stated = made
+            yield draw.sample(index, view, f"{text} {IN_A_SENTENCE}", stated, SENTENCE, "sentence")
+
+
+def _sentence(rng: random.Random, world: World, view: View) -> tuple[str, tuple[tuple[str, ...], ...]] | None:
+    """A question with the facts its answer must state, each in every wording that is accepted."""
+    kind = rng.choice(("relation", "relation", "attribute", "count"))
+    if kind == "attribute":
+        asked = attribute(rng, world, view, ask_color=rng.random() < 0.5)
+        return (asked[0], ((asked[1],),)) if asked else None
+    if kind == "count":
+        noun, there = number(rng, world, view)
+        return world.ask_count(noun), ((metrics.NUMBERS[there], *(("no",) if there == 0 else ())),)
+    found = pair(rng, world, view)
+    if not found:
+        return None
+    one, two, _, true = found
+    wanted = rng.random() < 0.5
+    text = f"Is the {world.label(one)} {true if wanted else OPPOSITE[true]} the {world.label(two)}?"
+    other_way = f"{world.label(two)} is {OPPOSITE[true]}"
+    return text, (("yes" if wanted else "no",), (f"{world.label(one)} is {true}", other_way))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a task is made: after which benchmark, from which samples, scored how, what guessing scores.
+
+    `group` samples belong together (a pair, four rotations) and are never parted.
+    """
+
+    original: str
+    make: Callable[[Draw], Iterator[Sample]]
+    metric: Metric
+    chance: float | None = None
+    group: int = 1
+
+
+PLANS = {
+    "pope": Plan("POPE", pope, metrics.pope),
+    "gqa": Plan("GQA", gqa, metrics.exact),
+    "vqav2": Plan("VQAv2", vqav2, metrics.soft_accuracy),
+    "textvqa": Plan("TextVQA", textvqa, metrics.soft_accuracy, 0.0),
+    "sqa": Plan("ScienceQA", choices.sqa, metrics.choice, 0.25),
+    "mmb": Plan("MMBench", choices.mmb, metrics.circular_choice, 0.25**4, 4),
+    "seed": Plan("SEED", choices.seed, metrics.choice, 0.25),
+    "mme": Plan("MME", mme, metrics.mme, group=2),
+    "mmvet": Plan("MM-Vet", mmvet, metrics.facts),
+}
+TASKS = (*PLANS, EASY_VQA)
+
+
+def load_tasks(
+    names: Sequence[str] = TASKS, seed: int = 0, n: int = 300, source: str = "shapes", styles: Sequence[str] = ()
+) -> list[Task]:
+    """Tasks of n samples each (whole groups: at most n, a multiple of 2 for mme and of 4 for mmb).
+
+    Args:
+        names: of TASKS. "easy-vqa" has its own pictures and at most 9,673 questions.
+        source: "shapes" (nano's world) or "emoji" (composed scenes; the first call fetches the sets).
+        styles: drawing styles of the emoji source, default all of them.
+
+    Raises:
+        InvalidArgumentError: an unknown name, source or style, or n below 4.
+        ModelError: a package or set that a source needs is missing.
+    """
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names:
+        raise InvalidArgumentError(f"names is {list(names)!r}; accepted: of {', '.join(TASKS)}")
+    if n < 4:
+        raise InvalidArgumentError(f"n is {n}; accepted: at least 4")
+    return [_easy(seed, n) if name == EASY_VQA else _made(name, seed, n, _world(source, styles)) for name in names]
+
+
+def _made(name: str, seed: int, n: int, world: World) -> Task:
+    plan = PLANS[name]
+    samples = tuple(islice(plan.make(Draw(world, name, seed)), n - n % plan.group))
+    return Task(name, plan.original, world.name, samples, plan.metric, plan.chance)
+
+
+def _world(source: str, styles: Sequence[str]) -> World:
+    if source == "shapes" and not styles:
+        return Shapes()
+    if source == "emoji":
+        from .emoji import Emoji
+
+        return Emoji(styles)
+    raise InvalidArgumentError(f"source is {source!r} with styles {list(styles)!r}; accepted: shapes, or emoji")
+
+
+def _easy(seed: int, n: int) -> Task:
+    """A random part of easy-VQA's test questions, in the order drawn."""
+    try:
+        from ..training.nano.easy import load_easy_vqa
+    except ImportError as error:
+        raise ModelError("task easy-vqa needs the package easy-vqa: pip install easy-vqa") from error
+    paths, asked = load_easy_vqa("test")
+    every = [(path, i, q) for path, questions in zip(paths, asked) for i, q in enumerate(questions)]
+    samples = []
+    for path, i, q in random.Random(f"easy-vqa/{seed}").sample(every, min(n, len(every))):
+        form = YES_NO if q.kind == "presence" else SHORT
+        key = f"{EASY_VQA}/{Path(path).stem}/{i}"
+        samples.append(Sample(key, partial(_open, path), q.text, q.answer, form, {"split": q.kind, "style": ""}))
+    return Task(EASY_VQA, "easy-VQA", "easy-VQA", tuple(samples), metrics.exact)
+
+
+def _open(path: str) -> Image.Image:
+    return Image.open(path).convert("RGB")
