@@ -1,4 +1,4 @@
-"""Every kernel against the plain torch form of the same thing, and against this machine's copy bandwidth.
+"""Every kernel against the plain torch form of the same thing, torch.compile's, and this machine's copy bandwidth.
 
 `python -m benchmarks.kernels --help`. Interleaved rounds; on CUDA times come from CUDA events after the L2 cache was
 overwritten. "share" is bytes that must move, over time, over the measured copy bandwidth.
@@ -7,272 +7,157 @@ overwritten. "share" is bytes that must move, over time, over the measured copy 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from matplotlib.figure import Figure
 
-from benchmarks.common import copy_bandwidth, interleave, machine, paired_ratio, save_and_show, spread
-from dyvte_engine import ops
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A decoder layer and a prompt: text tokens, visual tokens, batch."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    head_hidden: int
-    text: int
-    visual: int
-
-    @property
-    def rows(self) -> int:
-        return self.text + self.visual
-
-
-SIZES = {
-    "nano": Sizes(256, 4, 2, 64, 640, 128, 24, 144),
-    "llava-7b": Sizes(4096, 32, 32, 128, 11008, 2048, 64, 576),
-    "llava-13b": Sizes(5120, 40, 40, 128, 13824, 2048, 64, 576),
-    "llava-next-7b": Sizes(4096, 32, 32, 128, 11008, 2048, 64, 2880),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Two forms of one operation, and the bytes that any form must read and write."""
-
-    ours: Callable[[], Any]
-    torch_form: Callable[[], Any]
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors of one size, shared by the cases."""
-
-    s: Sizes
-    batch: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.device).to(self.dtype)
-
-    def ints(self, values: Any) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int32, device=self.device)
-
-
-PAGE = 16
-
-
-def _cache(i: Inputs, rows: int, layers: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """k_pool, v_pool and a shuffled block table int32 [layers, batch, pages] with room for `rows` rows."""
-    pages = -(-rows // PAGE)
-    order = torch.randperm(layers * i.batch * pages, generator=torch.Generator().manual_seed(0))
-    table = i.ints(order.view(layers, i.batch, pages))
-    pool = (layers * i.batch * pages, PAGE, i.s.kv_heads, i.s.head_dim)
-    return i.randn(*pool), i.randn(*pool), table
-
-
-def exit_head(i: Inputs) -> Case:
-    s = i.s
-    hidden = i.randn(i.batch * s.rows, s.hidden)
-    w1, w2 = i.randn(s.head_hidden, 2 * s.hidden) * 0.02, i.randn(2, s.head_hidden)
-    ends = torch.arange(1, i.batch + 1) * s.rows
-    ranges = i.ints(torch.stack((ends - s.text, ends), 1))
-
-    def torch_form() -> Tensor:
-        text = hidden.view(i.batch, s.rows, -1)[:, -s.text :]
-        pooled = torch.cat((text[:, :-1].mean(1), text[:, -1]), -1)
-        return F.linear(F.gelu(F.linear(pooled, w1)), w2).float().softmax(-1)[:, 1] > 0.5
-
-    moved = w1.nbytes + w2.nbytes + i.batch * s.text * s.hidden * hidden.itemsize
-    return Case(lambda: ops.exit_head(hidden, ranges, None, None, w1, w2), torch_form, moved)
-
-
-def kv_compact(i: Inputs) -> Case:
-    """Eight layers, the visual rows leave: text after them moves to the front."""
-    s, layers = i.s, 8
-    k, v, table = _cache(i, s.rows, layers)
-    full = torch.full((layers, i.batch), s.rows, dtype=torch.int32, device=i.device)
-    lens = full.clone()
-    first = min(8, s.text)  # the system prompt stays where it is
-    kept = i.ints([*range(first), *range(first + s.visual, s.rows)])
-    keep, cu = kept.repeat(layers * i.batch), i.ints(torch.arange(layers * i.batch + 1) * len(kept))
-    index = kept.long()
-
-    def ours() -> None:
-        lens.copy_(full)
-        ops.kv_compact_(k, v, table, lens, keep, cu)
-
-    def torch_form() -> None:
-        for pool in (k, v):
-            rows = pool[table.long()].flatten(2, 3)[:, :, index]  # gathered copy [L, B, kept, Hkv, D]
-            new = torch.zeros(*table.shape, PAGE, *rows.shape[3:], dtype=pool.dtype, device=pool.device)
-            new.flatten(2, 3)[:, :, : len(index)] = rows
-            pages = -(-len(index) // PAGE)
-            pool[table[:, :, :pages].long()] = new[:, :, :pages]
-
-    row = s.kv_heads * s.head_dim * k.itemsize
-    return Case(ours, torch_form, 2 * 2 * layers * i.batch * (len(kept) - first) * row)
-
-
-def _rope(i: Inputs, rows: int) -> Case:
-    s, n = i.s, i.batch * rows
-    qkv = i.randn(n, s.heads + 2 * s.kv_heads, s.head_dim)
-    q, k, v = qkv.split((s.heads, s.kv_heads, s.kv_heads), 1)
-    table_cs = torch.randn(4096, s.head_dim, device=i.device)
-    k_pool, v_pool, table = _cache(i, s.rows + 1)
-    lens = i.ints([s.rows - rows + 1] * i.batch)
-    cu, positions = i.ints(torch.arange(i.batch + 1) * rows), i.ints(torch.arange(rows).repeat(i.batch))
-    spots = (lens[:, None] + torch.arange(rows, device=i.device)).long()
-    page, slot = table[0].long().gather(1, spots // PAGE).flatten(), (spots % PAGE).flatten()
-
-    def torch_form() -> None:
-        half = s.head_dim // 2
-        cs = table_cs[positions.long()]
-        cos, sin = (torch.cat((t, t), -1)[:, None].to(i.dtype) for t in (cs[:, :half], cs[:, half:]))
-        for t in (q, k):
-            t.copy_(t * cos + torch.cat((-t[..., half:], t[..., :half]), -1) * sin)
-        k_pool[page, slot] = k
-        v_pool[page, slot] = v
-
-    def ours() -> None:
-        ops.rope_append_(q, k, v, table_cs, positions, cu, k_pool, v_pool, table[0], lens)
-
-    item = qkv.itemsize * s.head_dim * n
-    return Case(ours, torch_form, item * (2 * s.heads + 5 * s.kv_heads))
-
-
-def rope_append_prefill(i: Inputs) -> Case:
-    return _rope(i, i.s.rows)
-
-
-def rope_append_decode(i: Inputs) -> Case:
-    return _rope(i, 1)
-
-
-def token_score(i: Inputs) -> Case:
-    s = i.s
-    q, k = i.randn(i.batch, s.heads, s.head_dim), i.randn(i.batch * s.rows, s.kv_heads, s.head_dim)
-    cu_q, cu_k = i.ints(torch.arange(i.batch + 1)), i.ints(torch.arange(i.batch + 1) * s.rows)
-    scale = s.head_dim**-0.5
-
-    def torch_form() -> Tensor:
-        keys = k.view(i.batch, s.rows, s.kv_heads, s.head_dim).repeat_interleave(s.heads // s.kv_heads, 2)
-        return (torch.einsum("bhd,bnhd->bhn", q, keys).float() * scale).softmax(-1).mean(1)
-
-    return Case(lambda: ops.token_score(q, k, cu_q, cu_k, scale), torch_form, k.nbytes + q.nbytes + 4 * len(k))
-
-
-def decode_attention(i: Inputs) -> Case:
-    """Against SDPA on a contiguous cache, which has no page table to follow."""
-    s = i.s
-    q = i.randn(i.batch, s.heads, s.head_dim)
-    k_pool, v_pool, table = _cache(i, s.rows)
-    lens, scale = i.ints([s.rows] * i.batch), s.head_dim**-0.5
-    k, v = (i.randn(i.batch, s.kv_heads, s.rows, s.head_dim) for _ in range(2))
-
-    def torch_form() -> Tensor:
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, scale=scale, enable_gqa=s.heads != s.kv_heads)
-
-    return Case(lambda: ops.decode_attention(q, k_pool, v_pool, table[0], lens, scale), torch_form, k.nbytes + v.nbytes)
-
-
-def add_rms_norm(i: Inputs) -> Case:
-    n = i.batch * i.s.rows
-    x, residual, weight = i.randn(n, i.s.hidden), i.randn(n, i.s.hidden), i.randn(i.s.hidden)
-
-    def torch_form() -> Tensor:
-        residual.add_(x)
-        return F.rms_norm(residual, (i.s.hidden,), weight, 1e-6)
-
-    return Case(lambda: ops.add_rms_norm_(residual, x, weight, 1e-6), torch_form, 4 * x.nbytes)
-
-
-def silu_mul(i: Inputs) -> Case:
-    x, m = i.randn(i.batch * i.s.rows, 2 * i.s.intermediate), i.s.intermediate
-    return Case(lambda: ops.silu_mul(x), lambda: F.silu(x[:, :m]) * x[:, m:], x.nbytes * 3 // 2)
-
-
-CASES = (
-    exit_head,
-    kv_compact,
-    rope_append_prefill,
-    rope_append_decode,
-    token_score,
-    decode_attention,
-    add_rms_norm,
-    silu_mul,
+from benchmarks.common import (
+    Data,
+    Timings,
+    header,
+    interleave,
+    options,
+    paired_ratio,
+    rounds_within,
+    spread,
 )
+from benchmarks.kernel_cases import CASES, SIZES, Case, Inputs, TooLarge
+from benchmarks.report import COLORS, Sheet, finish, new_figure, number, percent, scaled
+
+Calls = dict[str, Callable[[], Any]]
 
 
-def cold_times(case: Case, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """CUDA-event seconds of both forms, each call after the L2 cache was overwritten."""
+def cold_times(calls: Calls, rounds: Any, device: torch.device) -> Timings:
+    """CUDA-event seconds of each call, the L2 cache overwritten before it."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-    times: dict[str, list[float]] = {"torch": [], "dyvte": []}
-    for n in range(rounds + 2):
-        for name, call in (("torch", case.torch_form), ("dyvte", case.ours)):
+    times: Timings = {name: [] for name in calls}
+    for _ in rounds:
+        for name, call in calls.items():
             flush.zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             call()
             end.record()
             torch.cuda.synchronize(device)
-            if n >= 2:
-                times[name].append(start.elapsed_time(end) * 1e-3)
+            times[name].append(start.elapsed_time(end) * 1e-3)
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", default=["nano", "llava-7b"], choices=list(SIZES))
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"))
-    args = parser.parse_args()
-    device, bandwidth = torch.device(args.device), copy_bandwidth(torch.device(args.device))
-    data: dict[str, Any] = {"machine": machine(device), "args": vars(args) | {"out": str(args.out)}}
-    data |= {"copy_bytes": bandwidth, "cases": []}
-    rows = []
+def compiled(case: Case) -> Callable[[], Any] | str:
+    """torch.compile's version of the torch form, run once; or why there is none."""
+    torch._dynamo.reset()
+    call = torch.compile(case.torch_form, dynamic=False)
+    try:
+        call()
+    except Exception as e:  # a missing compiler, an unsupported operation: torch has no common class for them
+        return f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"[:200]
+    return call
+
+
+def memory_budget(device: torch.device) -> float:
+    """Bytes the inputs of one case may take: results and the torch form's copies need as much again, several times."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 6
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 6
+
+
+@torch.inference_mode()
+def measure_case(make: Callable[[Inputs], Case], inputs: Inputs, seconds: float, with_compile: bool) -> Data:
+    """Times of one operation's forms; {"skipped": why} when it does not fit."""
+    torch.manual_seed(0)
+    entry: Data = {"op": make.__name__, "batch": inputs.batch}
+    try:
+        case = make(inputs)
+    except TooLarge as e:
+        return entry | {"skipped": str(e)}
+    calls: Calls = {"torch": case.torch_form, "dyvte": case.ours}
+    if with_compile:
+        made = compiled(case)
+        if isinstance(made, str):
+            entry["compile_error"] = made
+        else:
+            calls["compile"] = made
+    interleave(calls, range(0), inputs.device, warmup=2)
+    rounds = rounds_within(seconds, least=5, most=51)
+    on_gpu = inputs.device.type == "cuda"
+    times = cold_times(calls, rounds, inputs.device) if on_gpu else interleave(calls, rounds, inputs.device, warmup=0)
+    entry |= {"bytes": case.bytes, "seconds": {name: spread(values) for name, values in times.items()}}
+    entry["speedup"] = {k: paired_ratio(v, times["dyvte"]) for k, v in times.items() if k != "dyvte"}
+    return entry
+
+
+def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
+    data = header("kernels", args, argv)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    data["cases"] = []
     for size in args.sizes:
         for batch in args.batch:
             for make in CASES:
-                torch.manual_seed(0)
-                case = make(Inputs(SIZES[size], batch, getattr(torch, args.dtype), device))
-                calls = {"torch": case.torch_form, "dyvte": case.ours}
-                with torch.inference_mode():
-                    on_gpu = device.type == "cuda"
-                    times = cold_times(case, args.rounds, device) if on_gpu else interleave(calls, args.rounds, device)
-                ours, ratio = spread(times["dyvte"]), paired_ratio(times["torch"], times["dyvte"])
-                rate = case.bytes / ours["median"]
-                entry = {"op": make.__name__, "size": size, "batch": batch, "bytes": case.bytes, "seconds": ours}
-                data["cases"].append({**entry, "torch_seconds": spread(times["torch"]), "speedup": ratio})
-                rows.append(
-                    [
-                        make.__name__,
-                        size,
-                        str(batch),
-                        f"{1e6 * ours['median']:.1f} ({1e6 * ours['q1']:.1f}-{1e6 * ours['q3']:.1f})",
-                        f"{rate / 1e9:.1f}",
-                        f"{100 * rate / bandwidth:.0f} %",
-                        f"{ratio['median']:.2f} ({ratio['q1']:.2f}-{ratio['q3']:.2f})",
-                    ]
-                )
-    columns = ["op", "size", "batch", "us (quartiles)", "GB/s", "share of copy", "times torch (quartiles)"]
-    save_and_show("kernels", columns, rows, data, args.out)
-    print(f"copy bandwidth here: {bandwidth / 1e9:.1f} GB/s")
+                inputs = Inputs(SIZES[size], batch, dtype, device, memory_budget(device))
+                with_compile = size in args.compile and batch == args.batch[0]
+                entry = {"size": size, **measure_case(make, inputs, args.seconds, with_compile)}
+                if "bytes" in entry:
+                    entry["share"] = entry["bytes"] / entry["seconds"]["dyvte"]["median"] / data["limits"]["bytes"]
+                data["cases"].append(entry)
+    return data
+
+
+def tables(data: Data) -> list[Sheet]:
+    sheets = []
+    for size in dict.fromkeys(c["size"] for c in data["cases"]):
+        rows = [_row(c) for c in data["cases"] if c["size"] == size]
+        columns = ["op", "batch", "us (quartiles)", "GB/s", "share of copy", "x torch", "x torch.compile"]
+        sheets.append(Sheet(f"Kernels at {size} shapes, {data['args']['dtype']}", columns, rows))
+    return sheets
+
+
+def _row(c: Data) -> list[str]:
+    if "skipped" in c:
+        return [c["op"], str(c["batch"]), f"left out: {c['skipped']}", "", "", "", ""]
+    ours, ratio = c["seconds"]["dyvte"], c["speedup"]
+    return [
+        c["op"],
+        str(c["batch"]),
+        scaled(ours, 1e6),
+        number(c["bytes"] / ours["median"] / 1e9),
+        percent(c["share"]),
+        scaled(ratio["torch"], digits=2),
+        c.get("compile_error") or scaled(ratio.get("compile"), digits=2),
+    ]
+
+
+def figure(data: Data) -> Figure:
+    """Share of the copy bandwidth, a bar for each operation and size at the first batch size."""
+    batch = data["args"]["batch"][0]
+    cases = [c for c in data["cases"] if c["batch"] == batch and "share" in c]
+    sizes, ops = (list(dict.fromkeys(c[key] for c in cases)) for key in ("size", "op"))
+    fig, axes = new_figure(9, 3.6)
+    axis, width = axes[0][0], 0.8 / len(sizes)
+    for i, size in enumerate(sizes):
+        share = {c["op"]: 100 * c["share"] for c in cases if c["size"] == size}
+        axis.bar([ops.index(op) + i * width for op in share], list(share.values()), width, label=size, color=COLORS[i])
+    axis.axhline(100, color="black", linewidth=0.8)
+    axis.set_xticks([i + 0.4 - width / 2 for i in range(len(ops))], ops, rotation=20, ha="right", fontsize=8)
+    axis.set_ylabel("% of copy bandwidth")
+    axis.set_title(f"Kernels, batch {batch}: bytes that must move / time, against a plain copy", fontsize=9)
+    axis.legend(fontsize=7)
+    return fig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = options(__doc__, "kernels")
+    parser.set_defaults(dtype="bfloat16")
+    parser.add_argument("--sizes", nargs="+", default=["nano", "llava-1.5-7b"], choices=list(SIZES))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument(
+        "--compile", nargs="*", default=["llava-1.5-7b"], choices=list(SIZES), help="sizes torch.compile is run at"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, beside compiling")
+    args = parser.parse_args(argv)
+    finish(measure(args, argv), args.out, args.name, tables, figure)
 
 
 if __name__ == "__main__":
