@@ -9,15 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dyvte_engine.training.nano import scenes
-from dyvte_engine.training.nano.joint import JointSettings, Source, answer_logits, layer_runner, train_joint
+from dyvte_engine.training.nano import scenes, tower
+from dyvte_engine.training.nano.joint import (
+    JointSettings,
+    Source,
+    answer_logits,
+    draw_batch,
+    layer_runner,
+    right_answers,
+    train_joint,
+)
 from dyvte_engine.training.nano.model import build_config, build_model, build_tokenizer, normalise
 from dyvte_engine.training.nano.optim import MasterAdamW
-from dyvte_engine.training.nano.packing import encode, pack
-from dyvte_engine.training.nano.questions import Question, ask_many
+from dyvte_engine.training.nano.packing import BLOCK, PREFIX, encode, pack
+from dyvte_engine.training.nano.questions import KINDS, Question, ask_many
 from dyvte_engine.training.nano.tower import DenseTower, train_tower
 
-ROWS = 80
+ROWS = 2 * BLOCK
 PREFIX_IDS = torch.tensor([1, 4])
 
 
@@ -69,10 +77,52 @@ def test_a_packed_question_equals_a_single_prompt(tiny, tokenizer) -> None:
     torch.testing.assert_close(got[-len(answer) :], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_questions_stay_whole_within_their_block(tokenizer) -> None:
+    asked = ask_many(scenes.sample_scene(0, "train", 3, "shapes"), 24)
+    encoded = encode(tokenizer, [asked])
+    packed = pack([[encoded.question(i) for i in range(len(asked))]], 4 * BLOCK)
+    texts = set()
+    for index, kind in enumerate(packed.kinds.tolist()):
+        at = torch.nonzero((packed.owner[0] == index) & (packed.ids[0] != 0)).flatten()
+        assert at[0] // BLOCK == at[-1] // BLOCK and torch.equal(at, torch.arange(at[0], at[-1] + 1))
+        assert packed.positions[0, PREFIX + at].tolist() == list(range(PREFIX, PREFIX + len(at)))
+        text = tokenizer.decode(packed.ids[0, at])
+        (question,) = [q for q in asked if text == f"{q.text}<|assistant|>{q.answer}</s>"]
+        assert KINDS[kind] == question.kind
+        texts.add(text)
+    assert len(texts) == len(packed.kinds) > 6
+
+
+def test_right_answers_counts_whole_answers_by_kind(tokenizer) -> None:
+    asked = [
+        Question("Is there a circle?", "No, there is no circle.", "presence"),
+        Question("Is there a star?", "no", "presence"),
+        Question("Read the word.", "STOP", "word"),
+    ]
+    encoded = encode(tokenizer, [asked])
+    packed = pack([[encoded.question(i) for i in range(3)]], ROWS)
+    targets = packed.targets[packed.targets >= 0]
+    logits = torch.nn.functional.one_hot(targets, len(tokenizer)).float()
+    assert right_answers(logits, packed) == {"presence": 1.0, "word": 1.0}
+    logits[2] = 0  # the third token of the first answer
+    assert right_answers(logits, packed) == {"presence": 0.5, "word": 1.0}
+
+
+def test_a_batch_shows_members_only(tokenizer) -> None:
+    pictures = np.arange(8, dtype=np.uint8)[:, None, None, None].repeat(96, 1).repeat(96, 2).repeat(3, 3)
+    labels = np.zeros((8, 144, len(scenes.LABELS)), np.uint8)
+    questions = encode(tokenizer, [[Question("Is there a star?", "no", "presence")]] * 8)
+    sources = [Source(pictures, labels, questions, np.arange(*part)) for part in ((0, 3), (3, 8))]
+    settings = JointSettings(0, 1, 4, 1e-3, "cpu", ROWS, shares=(0.0, 2.0), label_pictures=2)
+    for step in range(5):
+        batch = draw_batch(sources, settings, step)
+        assert len(batch.pictures) == 6 and batch.pictures.min() >= 3 and len(batch.packed.ids) == 4
+
+
 def test_resumed_joint_training_ends_with_the_same_weights(tokenizer, tmp_path: Path) -> None:
     drawn = [scenes.sample_scene(0, "train", index) for index in range(12)]
     pictures, labels = np.stack([scenes.render(s) for s in drawn]), np.stack([scenes.patch_labels(s) for s in drawn])
-    source = Source(pictures, labels, encode(tokenizer, [ask_many(s, 4) for s in drawn]))
+    source = Source(pictures, labels, encode(tokenizer, [ask_many(s, 4) for s in drawn]), np.arange(len(drawn)))
     shape = dict(seed=0, steps=6, batch=2, lr=1e-3, device="cpu", rows=ROWS, shares=(1.0,), exit_range=(0, 0))
 
     def run(folder: Path, stop_at: int | None) -> dict[str, torch.Tensor]:
@@ -100,6 +150,23 @@ def test_resumed_joint_training_ends_with_the_same_weights(tokenizer, tmp_path: 
     assert whole.keys() == resumed.keys() and int(resumed["steps_done"]) == 6
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_word_share_is_the_share_of_pictures_with_a_word(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    drawn = [scenes.sample_scene(0, "train", index) for index in range(40)]
+    words = {np.asarray(scenes.render(s)).tobytes() for s in drawn if s.word}
+    pictures, labels = np.stack([scenes.render(s) for s in drawn]), np.stack([scenes.patch_labels(s) for s in drawn])
+    config = build_config(tokenizer, tiny=True)
+    dense = DenseTower(build_model(config, 0).model.vision_tower, config.vision_config.hidden_size)
+    shown: list[int] = []
+
+    def count(chosen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        shown.append(sum(picture.numpy().tobytes() in words for picture in chosen))
+        return normalise(chosen, dtype)
+
+    monkeypatch.setattr(tower, "normalise", count)
+    train_tower(dense, pictures, labels, tmp_path, 0, 3, 8, 1e-3, "cpu", compile_model=False, word_share=0.75)
+    assert shown == [6, 6, 6] and 6 < len(words) < 34
 
 
 def test_resumed_tower_training_ends_with_the_same_weights(tokenizer, tmp_path: Path, monkeypatch) -> None:

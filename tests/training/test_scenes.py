@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dyvte_engine.training.nano import scenes
-from dyvte_engine.training.nano.questions import NUMBERS, Question, ask_many
+from dyvte_engine.training.nano.questions import KINDS, NUMBERS, Question, ask_many
 from dyvte_engine.training.nano.scenes import COLORS, SHAPES, Scene, sample_scene
 
 SCENES = [sample_scene(7, split, index) for split in ("train", "heldout") for index in range(150)]
@@ -121,6 +121,15 @@ def test_answers_are_true(kind: str) -> None:
     asked = [(scene, q) for scene in SCENES for q in ask_many(scene, 12) if q.kind == kind]
     assert len(asked) > 100
     for scene, question in asked:
+        assert one_word(scene, question) == recount(scene, question.text), (question, scene)
+
+
+def test_side_asks_spatial_questions_that_offer_both_answers() -> None:
+    only_sides = (0,) * len(KINDS) + (1,)
+    asked = [(scene, q) for scene in SCENES for q in ask_many(scene, 12, only_sides)]
+    assert len(asked) > 100 and {q.kind for _, q in asked} == {"spatial"}
+    for scene, question in asked:
+        assert re.search("left or right of|above or below", question.text)
         assert one_word(scene, question) == recount(scene, question.text), (question, scene)
 
 

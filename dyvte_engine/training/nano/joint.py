@@ -23,7 +23,8 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 from dyvte_engine.training.nano.model import normalise
 from dyvte_engine.training.nano.optim import MasterAdamW, Progress
-from dyvte_engine.training.nano.packing import PREFIX, EncodedQuestions, Packed, pack
+from dyvte_engine.training.nano.packing import BLOCK, PREFIX, EncodedQuestions, Packed, pack
+from dyvte_engine.training.nano.questions import KINDS
 from dyvte_engine.training.nano.tower import DenseTower, dense_loss
 
 
@@ -37,20 +38,23 @@ def _split_attention(
     prefix: int = 0,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Plain attention in which the first `prefix` rows do not even compute scores against the others.
+    """Plain attention of a packed batch: no scores are computed that the packing rules out anyway.
 
-    q [B, Hq, S, D], k and v [B, Hkv, S, D], mask [B, 1, S, S] added to the scores; returns [B, S, Hq, D].
+    The first `prefix` rows are causal among themselves; the R others see all of those and, by `mask`, their own block.
+    q [B, Hq, S, D], k and v [B, Hkv, S, D]; mask [B, 1, R / BLOCK, BLOCK, BLOCK] is added; returns [B, S, Hq, D].
     """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-
-    def attend(rows: slice, columns: slice) -> torch.Tensor:
-        scores = (q[:, :, rows] @ k[:, :, columns].transpose(-1, -2)).float() * scaling + mask[
-            :, :, rows, columns
-        ].float()
-        return scores.softmax(-1).to(q.dtype) @ v[:, :, columns]
-
-    first, rest = slice(0, prefix), slice(prefix, None)
-    return torch.cat([attend(first, first), attend(rest, slice(None))], 2).transpose(1, 2), None
+    (q_first, q_text), (k_first, k_text), (v_first, v_text) = (
+        (x[:, :, :prefix], x[:, :, prefix:].unflatten(2, (-1, BLOCK))) for x in (q, k, v)
+    )
+    causal = torch.ones(prefix, prefix, dtype=torch.bool, device=q.device).tril()
+    scores = (q_first @ k_first.transpose(-1, -2)).float() * scaling
+    first = scores.masked_fill(~causal, -torch.inf).softmax(-1).to(q.dtype) @ v_first
+    own = (q_text @ k_text.transpose(-1, -2)).float() * scaling + mask
+    shown = (q_text.flatten(2, 3) @ k_first.transpose(-1, -2)).float() * scaling
+    weights = torch.cat([shown.view(*own.shape[:-1], prefix), own], -1).softmax(-1).to(q.dtype)
+    text = (weights[..., prefix:] @ v_text).flatten(2, 3) + weights[..., :prefix].flatten(2, 3) @ v_first
+    return torch.cat([first, text], 2).transpose(1, 2), None
 
 
 AttentionInterface.register("prefix_split", _split_attention)
@@ -90,21 +94,19 @@ def answer_logits(
         [decoder.embed_tokens(prefix_ids).expand(batch, -1, -1), visual, decoder.embed_tokens(packed.ids)], 1
     )
     cos, sin = decoder.rotary_emb(hidden, packed.positions)
-    mask = torch.zeros(packed.mask.shape, dtype=hidden.dtype, device=hidden.device)
-    mask.masked_fill_(~packed.mask, torch.finfo(hidden.dtype).min)
+    mask = torch.zeros(packed.mask.shape, device=hidden.device).masked_fill_(~packed.mask, -torch.inf)[:, None]
     text = torch.cat([torch.arange(2), torch.arange(PREFIX, hidden.shape[1])]).to(hidden.device)
     for index, layer in enumerate(decoder.layers):
         hidden = run_layer(layer, hidden, mask, cos, sin, hidden.shape[1] - packed.ids.shape[1])
         if index == exit_layer:
             hidden, cos, sin = hidden[:, text], cos[:, text], sin[:, text]
-            mask = mask[:, :, text][..., text]
     rows = hidden[:, -packed.ids.shape[1] :][packed.targets >= 0]
     return model.lm_head(decoder.norm(rows))
 
 
 @dataclass
 class JointSettings:
-    """Lengths and rates of stage 2; `shares` says how often each source is drawn."""
+    """Lengths and rates of stage 2; `shares` are those of the sources, in any unit."""
 
     seed: int
     steps: int
@@ -123,14 +125,18 @@ class JointSettings:
 
 @dataclass
 class Source:
-    """Pictures uint8 [P, 96, 96, 3], patch labels uint8 [P, 144, len(LABELS)] (IGNORE if unknown), questions."""
+    """Pictures uint8 [P, 96, 96, 3], patch labels uint8 [P, 144, len(LABELS)] (IGNORE if unknown), questions.
+
+    Only the pictures with an index in `members` are drawn.
+    """
 
     pictures: np.ndarray
     labels: np.ndarray
     questions: EncodedQuestions
+    members: np.ndarray
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, list]:
-        chosen = np.sort(rng.choice(len(self.pictures), count, replace=False))
+        chosen = np.sort(rng.choice(self.members, count, replace=False))
         asked = []
         for picture in chosen:
             order = rng.permutation(np.arange(*self.questions.picture_start[picture : picture + 2]))
@@ -152,9 +158,10 @@ class Batch:
 def draw_batch(sources: list[Source], settings: JointSettings, step: int) -> Batch:
     """The batch of one step; depends on the seed and the step alone."""
     rng = np.random.default_rng([settings.seed, 2, step])
-    counts = rng.multinomial(settings.batch, settings.shares)
-    drawn = [source.draw(rng, count) for source, count in zip(sources, counts)]
-    drawn.append((*sources[0].draw(rng, settings.label_pictures)[:2], []))
+    shares = np.array(settings.shares) / sum(settings.shares)
+    drawn = [source.draw(rng, count) for source, count in zip(sources, rng.multinomial(settings.batch, shares))]
+    labelled = rng.multinomial(settings.label_pictures, shares)
+    drawn += [(*source.draw(rng, count)[:2], []) for source, count in zip(sources, labelled)]
     pictures, labels, asked = zip(*drawn)
     exit_layer = None
     if rng.random() < settings.exit_share:
@@ -167,6 +174,14 @@ def draw_batch(sources: list[Source], settings: JointSettings, step: int) -> Bat
         packed.to(device),
         exit_layer,
     )
+
+
+def right_answers(logits: torch.Tensor, packed: Packed) -> dict[str, torch.Tensor]:
+    """Share of each kind's answers of which every token is the likeliest; kinds that were not asked are left out."""
+    answers = packed.targets >= 0
+    wrong = (logits.argmax(-1) != packed.targets[answers]).float()
+    right = torch.zeros_like(packed.kinds, dtype=torch.float32).index_add(0, packed.owner[answers], wrong) == 0
+    return {KINDS[kind]: right[packed.kinds == kind].float().mean() for kind in packed.kinds.unique().tolist()}
 
 
 def train_joint(
@@ -198,22 +213,13 @@ def train_joint(
         visual = model.model.multi_modal_projector(features)
         logits = answer_logits(model, visual, prefix_ids, batch.packed, batch.exit_layer, run_layer).float()
         targets = batch.packed.targets[batch.packed.targets >= 0]
-        # The first token decides most answers ("Yes, ...") and would drown among the tokens of sentences.
-        first = (batch.packed.targets >= 0) & (F.pad(batch.packed.targets, (1, 0), value=-100)[:, :-1] < 0)
-        first = first[batch.packed.targets >= 0]
-        loss = F.cross_entropy(logits, targets) + F.cross_entropy(logits[first], targets[first])
+        # For each question, not for each token: the one token that decides would drown among those of sentences.
+        loss = F.cross_entropy(logits, targets, reduction="sum") / len(batch.packed.kinds)
         label_loss, accuracy = dense_loss(label_logits, batch.labels)
         (loss + label_loss).backward()
         optimiser.step()
-        right = (logits.argmax(-1) == targets).float()
-        progress(
-            step + 1,
-            loss=loss.detach(),
-            tokens=right.mean(),
-            first=right[first].mean(),
-            labels=label_loss.detach(),
-            letters=accuracy["letter"],
-        )
+        shown = {"labels": label_loss.detach(), "letters": accuracy["letter"]} if settings.label_pictures else {}
+        progress(step + 1, loss=loss.detach(), **shown, **right_answers(logits, batch.packed))
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             optimiser.save(checkpoint)
             on_save(step + 1)

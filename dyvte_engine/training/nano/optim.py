@@ -98,20 +98,18 @@ class Progress:
     def __init__(self, total: int, done: int, every: int, per_step: int):
         self.total, self.first, self.every, self.per_step = total, done, every, per_step
         self.start = time.monotonic()
-        self.sums: dict[str, float] = {}
-        self.count = 0
+        self.values: dict[str, list[float]] = {}
 
     def __call__(self, step: int, **values: float | torch.Tensor) -> None:
-        self.count += 1
         for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + float(value)
+            self.values.setdefault(key, []).append(float(value))
         if step % self.every and step != self.total:
             return
         speed = (step - self.first) / (time.monotonic() - self.start)
-        means = " ".join(f"{key} {value / self.count:.4f}" for key, value in self.sums.items())
+        means = " ".join(f"{key} {sum(seen) / len(seen):.4f}" for key, seen in self.values.items())
         left = (self.total - step) / speed / 60
         print(
             f"step {step}/{self.total} {means} | {speed * self.per_step:.1f} pictures/s, {left:.1f} min left",
             flush=True,
         )
-        self.sums, self.count = {}, 0
+        self.values = {}

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from dyvte_engine.training.nano.scenes import COLORS, EASY_COLORS, EASY_SHAPES, SHAPES, Scene, Shape
 
 KINDS = ("presence", "color", "shape", "count", "spatial", "word")
-# of KINDS: those that few scenes allow are drawn more often
-WEIGHTS = (1, 1, 1, 1.2, 4, 2)
+# What can be asked: the kinds, and "side", the spatial questions that offer both answers. Those are learnt first: each
+# place alone is a hint to the answer there, which with yes or no it is only together with the direction asked for.
+ASKED = (*KINDS, "side")
+# of ASKED: kinds that few scenes allow are drawn more often
+WEIGHTS = (1, 1, 1, 1.2, 4, 2, 0)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 IN_A_SENTENCE = ("Answer in a sentence.", "Use a full sentence.")
 ONE_WORD = ("Answer with one word.", "One word, please.")
@@ -152,7 +155,8 @@ def _description(rng: random.Random, scene: Scene, shape: Shape) -> str | None:
     return rng.choice(options) if options else None
 
 
-def _spatial(rng: random.Random, scene: Scene) -> Question | None:
+def _pair(rng: random.Random, scene: Scene) -> tuple[str, str, int, str] | None:
+    """Two shapes that can be told apart, the axis of a clear offset, and how the first lies to the second."""
     if len(scene.shapes) < 2:
         return None
     for _ in range(6):
@@ -160,20 +164,29 @@ def _spatial(rng: random.Random, scene: Scene) -> Question | None:
         axis = rng.randrange(2)
         offset = two.center[axis] - one.center[axis]
         names = _description(rng, scene, one), _description(rng, scene, two)
-        if abs(offset) >= MIN_OFFSET and None not in names:
-            break
-    else:
+        if abs(offset) >= MIN_OFFSET and names[0] and names[1]:
+            relations = (("to the left of", "to the right of"), ("above", "below"))[axis]
+            return names[0], names[1], axis, relations[offset < 0]
+    return None
+
+
+def _spatial(rng: random.Random, scene: Scene, yes_or_no: float = 0.6) -> Question | None:
+    pair = _pair(rng, scene)
+    if not pair:
         return None
-    true = (("to the left of", "to the right of"), ("above", "below"))[axis][offset < 0]
-    statement = f"the {names[0]} is {true} the {names[1]}."
-    if rng.random() < 0.6:
+    one, two, axis, true = pair
+    statement = f"the {one} is {true} the {two}."
+    if rng.random() < yes_or_no:
         wanted = rng.random() < 0.5
-        text = f"Is the {names[0]} {true if wanted else OPPOSITE[true]} the {names[1]}?"
+        text = f"Is the {one} {true if wanted else OPPOSITE[true]} the {two}?"
         word = "yes" if wanted else "no"
         return _styled(rng, text, word, f"{word.capitalize()}, {statement}", "spatial")
     choice = ("left or right of", "above or below")[axis]
-    text = f"Is the {names[0]} {choice} the {names[1]}?"
-    return _styled(rng, text, SHORT[true], statement.capitalize(), "spatial")
+    return _styled(rng, f"Is the {one} {choice} the {two}?", SHORT[true], statement.capitalize(), "spatial")
+
+
+def _side(rng: random.Random, scene: Scene) -> Question | None:
+    return _spatial(rng, scene, yes_or_no=0.0)
 
 
 def _word(rng: random.Random, scene: Scene) -> Question | None:
@@ -185,19 +198,27 @@ def _word(rng: random.Random, scene: Scene) -> Question | None:
     return _styled(rng, text, scene.word.text, f"The word is {scene.word.text}.", "word")
 
 
-_ASK = {"presence": _presence, "color": _color, "shape": _shape, "count": _count, "spatial": _spatial, "word": _word}
+_ASK = {
+    "presence": _presence,
+    "color": _color,
+    "shape": _shape,
+    "count": _count,
+    "spatial": _spatial,
+    "word": _word,
+    "side": _side,
+}
 
 
 def ask(rng: random.Random, scene: Scene, kind: str) -> Question | None:
-    """A question of this kind about the scene, or None where the scene allows none."""
+    """A question of this sort (of ASKED) about the scene, or None where the scene allows none."""
     return _ASK[kind](rng, scene)
 
 
 def ask_many(scene: Scene, number: int, weights: Sequence[float] = WEIGHTS) -> list[Question]:
-    """Up to `number` different questions about one scene, kinds (in the order of KINDS) drawn by weight."""
+    """Up to `number` different questions about one scene, sorts (in the order of ASKED) drawn by weight."""
     rng = random.Random(scene.seed + "/questions")
     asked: list[Question] = []
-    for kind in rng.choices(KINDS, weights, k=4 * number):
+    for kind in rng.choices(ASKED, weights, k=4 * number):
         question = ask(rng, scene, kind)
         if question and question not in asked and len(asked) < number:
             asked.append(question)

@@ -61,6 +61,7 @@ LABEL_SIZES = (
     MAX_LETTERS + 1,
 )
 IGNORE = 255
+STYLES = ("single", "shapes", "word")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def sample_scene(seed: int, split: str, index: int, style: str | None = None) ->
     """Draws scene `index` of `split` ("train" or "heldout"); equal arguments give equal scenes on any machine."""
     name = f"{seed}/{split}/{index}"
     rng = random.Random(name)
-    style = style or rng.choices(("single", "shapes", "word"), (0.15, 0.5, 0.35))[0]
+    style = style or rng.choices(STYLES, (0.15, 0.5, 0.35))[0]
     if style == "single":
         kind = rng.choice(EASY_SHAPES)
         width, height = _extent(rng, kind, 12, 48)

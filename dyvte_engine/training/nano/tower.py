@@ -57,8 +57,12 @@ def train_tower(
     device: str,
     compile_model: bool = True,
     save_every: int = 250,
+    word_share: float | None = None,
 ) -> None:
-    """Trains in place and leaves `folder/tower.safetensors`; continues from that file where it exists."""
+    """Trains in place and leaves `folder/tower.safetensors`; continues from that file where it exists.
+
+    word_share: share of each batch that shows a printed word; None takes pictures as they come.
+    """
     optimiser = MasterAdamW(dict(model.named_parameters()), lr, steps, warmup=min(300, steps // 10 + 1))
     checkpoint = folder / "tower.safetensors"
     if checkpoint.exists():
@@ -66,8 +70,14 @@ def train_tower(
     forward = torch.compile(model, dynamic=False) if compile_model else model
     dtype = next(model.parameters()).dtype
     progress = Progress(steps, optimiser.steps_done, 50, batch)
+    groups, sizes = [np.arange(len(pictures))], [batch]
+    if word_share is not None:
+        printed = (labels[..., LABELS.index("letter_index")] % IGNORE).any(1)
+        groups = [np.flatnonzero(printed), np.flatnonzero(~printed)]
+        sizes = [round(batch * word_share), batch - round(batch * word_share)]
     for step in range(optimiser.steps_done, steps):
-        chosen = np.sort(np.random.default_rng([seed, 1, step]).choice(len(pictures), batch, replace=False))
+        rng = np.random.default_rng([seed, 1, step])
+        chosen = np.sort(np.concatenate([rng.choice(*part, replace=False) for part in zip(groups, sizes)]))
         pixels = normalise(torch.from_numpy(pictures[chosen]).to(device), dtype)
         loss, accuracy = dense_loss(forward(pixels)[1], torch.from_numpy(labels[chosen]).to(device))
         loss.backward()

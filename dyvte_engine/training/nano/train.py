@@ -24,19 +24,48 @@ from dyvte_engine.training.nano.model import (
 from dyvte_engine.training.nano.packing import encode
 from dyvte_engine.training.nano.pool import load_pool, pool_questions
 from dyvte_engine.training.nano.projector import start_projector
-from dyvte_engine.training.nano.questions import KINDS, WEIGHTS
-from dyvte_engine.training.nano.scenes import IGNORE
+from dyvte_engine.training.nano.questions import ASKED, WEIGHTS
+from dyvte_engine.training.nano.scenes import IGNORE, STYLES, sample_scene
 from dyvte_engine.training.nano.tower import DenseTower, train_tower
+
+MASTER, LABEL_HEAD, TOWER = "master/", "labels.", "model.vision_tower."  # prefixes of names in a checkpoint
+
+
+def begin_from(checkpoint: Path, model: torch.nn.Module, dense: DenseTower) -> None:
+    """Loads the weights of an earlier joint checkpoint; a tower that was frozen there, and not stored, stays."""
+    with safe_open(checkpoint, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(MASTER)]  # noqa: SIM118
+        weights = {name[len(MASTER) :]: file.get_tensor(name) for name in names}
+    labels = {name[len(LABEL_HEAD) :]: weights.pop(name) for name in list(weights) if name.startswith(LABEL_HEAD)}
+    if labels:
+        dense.labels.load_state_dict(labels)
+    left_out = model.load_state_dict(weights, strict=False)
+    missing = [n for n in left_out.missing_keys if n != "lm_head.weight" and not (n.startswith(TOWER) and not labels)]
+    if missing or left_out.unexpected_keys:
+        raise ValueError(f"{checkpoint} is no joint checkpoint of nano: {missing + left_out.unexpected_keys}")
 
 
 def run_tower(args: argparse.Namespace) -> None:
     config = build_config(build_tokenizer())
     dtype = getattr(torch, args.dtype)
     model = build_model(config, args.seed)
-    dense = DenseTower(model.model.vision_tower, config.vision_config.hidden_size).to(args.device, dtype)
+    dense = DenseTower(model.model.vision_tower, config.vision_config.hidden_size)
+    for checkpoint in args.begin:
+        begin_from(checkpoint, model, dense)
+    dense.to(args.device, dtype)
     pictures, labels = load_pool(args.data, args.seed, "train", args.pictures)
     train_tower(
-        dense, pictures, labels, args.out, args.seed, args.steps, args.batch, args.lr, args.device, not args.no_compile
+        dense,
+        pictures,
+        labels,
+        args.out,
+        args.seed,
+        args.steps,
+        args.batch,
+        args.lr,
+        args.device,
+        not args.no_compile,
+        word_share=args.word_share,
     )
 
 
@@ -49,25 +78,22 @@ def run_joint(args: argparse.Namespace) -> None:
     pictures, labels = load_pool(args.data, args.seed, "train", args.pictures)
     asked_of = min(args.asked, args.pictures)
     questions = encode(tokenizer, pool_questions(args.seed, "train", asked_of, args.questions, args.weights))
-    scenes = Source(pictures[:asked_of], labels[:asked_of], questions)
+    styles = np.array([sample_scene(args.seed, "train", index).style for index in range(asked_of)])
+    sources = [Source(pictures, labels, questions, np.flatnonzero(styles == style)) for style in STYLES]
     unknown = np.full((len(paths), *labels.shape[1:]), IGNORE, np.uint8)
-    sources = [scenes, Source(load_pictures(paths), unknown, encode(tokenizer, asked))]
+    sources.append(Source(load_pictures(paths), unknown, encode(tokenizer, asked), np.arange(len(paths))))
     with safe_open(args.tower or args.out / "tower.safetensors", "pt") as file:
-        prefix = "master/"
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-        dense.load_state_dict({name[len(prefix) :]: file.get_tensor(name) for name in names})
+        names = [name for name in file.keys() if name.startswith(MASTER)]  # noqa: SIM118
+        dense.load_state_dict({name[len(MASTER) :]: file.get_tensor(name) for name in names})
     if args.decoder:
         with safe_open(args.decoder, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix + "model.language_model")]  # noqa: SIM118
-            model.load_state_dict({name[len(prefix) :]: file.get_tensor(name) for name in names}, strict=False)
+            names = [name for name in file.keys() if name.startswith(MASTER + "model.language_model")]  # noqa: SIM118
+            model.load_state_dict({name[len(MASTER) :]: file.get_tensor(name) for name in names}, strict=False)
     shown = normalise(torch.from_numpy(np.array(pictures[:512])), torch.float32)
     embeddings = model.get_input_embeddings().weight
     start_projector(model.model.multi_modal_projector, dense, shown, tokenizer, embeddings)
-    if args.begin:
-        with safe_open(args.begin, "pt") as file:
-            weights = {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-        dense.labels.load_state_dict({n[len("labels.") :]: w for n, w in weights.items() if n.startswith("labels.")})
-        model.load_state_dict({n: w for n, w in weights.items() if not n.startswith("labels.")}, strict=False)
+    for checkpoint in args.begin:
+        begin_from(checkpoint, model, dense)
     dense.requires_grad_(not args.freeze_tower)
     for module in (model, dense):
         module.to(args.device, getattr(torch, args.dtype))
@@ -77,7 +103,8 @@ def run_joint(args: argparse.Namespace) -> None:
         args.batch,
         args.lr,
         args.device,
-        shares=(1 - args.easy_share, args.easy_share),
+        rows=args.rows,
+        shares=tuple(args.shares),
         exit_share=args.exit_share,
         exit_range=tuple(args.exit_range),
         label_pictures=0 if args.freeze_tower else 16,
@@ -108,15 +135,25 @@ def main() -> None:
     parser.add_argument(
         "--weights",
         type=float,
-        nargs=len(KINDS),
+        nargs=len(ASKED),
         default=WEIGHTS,
-        help=f"how often each kind is asked: {', '.join(KINDS)}",
+        help=f"how often each sort of question is asked: {', '.join(ASKED)} (joint)",
     )
-    parser.add_argument("--easy-share", type=float, default=0.2, help="share of easy-VQA's pictures (joint)")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs=len(STYLES) + 1,
+        default=(0.12, 0.4, 0.28, 0.2),
+        help=f"how often each sort of picture is shown: {', '.join(STYLES)}, easy-VQA (joint)",
+    )
+    parser.add_argument("--rows", type=int, default=144, help="tokens of questions behind each picture (joint)")
     parser.add_argument("--exit-share", type=float, default=0.7, help="share of steps with a random exit (joint)")
     parser.add_argument("--exit-range", type=int, nargs=2, default=(3, 10), help="first and last layer of those exits")
     parser.add_argument("--freeze-tower", action="store_true", help="train projector and decoder only (joint)")
-    parser.add_argument("--begin", type=Path, help="an earlier joint checkpoint whose weights to begin from (joint)")
+    parser.add_argument(
+        "--begin", type=Path, nargs="+", default=(), help="joint checkpoints whose weights to begin from, in this order"
+    )
+    parser.add_argument("--word-share", type=float, help="share of pictures with a printed word (tower)")
     parser.add_argument("--decoder", type=Path, help="an earlier joint checkpoint whose decoder to begin from (joint)")
     parser.add_argument(
         "--tower", type=Path, help="tower checkpoint to begin from (joint); default OUT/tower.safetensors"
