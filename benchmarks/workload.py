@@ -1,0 +1,252 @@
+"""What is run: models, questions with pictures, the methods compared, and one request's way from call to tokens."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.common import wait_for
+from dyvte_engine import (
+    NANO_HEADS,
+    DivPrune,
+    Downsample,
+    DynamicExit,
+    Engine,
+    FastV,
+    FixedExit,
+    KeepAll,
+    PyramidDrop,
+    Random,
+    ToMe,
+    VisionZip,
+    VisualTokenPolicy,
+    compose,
+    search_vtw,
+)
+from dyvte_engine.assets import resolve_model
+from dyvte_engine.exit_head import ExitHeadConfig, ExitHeads
+from dyvte_engine.models.presets import PRESETS, preset, tiles
+from dyvte_engine.training.nano.evaluate import scene_items
+
+# Layers at which an exit is forced where weights are random. 7B: mean exit on SQA-I, 13.4 (Table 4, MT+LT). 13B: what
+# Table 2's 18.6 -> 8.2 TFLOPs on SQA-I comes to, 11.3. Half depth where the paper has no figure. (arXiv 2411.19628)
+PAPER_EXITS = {"llava-1.5-7b": 13, "llava-1.5-13b": 11, "llava-next-7b": 13}
+HF = "transformers, SDPA"
+HF_EAGER = "transformers, eager"
+
+
+def load(model: str, dtype: str, device: str, max_batch: int, new_tokens: int) -> Engine:
+    """A preset with random weights, "nano", or a checkpoint; room for `max_batch` of `questions` and their answers."""
+    common: dict[str, Any] = dict(dtype=dtype, device=device, max_batch=max_batch)
+    if model in PRESETS:
+        config = preset(model)
+        engine = Engine.from_config(model, max_len=config.image_seq_length + 128 + new_tokens, **common)
+    else:
+        engine = Engine.from_pretrained(model, **common)
+    # An end token that never comes: every answer has the length asked for, here and in transformers.
+    engine.model.hf.generation_config.eos_token_id = engine.model.shape.vocab_size
+    return engine
+
+
+def questions(model: str, n: int, split: str = "heldout") -> tuple[list[str], list[list[Image.Image]]]:
+    """Generated scenes with a question each, and as many pictures of it as the model cuts one into."""
+    items = scene_items(0, split, 0, 2 * n, number=1)[:n]
+    copies = tiles(preset(model)) if model in PRESETS else 1
+    return [i.question.text for i in items], [[i.picture] * copies for i in items]
+
+
+def forced_exit(engine: Engine, layer: int) -> DynamicExit:
+    """Exit heads of the paper's size whose last weights say "exit" after `layer` and "stay" before it.
+
+    The work is that of real heads: a call after every layer up to `layer`.
+    """
+    shape = engine.model.shape
+    config = ExitHeadConfig(shape.hidden_size, shape.num_layers, head_hidden=min(2048, shape.hidden_size // 2))
+    with torch.device(engine.config.device):
+        heads = ExitHeads(config, seed=None).to(engine.config.dtype).requires_grad_(False)
+    # gelu's mean over random inputs is above 0, so a column of ones sums to a positive logit.
+    heads.w2.data.fill_(0.0)
+    heads.w2.data[:layer, 0] = 1.0
+    heads.w2.data[layer:, 1] = 1.0
+    return DynamicExit(heads, threshold=0.5)
+
+
+def methods(engine: Engine, model: str) -> dict[str, VisualTokenPolicy]:
+    """Every method at its published setting; exits by nano's heads, else forced."""
+    layers = engine.model.shape.num_layers
+    half = layers // 2 - 1
+    if model == "nano":
+        dynamic: VisualTokenPolicy = DynamicExit.from_file(NANO_HEADS)
+        engine_before = engine.policy
+        vtw = search_vtw(engine, *questions(model, 20, split="train"))
+        engine.policy = engine_before
+    else:
+        dynamic = forced_exit(engine, PAPER_EXITS.get(model, half))
+        vtw = FixedExit(half)
+    tokens = engine.model.vision.tokens
+    return {
+        "KeepAll": KeepAll(),
+        "FastV": FastV(),
+        "ToMe": ToMe(),
+        f"VTW ({vtw.layer})": vtw,
+        "PyramidDrop": PyramidDrop(),
+        "DivPrune": DivPrune(),
+        "VisionZip": VisionZip(max(1, round(54 / 576 * tokens)), max(1, round(10 / 576 * tokens))),
+        "Random": Random(),
+        "Downsample": Downsample(),
+        "DyVTE": dynamic,
+        f"DyVTE at layer {half}": forced_exit(engine, half),
+        "DyVTE+FastV": compose(FastV(), dynamic),
+        "DyVTE+ToMe": compose(ToMe(), dynamic),
+    }
+
+
+@dataclass
+class Timeline:
+    """When things happened in one request, in seconds of one clock."""
+
+    start: float = 0.0
+    vision: list[float] = field(default_factory=list)  # entry into the tower, end of the projector
+    tokens: list[float] = field(default_factory=list)  # each token of all sequences
+
+    @property
+    def processor(self) -> float:
+        return self.vision[0] - self.start
+
+    @property
+    def vision_seconds(self) -> float:
+        return self.vision[-1] - self.vision[0]
+
+    @property
+    def prefill(self) -> float:
+        """From the projector's end to the first token."""
+        return self.tokens[0] - self.vision[-1]
+
+    def until(self, token: int) -> float:
+        """From the call to the token numbered from 1."""
+        return self.tokens[token - 1] - self.start
+
+    @property
+    def per_token(self) -> float | None:
+        n = len(self.tokens) - 1
+        return (self.tokens[-1] - self.tokens[0]) / n if n else None
+
+
+@contextmanager
+def watched(engine: Engine) -> Iterator[Timeline]:
+    """A timeline that starts now; the vision tower, which both sides share, notes its times in it."""
+    device, line = engine.config.device, Timeline()
+
+    def note(*_: Any) -> None:
+        wait_for(device)
+        line.vision.append(time.perf_counter())
+
+    model = engine.model.hf.model
+    handles = [
+        model.vision_tower.register_forward_pre_hook(note),
+        model.multi_modal_projector.register_forward_hook(note),
+    ]
+    try:
+        wait_for(device)
+        line.start = time.perf_counter()
+        yield line
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _TokenTimes(BaseStreamer):
+    """transformers calls `put` with the prompt, then with every step's tokens, which are on the host by then."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch of questions on an engine; `run_*` answer it with `new_tokens` greedy tokens each."""
+
+    engine: Engine
+    texts: Sequence[str]
+    pictures: Sequence[Sequence[Image.Image]]
+
+    @property
+    def batch(self) -> int:
+        return len(self.texts)
+
+    def run(self, policy: VisualTokenPolicy, new_tokens: int) -> tuple[Timeline, list[Any]]:
+        """On the engine, under a policy that is bound already: binding moves heads and is no part of a request."""
+        self.engine._policy = policy
+        results = []
+        with watched(self.engine) as line:
+            for chunk in self.engine.stream(list(self.texts), list(self.pictures), max_new_tokens=new_tokens):
+                if chunk.index == self.batch - 1:
+                    line.tokens.append(time.perf_counter())
+                if chunk.result is not None:
+                    results.append(chunk.result)
+        return line, results
+
+    def run_hf(self, attention: str, new_tokens: int) -> tuple[Timeline, Any]:
+        """transformers' generate on the same weights, as its documentation says: left padding, dynamic cache."""
+        model, processor, streamer = self.engine.model.hf, self.engine.model.processor, _TokenTimes()
+        bos = processor.tokenizer.bos_token
+        with _attention(model, attention), watched(self.engine) as line:
+            chats = [_chat(t, len(p)) for t, p in zip(self.texts, self.pictures, strict=True)]
+            prompts = [processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
+            inputs = processor(
+                text=prompts,
+                images=[p for pictures in self.pictures for p in pictures],
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                add_special_tokens=not (bos and prompts[0].startswith(bos)),
+            ).to(model.device, self.engine.config.dtype)
+            out = model.generate(
+                **inputs,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                streamer=streamer,
+                return_dict_in_generate=True,
+            )
+        line.tokens = streamer.times[1:]
+        return line, out
+
+
+def _chat(text: str, pictures: int) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}]
+
+
+@contextmanager
+def _attention(model: Any, kind: str) -> Iterator[None]:
+    model.set_attn_implementation(kind)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")  # the engine's own calls of the tower
+
+
+def runners(request: Request, named: dict[str, VisualTokenPolicy]) -> dict[str, Callable[[int], tuple[Timeline, Any]]]:
+    """Everything to compare, as calls that take the number of new tokens."""
+    calls: dict[str, Callable[[int], tuple[Timeline, Any]]] = {
+        HF_EAGER: functools.partial(request.run_hf, "eager"),
+        HF: functools.partial(request.run_hf, "sdpa"),
+    }
+    return calls | {name: functools.partial(request.run, policy) for name, policy in named.items()}
+
+
+def is_nano(model: str) -> bool:
+    return resolve_model(model) == resolve_model("nano")
