@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import DyvteError
+from .eval.cli import evaluate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inference with dynamic visual-token exit.")
+app.command("eval")(evaluate)
 _err = Console(stderr=True)
 
 
@@ -64,7 +66,7 @@ def generate(
     with _err.status(f"loading {model}"):
         engine = Engine.from_pretrained(
             model,
-            _policy(policy, model),
+            policy_for(policy, model),
             dtype,
             device,
             attn_backend,
@@ -95,7 +97,8 @@ def _stream_one(engine: Any, prompt: str, images: list[str] | None, seed: int, o
             _show(chunk.result.stats)
 
 
-def _policy(text: str, model: str) -> Any:
+def policy_for(text: str, model: str) -> Any:
+    """A policy from its notation; "auto" is the exit heads beside the model, else keep-all."""
     from pathlib import Path
 
     from . import policies

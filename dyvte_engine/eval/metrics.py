@@ -68,15 +68,53 @@ def bootstrap(units: int, statistic: Callable[[np.ndarray], float]) -> tuple[flo
     return float(low), float(high)
 
 
-def exact(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
-    """GQA: share of answers equal to the reference (a text) after `normalise`. Relations as "to the left" count."""
-    hits = [float(_same(a, s.reference)) for s, a in zip(samples, answers, strict=True)]
-    return report("accuracy", hits, [s.meta["split"] for s in samples])
+def credit(sample: Sample, answer: str) -> float:
+    """0 to 1 for one answer, by what the reference is: an option's number, votes, facts, "yes" or "no", or a text."""
+    if "options" in sample.meta:
+        return float(letter(answer, sample.meta["options"]) == sample.reference)
+    if isinstance(sample.reference, dict):
+        return _soft(normalise(answer), sample.reference)
+    if isinstance(sample.reference, tuple):
+        return _stated(f" {normalise(answer)} ", sample.reference)
+    if sample.reference in ("yes", "no"):
+        return float(yes_or_no(answer) == sample.reference)
+    given = re.sub(r"^to | of$", "", normalise(answer))  # "to the left of" is "left"
+    return float(given == normalise(sample.reference))
 
 
-def _same(answer: str, reference: str) -> bool:
-    given = re.sub(r"^to | of$", "", normalise(answer))
-    return given == normalise(reference)
+def _soft(answer: str, votes: dict[str, int]) -> float:
+    """min(votes/3, 1) for the answer, mean over leaving out each voter."""
+    agreeing = sum(count for text, count in votes.items() if normalise(text) == answer)
+    total = sum(votes.values())
+    # without one who agrees, agreeing - 1 are left to count; without one who does not, all of them
+    return (agreeing * min((agreeing - 1) / 3, 1.0) + (total - agreeing) * min(agreeing / 3, 1.0)) / total
+
+
+def _stated(said: str, facts: Sequence[Sequence[str]]) -> float:
+    return float(np.mean([any(f" {normalise(w)} " in said for w in fact) for fact in facts]))
+
+
+def accuracy(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
+    """GQA, ScienceQA, SEED: share of right answers, after `normalise` or by the option chosen."""
+    return _mean_credit("accuracy", samples, answers)
+
+
+def soft_accuracy(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
+    """VQAv2, TextVQA: an answer counts as much as voters gave it; reference {answer: votes}."""
+    return _mean_credit("soft accuracy", samples, answers)
+
+
+def facts(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
+    """MM-Vet in kind: share of the facts an answer states, mean over answers.
+
+    reference: facts, each a tuple of wordings; one is stated when a wording appears in the answer as whole words.
+    """
+    return _mean_credit("facts found", samples, answers)
+
+
+def _mean_credit(name: str, samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
+    credits = [credit(s, a) for s, a in zip(samples, answers, strict=True)]
+    return report(name, credits, [s.meta["split"] for s in samples])
 
 
 def pope(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
@@ -121,25 +159,6 @@ def _f1(truth: np.ndarray, yes: np.ndarray, rows: np.ndarray) -> float:
     return 2 * both / max(float((truth & rows).sum() + (yes & rows).sum()), 1.0)
 
 
-def soft_accuracy(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
-    """VQAv2, TextVQA: min(votes/3, 1) for the answer, mean over leaving out each voter; reference {answer: votes}."""
-    values = [_soft(normalise(a), s.reference) for s, a in zip(samples, answers, strict=True)]
-    return report("soft accuracy", values, [s.meta["split"] for s in samples])
-
-
-def _soft(answer: str, votes: dict[str, int]) -> float:
-    agreeing = sum(count for text, count in votes.items() if normalise(text) == answer)
-    total = sum(votes.values())
-    # without one who agrees, agreeing - 1 are left to count; without one who does not, all of them
-    return (agreeing * min((agreeing - 1) / 3, 1.0) + (total - agreeing) * min(agreeing / 3, 1.0)) / total
-
-
-def choice(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
-    """ScienceQA, SEED: share of right choices; reference: the number of the right option, `meta["options"]` all."""
-    hits = [float(letter(a, s.meta["options"]) == s.reference) for s, a in zip(samples, answers, strict=True)]
-    return report("accuracy", hits, [s.meta["split"] for s in samples])
-
-
 def circular_choice(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
     """MMBench: a question counts when it is right in every rotation of its options; `meta["question"]` groups them.
 
@@ -148,7 +167,7 @@ def circular_choice(samples: Sequence[Sample], answers: Sequence[str]) -> dict[s
     groups: dict[str, list[bool]] = defaultdict(list)
     splits: dict[str, str] = {}
     for s, a in zip(samples, answers, strict=True):
-        groups[s.meta["question"]].append(letter(a, s.meta["options"]) == s.reference)
+        groups[s.meta["question"]].append(credit(s, a) == 1.0)
         splits[s.meta["question"]] = s.meta["split"]
     plain = _share(np.array([right for rights in groups.values() for right in rights]))
     every = [float(all(rights)) for rights in groups.values()]
@@ -162,7 +181,7 @@ def mme(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
     """
     pairs: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for s, a in zip(samples, answers, strict=True):
-        pairs[s.meta["split"], s.meta["pair"]].append(yes_or_no(a) == s.reference)
+        pairs[s.meta["split"], s.meta["pair"]].append(credit(s, a) == 1.0)
     keys = list(pairs)
     subtask = np.array([split for split, _ in keys])
     single = np.array([np.mean(pairs[k]) for k in keys])
@@ -192,15 +211,3 @@ def mme(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
         "accuracy": _share(right),
         "splits": parts,
     }
-
-
-def facts(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
-    """MM-Vet in kind: share of the facts an answer states, mean over answers.
-
-    reference: facts, each a tuple of wordings; one is stated when a wording appears in the answer as whole words.
-    """
-    values = []
-    for s, a in zip(samples, answers, strict=True):
-        said = f" {normalise(a)} "
-        values.append(float(np.mean([any(f" {normalise(w)} " in said for w in fact) for fact in s.reference])))
-    return report("facts found", values, [s.meta["split"] for s in samples])

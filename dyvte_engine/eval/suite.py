@@ -227,12 +227,12 @@ class Plan:
 
 PLANS = {
     "pope": Plan("POPE", pope, metrics.pope),
-    "gqa": Plan("GQA", gqa, metrics.exact),
+    "gqa": Plan("GQA", gqa, metrics.accuracy),
     "vqav2": Plan("VQAv2", vqav2, metrics.soft_accuracy),
     "textvqa": Plan("TextVQA", textvqa, metrics.soft_accuracy, 0.0),
-    "sqa": Plan("ScienceQA", choices.sqa, metrics.choice, 0.25),
+    "sqa": Plan("ScienceQA", choices.sqa, metrics.accuracy, 0.25),
     "mmb": Plan("MMBench", choices.mmb, metrics.circular_choice, 0.25**4, 4),
-    "seed": Plan("SEED", choices.seed, metrics.choice, 0.25),
+    "seed": Plan("SEED", choices.seed, metrics.accuracy, 0.25),
     "mme": Plan("MME", mme, metrics.mme, group=2),
     "mmvet": Plan("MM-Vet", mmvet, metrics.facts),
 }
@@ -290,7 +290,7 @@ def _easy(seed: int, n: int) -> Task:
         form = YES_NO if q.kind == "presence" else SHORT
         key = f"{EASY_VQA}/{Path(path).stem}/{i}"
         samples.append(Sample(key, partial(_open, path), q.text, q.answer, form, {"split": q.kind, "style": ""}))
-    return Task(EASY_VQA, "easy-VQA", "easy-VQA", tuple(samples), metrics.exact)
+    return Task(EASY_VQA, "easy-VQA", "easy-VQA", tuple(samples), metrics.accuracy)
 
 
 def _open(path: str) -> Image.Image:

@@ -86,7 +86,7 @@ def test_facts():
 
 
 def test_exact_takes_relations_both_ways():
-    assert metrics.exact([sample("left")] * 4, ["to the left", "Left of", "left.", "right"])["value"] == 0.75
+    assert metrics.accuracy([sample("left")] * 4, ["to the left", "Left of", "left.", "right"])["value"] == 0.75
 
 
 def test_bootstrap_agrees_with_the_normal_interval():
@@ -98,5 +98,5 @@ def test_bootstrap_agrees_with_the_normal_interval():
 
 
 def test_shares_have_wilson_intervals():
-    result = metrics.exact([sample("x")] * 10, ["x"] * 10)
+    result = metrics.accuracy([sample("x")] * 10, ["x"] * 10)
     assert result["ci95"] == pytest.approx([0.7225, 1.0], abs=1e-4)
