@@ -17,7 +17,7 @@ from .errors import DeviceError, InvalidArgumentError, PromptError
 from .flops import vision_flops
 from .generation import GenerationResult, PrefillFigures, Request, Running, StreamChunk, TokenLoop
 from .kv_cache import KVCache, PagePool
-from .models import TokenizedPrompt, VisionLanguageModel
+from .models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
 from .models.adapters import load_model
 from .models.presets import preset
 from .models.random_model import byte_processor, random_model
@@ -25,8 +25,8 @@ from .policies import KeepAll, VisualTokenPolicy
 from .prefill import prefill
 from .prompts import as_batch, is_single, render
 from .sampling import merge_config
-from .segments import Pack
-from .splice import reduce_pictures, runs
+from .segments import Pack, runs
+from .splice import reduce_pictures
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_NEW_TOKENS = 128
@@ -132,7 +132,9 @@ class Engine:
     def policy(self, policy: VisualTokenPolicy) -> None:
         if not isinstance(policy, VisualTokenPolicy):
             raise InvalidArgumentError(f"policy is a {type(policy).__name__}; accepted: a VisualTokenPolicy")
-        self._policy = policy.bind(self.model)
+        bound = policy.bind(self.model)
+        self.model.check(bound)
+        self._policy = bound
 
     def generate(
         self,
@@ -222,11 +224,13 @@ class Engine:
         for e, m, p in zip(embeds, masks, positions, strict=True):
             self._check_entry(e, m, p)
         device = self.config.device
-        return self._prefill(
-            [e.to(device, self.config.dtype) for e in embeds],
-            [m.cpu() for m in masks],
-            [p.to(device, torch.int32) for p in positions],
-            [runs(m.cpu()) for m in masks],
+        return self.prefill_prepared(
+            [
+                PreparedPrompt(
+                    e.to(device, self.config.dtype), m.cpu(), p.to(device, torch.int32), pictures=runs(m.cpu())
+                )
+                for e, m, p in zip(embeds, masks, positions, strict=True)
+            ]
         )
 
     def _check_entry(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> None:
@@ -251,23 +255,17 @@ class Engine:
             raise InvalidArgumentError(f"position_ids must ascend within 0 to {self.max_len - 1} (max_len - 1)")
 
     @torch.inference_mode()
-    def _prefill(
-        self,
-        embeds: Sequence[Tensor],
-        visual: Sequence[Tensor],
-        positions: Sequence[Tensor],
-        pictures: Sequence[Sequence[int]],
-    ) -> Running:
-        embeds, visual, positions = reduce_pictures(self.policy, embeds, visual, positions, pictures)
-        cache = KVCache(self.pool, self.model.shape.num_layers, len(embeds), self.max_len)
+    def prefill_prepared(self, prompts: Sequence[PreparedPrompt]) -> Running:
+        """As `prefill`, of what the model's `prepare` gave: at most `max_batch` prompts."""
+        prompts = reduce_pictures(self.policy, prompts)
+        cache = KVCache(self.pool, self.model.shape.num_layers, len(prompts), self.max_len)
         try:
-            pack = Pack.from_sequences(visual, positions)
             done = prefill(
                 self.model.decoder,
                 self._attend,
                 cache,
-                torch.cat(list(embeds)),
-                pack,
+                torch.cat([p.inputs_embeds for p in prompts]),
+                _pack(prompts, self.model.decoder.cos_sin),
                 self.policy,
                 self.config.drop_early_kv,
             )
@@ -285,31 +283,52 @@ class Engine:
             raise PromptError(f"{given}; accepted: together at most max_len {self.max_len}")
         return wanted
 
+    def _check_positions(self, prepared: Sequence[PreparedPrompt], budgets: Sequence[int]) -> None:
+        """With several axes a position may be beyond the number of rows (slow videos)."""
+        for p, n in zip(prepared, budgets, strict=True):
+            if p.rotations is not None and int(p.positions[-1]) + n >= self.max_len:
+                given = f"the prompt ends at position {int(p.positions[-1])} and the answer has {n} tokens"
+                raise PromptError(f"{given}; accepted: together below max_len {self.max_len}")
+
     def _stream_batch(
         self, first: int, inputs: list[TokenizedPrompt], budgets: list[int], config: Any, seeds: list[int]
     ) -> Iterator[StreamChunk]:
         started = time.perf_counter() - sum(i.seconds for i in inputs)
         prepared = self.model.prepare(inputs, self.policy)
+        self._check_positions(prepared, budgets)
         if self.config.device.type == "cuda":
             torch.cuda.synchronize(self.config.device)
         vision_s = time.perf_counter() - started
         requests = [
-            Request(list(i.input_ids), i.input_ids.count(self.model.image_token_id), i.n_images, n)
+            Request(list(i.input_ids), int(self.model.visual(torch.tensor(i.input_ids)).sum()), n)
             for i, n in zip(inputs, budgets, strict=True)
         ]
         loop = TokenLoop(requests, config, self.model.processor.tokenizer, seeds, self.config.device)
         tower = self.model.hf.config.vision_config
         picture_flops = vision_flops(tower, self.policy.tower_merges), vision_flops(tower)
-        entry = ((p.inputs_embeds, p.visual, p.positions, p.pictures) for p in prepared)
-        with self._prefill(*zip(*entry, strict=True)) as running:
+        with self.prefill_prepared(prepared) as running:
             figures = [
-                PrefillFigures.of(running, b, len(r.ids), *(r.n_images * f for f in picture_flops))
+                PrefillFigures.of(
+                    running, b, len(r.ids), *(self.model.tower_passes(inputs[b]) * f for f in picture_flops)
+                )
                 for b, r in enumerate(requests)
             ]
             for b, token, text in loop.run(running):
                 request = requests[b]
                 result = request.result(figures[b], started, vision_s) if request.finish_reason else None
                 yield StreamChunk(first + b, token, text, result)
+
+
+def _pack(prompts: Sequence[PreparedPrompt], cos_sin: Tensor) -> Pack:
+    """The rows of all prompts, one after the other. `cos_sin` serves those whose positions have one axis."""
+    turned, rotations = any(p.rotations is not None for p in prompts), None
+    if turned:
+        rotations = torch.cat([cos_sin[p.positions.long()] if p.rotations is None else p.rotations for p in prompts])
+    additions = [
+        torch.cat([p.additions[k] if p.additions else torch.zeros_like(p.inputs_embeds) for p in prompts])
+        for k in range(max(len(p.additions) for p in prompts))
+    ]
+    return Pack.from_sequences([p.visual for p in prompts], [p.positions for p in prompts], rotations, additions)
 
 
 def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:

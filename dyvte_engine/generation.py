@@ -151,7 +151,6 @@ class Request:
 
     ids: list[int]
     visual_tokens: int
-    n_images: int
     max_new_tokens: int
     new: list[int] = field(default_factory=list)
     text: str = ""

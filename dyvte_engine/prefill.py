@@ -60,17 +60,20 @@ def prefill(
     for number, layer in enumerate(decoder.layers):
         packs.append(pack)
         asked = number in ask and any(pack.n_visual)
-        only_last = number == num_layers - 1 and not asked  # its other rows would feed nothing but the cache
+        plain = not asked and number >= len(pack.additions)
+        only_last = number == num_layers - 1 and plain  # its other rows would feed nothing but the cache
         q, k, attended = _attention(decoder, layer, number, attend, cache, x, pack, only_last)
         if only_last:
             hidden = hidden[pack.last_rows]
         x = ops.add_rms_norm_(hidden, layer.project_out(attended), layer.post_norm, layer.eps)
         out = layer.mlp(x)
-        if not asked:
+        if plain:
             x = ops.add_rms_norm_(hidden, out, norms[number], decoder.eps)
             continue
         hidden += out
-        dropped = pack.drop(policy.decide(LayerState(number, decoder, hidden, q, k, pack)))
+        if number < len(pack.additions):
+            hidden += pack.additions[number][pack.source]
+        dropped = pack.drop(policy.decide(LayerState(number, decoder, hidden, q, k, pack))) if asked else None
         if dropped is not None:
             before, (pack, index) = pack, dropped
             hidden = hidden[index]
@@ -101,7 +104,8 @@ def _attention(
     pool, lengths = cache.pool, pack.lengths
     cache.reserve(number, lengths.host)
     table, lens = cache.block_table[number], cache.lens[number]
-    ops.rope_append_(q, k, v, decoder.cos_sin, pack.positions, lengths.cu, pool.k, pool.v, table, lens)
+    cos_sin, positions = pack.turns(decoder.cos_sin)
+    ops.rope_append_(q, k, v, cos_sin, positions, lengths.cu, pool.k, pool.v, table, lens)
     cache.set_lens(number, pack.row_counts, lengths.host)
     if only_last:
         return q, k, ops.decode_attention(q[pack.last_rows], pool.k, pool.v, table, lens, decoder.scale)

@@ -24,6 +24,12 @@ def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(out, dtype=torch.int32, device=device)
 
 
+def runs(visual: Tensor) -> list[int]:
+    """bool [n], on the host -> lengths of the unbroken stretches of visual rows."""
+    edges = torch.nn.functional.pad(visual.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
+    return [end - start for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
 @dataclass(frozen=True, eq=False)
 class Pack:
     """The rows present at one layer.
@@ -35,6 +41,8 @@ class Pack:
         lengths: rows of each sequence.
         n_visual: visual rows of each sequence; n_entered: those it had at layer 0.
         n_tail: rows of T, the text after the last visual token (the whole prompt if there is none).
+        rotations: f32 [N0, rot_dim] for the rows that entered layer 0 where positions have several axes, else None.
+        additions: for the first layers what is added to the residual stream leaving them, [N0, d] each (deepstack).
     """
 
     positions: Tensor
@@ -44,9 +52,17 @@ class Pack:
     n_visual: list[int]
     n_entered: list[int]
     n_tail: list[int]
+    rotations: Tensor | None = None
+    additions: Sequence[Tensor] = ()
 
     @classmethod
-    def from_sequences(cls, visual: Sequence[Tensor], positions: Sequence[Tensor]) -> Pack:
+    def from_sequences(
+        cls,
+        visual: Sequence[Tensor],
+        positions: Sequence[Tensor],
+        rotations: Tensor | None = None,
+        additions: Sequence[Tensor] = (),
+    ) -> Pack:
         """visual: bool [n_b] per sequence, on the host; positions: int32 [n_b], on the device.
 
         A prompt that ends in a picture keeps its last row as text: the next token is predicted from it.
@@ -64,7 +80,13 @@ class Pack:
             n_visual=n_visual,
             n_entered=n_visual,
             n_tail=[n - int(end) for n, end in zip(host, ends, strict=True)],
+            rotations=rotations,
+            additions=additions,
         )
+
+    def turns(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """A table of rotations and the rows' int32 [N] numbers in it; `cos_sin` is the decoder's, by position."""
+        return (cos_sin, self.positions) if self.rotations is None else (self.rotations, self.source.to(torch.int32))
 
     @cached_property
     def visual_rows(self) -> Tensor:
@@ -124,13 +146,12 @@ class Pack:
             return None
         host = [n - old + new for n, old, new in zip(self.lengths.host, self.n_visual, n_visual, strict=True)]
         index = torch.nonzero_static(stay, size=sum(host))[:, 0]
-        pack = Pack(
+        pack = replace(
+            self,
             positions=self.positions[index],
             visual=self.visual[index],
             source=self.source[index],
             lengths=Lengths(_cumulative(host, index.device), host),
             n_visual=n_visual,
-            n_entered=self.n_entered,
-            n_tail=self.n_tail,
         )
         return pack, index

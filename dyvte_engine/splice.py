@@ -3,59 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .models import PreparedPrompt
 from .policies import VisualTokenPolicy
 
-Sequences = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
 
+def reduce_pictures(policy: VisualTokenPolicy, prompts: Sequence[PreparedPrompt]) -> Sequence[PreparedPrompt]:
+    """Put what `policy.reduce` makes of each picture (an unbroken stretch of rows) in its place.
 
-def runs(visual: Tensor) -> list[int]:
-    """bool [n], on the host -> lengths of the unbroken stretches of visual rows."""
-    edges = torch.nn.functional.pad(visual.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
-    return [end - start for start, end in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def reduce_pictures(
-    policy: VisualTokenPolicy,
-    embeds: Sequence[Tensor],
-    visual: Sequence[Tensor],
-    positions: Sequence[Tensor],
-    pictures: Sequence[Sequence[int]],
-) -> Sequences:
-    """Put what `policy.reduce` makes of each picture in its place.
-
-    For each sequence embeds [n, d], visual bool [n] on the host, positions int32 [n] and the rows of each of its
-    pictures (each an unbroken stretch). Returns the three, shorter; sequences with pictures are then numbered without
-    gaps from their first position.
+    Prompts with pictures are then shorter, and numbered without gaps from their first position.
     """
-    places = [_places(v, sizes) for v, sizes in zip(visual, pictures, strict=True)]
-    features = [e[start:end] for e, spans in zip(embeds, places, strict=True) for start, end in spans]
+    places = [_places(p) for p in prompts]
+    features = [p.inputs_embeds[start:end] for p, spans in zip(prompts, places, strict=True) for start, end in spans]
     reduced = policy.reduce(features) if features else features
     if reduced is features:
-        return embeds, visual, positions
+        return prompts
     rows = iter(reduced)
-    out: list[tuple[Tensor, Tensor, Tensor]] = []
-    for e, v, p, spans in zip(embeds, visual, positions, places, strict=True):
-        parts, marks, done = [], [], 0
-        for start, end in spans:
-            new = next(rows)
-            parts += [e[done:start], new.to(e.dtype)]
-            marks += [v[done:start], torch.ones(len(new), dtype=torch.bool)]
-            done = end
-        mark = torch.cat([*marks, v[done:]])
-        numbers = p[:1] + torch.arange(len(mark), dtype=p.dtype, device=p.device) if spans else p
-        out.append((torch.cat([*parts, e[done:]]), mark, numbers))
-    short = tuple(zip(*out, strict=True))
-    return short[0], short[1], short[2]
+    return [
+        _replaced(p, spans, [next(rows) for _ in spans]) if spans else p
+        for p, spans in zip(prompts, places, strict=True)
+    ]
 
 
-def _places(visual: Tensor, sizes: Sequence[int]) -> list[tuple[int, int]]:
+def _replaced(prompt: PreparedPrompt, spans: Sequence[tuple[int, int]], rows: Sequence[Tensor]) -> PreparedPrompt:
+    embeds, visual, first = prompt.inputs_embeds, prompt.visual, prompt.positions[:1]
+    parts, marks, done = [], [], 0
+    for (start, end), new in zip(spans, rows, strict=True):
+        parts += [embeds[done:start], new.to(embeds.dtype)]
+        marks += [visual[done:start], torch.ones(len(new), dtype=torch.bool)]
+        done = end
+    mark = torch.cat([*marks, visual[done:]])
+    return replace(
+        prompt,
+        inputs_embeds=torch.cat([*parts, embeds[done:]]),
+        visual=mark,
+        positions=first + torch.arange(len(mark), dtype=first.dtype, device=first.device),
+        pictures=[len(new) for new in rows],
+    )
+
+
+def _places(prompt: PreparedPrompt) -> list[tuple[int, int]]:
     """First row and end of each picture."""
-    rows, spans, done = visual.nonzero()[:, 0].tolist(), [], 0
-    for size in sizes:
+    rows, spans, done = prompt.visual.nonzero()[:, 0].tolist(), [], 0
+    for size in prompt.pictures:
         spans.append((rows[done], rows[done] + size))
         done += size
     return spans

@@ -20,45 +20,49 @@ from torch import Tensor
 
 from ..config import DecoderShape
 from ..errors import ModelError, PromptError
+from ..segments import runs
 from .decoder import Decoder
+from .families import family_of, join, visual_ids
+from .rotary import rotations
 from .vision import VisionTower, padded_features
 
 if TYPE_CHECKING:
     from ..policies import VisualTokenPolicy
 
 
-@dataclass(frozen=True)
-class Family:
-    """What differs between families: the transformers class and the names of the image-token id in its config."""
-
-    model_class: str
-    image_token_id: tuple[str, ...] = ("image_token_id", "image_token_index")
-
-
-FAMILIES = {"llava": Family("LlavaForConditionalGeneration")}
-
-
 @dataclass(frozen=True, eq=False)
 class TokenizedPrompt:
-    """One prompt after the processor: ids with placeholders expanded, pixel_values of its pictures, seconds it took."""
+    """One prompt after the processor.
+
+    input_ids with placeholders expanded; `inputs` as the family names them (a `token_inputs` may be shorter than the
+    ids: 0 for the others); n_images of the user's pictures; seconds it took.
+    """
 
     input_ids: list[int]
-    pixel_values: Tensor | None
+    inputs: dict[str, Tensor]
     n_images: int
-    seconds: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedPrompt:
     """One prompt at the decoder's entry.
 
-    inputs_embeds [n, d], visual bool [n] (on the host), positions int32 [n], and the visual rows of each picture.
+    Attributes:
+        inputs_embeds: [n, d].
+        visual: bool [n], on the host.
+        positions: int32 [n]; with several axes the next token stands one after the last of them.
+        pictures: visual rows of each picture.
+        rotations: f32 [n, rot_dim] where positions have several axes.
+        additions: [n, d] each, what is added to the residual stream leaving the first layers (deepstack).
     """
 
     inputs_embeds: Tensor
     visual: Tensor
     positions: Tensor
     pictures: list[int]
+    rotations: Tensor | None = None
+    additions: tuple[Tensor, ...] = ()
 
 
 class _AtEntry(Exception):
@@ -77,16 +81,14 @@ class VisionLanguageModel:
 
     def __init__(self, hf_model: Any, processor: Any, name: str, max_len: int | None):
         config = hf_model.config
-        if config.model_type not in FAMILIES:
-            raise ModelError(f"model_type {config.model_type!r} is not supported; accepted: {', '.join(FAMILIES)}")
-        family = FAMILIES[config.model_type]
+        self.family = family_of(config.model_type, name)
         _check_finite(hf_model)
         self.hf = hf_model.eval().requires_grad_(False)
         self.processor = processor
         self.name = name
         self.shape = DecoderShape.from_hf(config.get_text_config())
-        self.image_token_id = next(int(getattr(config, n)) for n in family.image_token_id if hasattr(config, n))
-        self.language_model = hf_model.model.language_model
+        self.visual_ids = visual_ids(self.family, config)
+        self.language_model = getattr(hf_model.model, self.family.language_model)
         self.fingerprint = _fingerprint(config, self.language_model)
         self.decoder = Decoder(self.language_model, hf_model.get_output_embeddings(), self.shape, max_len)
 
@@ -94,14 +96,36 @@ class VisionLanguageModel:
     def device(self) -> torch.device:
         return self.decoder.norm.device
 
-    @cached_property
-    def vision(self) -> VisionTower:
-        """The vision tower, for policies that act in it. Raises ModelError for towers they cannot act in."""
-        return VisionTower.of(self.hf)
-
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.norm.dtype
+
+    @cached_property
+    def vision(self) -> VisionTower:
+        """The vision tower, for policies that act in it. Raises ModelError for towers they cannot act in."""
+        if not self.family.in_tower:
+            raise ModelError(f"policies cannot act in the vision tower of a {self.hf.config.model_type} model")
+        return VisionTower.of(self.hf)
+
+    def check(self, policy: VisualTokenPolicy) -> None:
+        """Raises ModelError when `policy` needs what this family does not give (the policy's own checks aside)."""
+        kind = self.hf.config.model_type
+        if policy.acts_before_decoder and not self.family.before_decoder:
+            raise ModelError(f"a {kind} model's pictures have no plain row order: policies cannot act before layer 0")
+        layers = self.shape.num_layers
+        if self.family.axes > 1 and any(policy.renumbers(n, layers) for n in policy.layers(layers)):
+            raise ModelError(f"a {kind} model has positions of {self.family.axes} axes: policies cannot renumber rows")
+
+    def visual(self, input_ids: Tensor) -> Tensor:
+        """Integer ids -> bool, where they stand for a visual row."""
+        return torch.isin(input_ids, torch.tensor(self.visual_ids, device=input_ids.device))
+
+    def tower_passes(self, prompt: TokenizedPrompt) -> int:
+        """Pictures and tiles that the tower sees; 0 for towers that take any size."""
+        pixels = prompt.inputs.get("pixel_values")
+        if pixels is None or not self.family.tiles:
+            return 0
+        return int(pixels.flatten(0, -4).flatten(1).any(dim=1).sum())  # all zero: filled up by the processor
 
     def tokenize(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> list[TokenizedPrompt]:
         """Run the processor on each text (image marks inside) with its PIL pictures."""
@@ -119,8 +143,9 @@ class VisionLanguageModel:
         ids = encoded["input_ids"][0].tolist()
         if not ids:
             raise PromptError("prompts holds an empty prompt")
-        pixels = encoded["pixel_values"] if pictures else None
-        return TokenizedPrompt(ids, pixels, len(pictures), time.perf_counter() - started)
+        names = (*self.family.inputs, *self.family.token_inputs) if pictures else ()
+        given = {name: torch.as_tensor(encoded[name]) for name in names if name in encoded}
+        return TokenizedPrompt(ids, given, len(pictures), time.perf_counter() - started)
 
     @torch.inference_mode()
     def prepare(
@@ -130,40 +155,64 @@ class VisionLanguageModel:
 
         A `policy` (bound to this model) that acts in the tower shortens the pictures and closes the gaps.
         """
-        longest = max(len(p.input_ids) for p in prompts)
-        # Right padding: true rows come first, so neither embeddings nor positions depend on it.
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, row_mask, p in zip(ids, mask, prompts, strict=True):
-            row[: len(p.input_ids)] = torch.tensor(p.input_ids)
-            row_mask[: len(p.input_ids)] = 1
-        pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
-        extra = {"pixel_values": torch.cat(pixels).to(self.device, self.dtype)} if pixels else {}
-        inputs = dict(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **extra)
-        visual = ids == self.image_token_id
-        full = kept = int(visual.sum()) // max(sum(p.n_images for p in prompts), 1)  # rows of a picture
-        if policy is None or not policy.acts_in_tower or not pixels:
-            entry = self._run_to_entry(**inputs)
+        inputs = self._batch(prompts)
+        visual = self.visual(inputs["input_ids"]).cpu()
+        kept = full = 0  # rows of a picture
+        if policy is None or not policy.acts_in_tower or not any(p.n_images for p in prompts):
+            entry = self._run_to_entry(inputs)
         else:
+            kept = full = int(visual.sum()) // sum(p.n_images for p in prompts)
             with policy.in_tower(self.vision), padded_features(self.vision.projector, full) as seen:
-                entry = self._run_to_entry(**inputs)
+                entry = self._run_to_entry(inputs)
             kept = seen[0]
-        positions = entry.get("position_ids")
-        if positions is None:
-            positions = torch.arange(longest, device=self.device)[None]
-        positions = positions.expand(len(prompts), -1).to(torch.int32)
+        positions = self._positions(entry, len(prompts))
+        turns = None if positions.dim() == 2 else [rotations(self.language_model, p) for p in positions.unbind(1)]
+        added = _additions(entry)
         out = []
         for b, p in enumerate(prompts):
-            n, embeds, marks = len(p.input_ids), entry["inputs_embeds"][b], visual[b]
-            if kept < full:
-                stay = ~marks | ((marks.cumsum(0) - 1) % full < kept)  # the first rows of each picture; padding follows
-                stay[n:] = False
-                rows = stay.nonzero()[:, 0]
-                embeds, marks, n = embeds[rows.to(embeds.device)], marks[rows], len(rows)
-            out.append(PreparedPrompt(embeds[:n], marks[:n], positions[b, :n], [kept] * p.n_images))
+            rows = torch.arange(len(p.input_ids))
+            if kept < full:  # the first rows of each picture, which padding follows
+                gone = visual[b] & ((visual[b].cumsum(0) - 1) % full >= kept)
+                rows = rows[~gone[: len(rows)]]
+            n, index, marks = len(rows), rows.to(self.device), visual[b, rows]
+            plain = positions[b, :n] if turns is None else _last_is_largest(positions[:, b, :n])
+            same = self.family.same_rows and p.n_images > 0
+            prepared = PreparedPrompt(
+                inputs_embeds=entry["inputs_embeds"][b, index],
+                visual=marks,
+                positions=plain.to(torch.int32),
+                pictures=[int(marks.sum()) // p.n_images] * p.n_images if same else runs(marks),
+                rotations=None if turns is None else turns[b][:n],
+                additions=tuple(a[b, index] for a in added),
+            )
+            out.append(prepared)
         return out
 
-    def _run_to_entry(self, **inputs: Any) -> dict[str, Any]:
+    def _batch(self, prompts: Sequence[TokenizedPrompt]) -> dict[str, Tensor]:
+        """The model's inputs for all prompts.
+
+        Right padding: true rows come first, so neither embeddings nor positions depend on it.
+        """
+        longest = max(len(p.input_ids) for p in prompts)
+
+        def rows(values: Sequence[Sequence[int]]) -> Tensor:
+            return torch.tensor([[*v, *[0] * (longest - len(v))] for v in values], device=self.device)
+
+        inputs = {
+            "input_ids": rows([p.input_ids for p in prompts]),
+            "attention_mask": rows([[1] * len(p.input_ids) for p in prompts]),
+        }
+        for name in self.family.inputs:
+            parts = [p.inputs[name] for p in prompts if name in p.inputs]
+            if parts:
+                whole = join(parts).to(self.device)
+                inputs[name] = whole.to(self.dtype) if whole.is_floating_point() else whole
+        for name in self.family.token_inputs:
+            if any(name in p.inputs for p in prompts):
+                inputs[name] = rows([p.inputs[name][0].tolist() if name in p.inputs else [] for p in prompts])
+        return inputs
+
+    def _run_to_entry(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         handle = self.language_model.register_forward_pre_hook(_stop_at_entry, with_kwargs=True)
         try:
             self.hf.model(**inputs, use_cache=False)
@@ -172,6 +221,35 @@ class VisionLanguageModel:
         finally:
             handle.remove()
         raise ModelError(f"{self.name}: the forward never reached its language_model")
+
+    def _positions(self, entry: dict[str, Any], batch: int) -> Tensor:
+        """[B, n], or [3, B, n] where they have several axes."""
+        positions = entry.get("position_ids")
+        if positions is None:
+            return torch.arange(entry["inputs_embeds"].shape[1], device=self.device).expand(batch, -1)
+        if positions.dim() == 3:
+            return positions[-3:]  # some versions put the row numbers before the three axes
+        return positions.expand(batch, -1)
+
+
+def _last_is_largest(positions: Tensor) -> Tensor:
+    """[3, n] -> [n]: one axis, but with the largest of all at the end, which the next token follows."""
+    plain = positions[0].clone()
+    plain[-1] = positions.max()
+    return plain
+
+
+def _additions(entry: dict[str, Any]) -> list[Tensor]:
+    """What deepstack adds after the first layers, [B, n, d] each, zero in text rows."""
+    where = entry.get("visual_pos_masks")
+    if where is None:
+        return []
+    out = []
+    for features in entry["deepstack_visual_embeds"]:
+        whole = torch.zeros_like(entry["inputs_embeds"])
+        whole[where] = features.to(whole.dtype)
+        out.append(whole)
+    return out
 
 
 def load_model(
@@ -187,11 +265,7 @@ def load_model(
     name = str(path)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if config.model_type not in FAMILIES:
-            raise ModelError(
-                f"model_type {config.model_type!r} of {name} is not supported; accepted: {', '.join(FAMILIES)}"
-            )
-        cls = getattr(transformers, FAMILIES[config.model_type].model_class)
+        cls = getattr(transformers, family_of(config.model_type, name).model_class)
         hf_model = cls.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
         processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except ModelError:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import DecoderShape
 from ..errors import ModelError
+from .rotary import rotations
 
 
 def _fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
@@ -113,15 +114,11 @@ class Decoder:
         self.lm_head = lm_head
         self.scale = shape.head_dim**-0.5
         device = self.norm.device
-        positions = torch.arange(self.max_len, device=device)[None]
-        # Asked in float32: the table is exact and the kernel rotates in float32.
-        cos, sin = language_model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=device), positions)
-        half = cos.shape[-1] // 2
-        self.cos_sin = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).float().contiguous()
+        self.cos_sin = rotations(language_model, torch.arange(self.max_len, device=device)[None])
 
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [n, H, D] turned to positions int32 [n], as keys and queries are; in plain torch, for scores only."""
-        cos, sin = self.cos_sin[positions.long()][:, None].chunk(2, dim=-1)
+    def rotate(self, x: Tensor, cos_sin: Tensor) -> Tensor:
+        """x [n, H, D] turned as keys and queries are, cos_sin f32 [n, rot_dim]; in plain torch, for scores only."""
+        cos, sin = cos_sin[:, None].chunk(2, dim=-1)
         half = cos.shape[-1]
         a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
         return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), dim=-1)

@@ -58,6 +58,11 @@ class VisualTokenPolicy:
         return False
 
     @property
+    def acts_before_decoder(self) -> bool:
+        """Whether `reduce` changes what enters layer 0."""
+        return type(self).reduce is not VisualTokenPolicy.reduce
+
+    @property
     def tower_merges(self) -> tuple[int, ...]:
         """Rows that each block of the vision tower merges away, for the count of FLOPs."""
         return ()

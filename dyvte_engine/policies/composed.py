@@ -33,6 +33,10 @@ class Composed(VisualTokenPolicy):
         return any(part.acts_in_tower for part in self.parts)
 
     @property
+    def acts_before_decoder(self) -> bool:
+        return any(part.acts_before_decoder for part in self.parts)
+
+    @property
     def tower_merges(self) -> tuple[int, ...]:
         return next((part.tower_merges for part in self.parts if part.tower_merges), ())
 

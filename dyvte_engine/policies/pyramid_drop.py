@@ -46,7 +46,8 @@ class PyramidDrop(VisualTokenPolicy):
         following = decoder.layers[state.layer + 1]
         x = ops.rms_norm(state.hidden, following.input_norm, decoder.eps)
         q, k = following.project_qk(x, pack.last_rows)
-        q, k = decoder.rotate(q, pack.positions[pack.last_rows]), decoder.rotate(k, pack.positions)
+        table, at = pack.turns(decoder.cos_sin)
+        q, k = decoder.rotate(q, table[at[pack.last_rows]]), decoder.rotate(k, table[at])
         one_each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
         scores = ops.token_score(q, k, one_each, pack.lengths.cu, state.scale)
         visual = scores[pack.visual_rows].split(pack.n_visual)

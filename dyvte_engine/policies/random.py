@@ -32,6 +32,10 @@ class Random(VisualTokenPolicy):
             given = f"Random place is {self.place}, ratio {self.ratio}"
             raise InvalidArgumentError(f"{given}; accepted: place >= 0, ratio 0 to 1")
 
+    @property
+    def acts_before_decoder(self) -> bool:
+        return self.place == 0
+
     def bind(self, model: Any) -> VisualTokenPolicy:
         if self.place >= model.shape.num_layers:
             raise InvalidArgumentError(f"Random place is {self.place}; accepted: 0 to {model.shape.num_layers - 1}")

@@ -15,6 +15,7 @@ from .fixed import FixedExit, KeepAll
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..models import PreparedPrompt
 
 
 def search_vtw(
@@ -56,22 +57,20 @@ def search_vtw(
         engine.policy = before
 
 
-def _prepared(engine: Engine, prompts: Any, images: Any, chat: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """inputs_embeds and visual mask of each sample; the pictures pass the tower once."""
+def _prepared(engine: Engine, prompts: Any, images: Any, chat: bool) -> Iterator[PreparedPrompt]:
+    """Each sample at the decoder's entry; the pictures pass the tower once."""
     batch, pictures = as_batch(prompts, images)
     texts = [render(p, len(i), engine.model.processor, chat) for p, i in zip(batch, pictures, strict=True)]
     inputs = engine.model.tokenize(texts, pictures)
     for start in range(0, len(inputs), engine.config.max_batch):
-        for p in engine.model.prepare(inputs[start : start + engine.config.max_batch]):
-            yield p.inputs_embeds, p.visual
+        yield from engine.model.prepare(inputs[start : start + engine.config.max_batch])
 
 
-def _log_probabilities(engine: Engine, inputs: Sequence[tuple[Tensor, Tensor]], policy: VisualTokenPolicy) -> Tensor:
+def _log_probabilities(engine: Engine, inputs: Sequence[PreparedPrompt], policy: VisualTokenPolicy) -> Tensor:
     """f32 [samples, vocab], of the token after each prompt."""
     engine.policy = policy
     out = []
     for start in range(0, len(inputs), engine.config.max_batch):
-        embeds, masks = zip(*inputs[start : start + engine.config.max_batch], strict=True)
-        with engine.prefill(embeds, masks) as running:
+        with engine.prefill_prepared(inputs[start : start + engine.config.max_batch]) as running:
             out.append(running.logits.log_softmax(-1))
     return torch.cat(out)

@@ -100,4 +100,4 @@ def build(vision: str = "clip", policy: VisualTokenPolicy | None = None, dtype=t
 def prefill(engine: Engine, texts, images):
     """A running batch, the way `generate` makes it."""
     prepared = engine.model.prepare(engine.model.tokenize(texts, images), engine.policy)
-    return engine._prefill(*zip(*((p.inputs_embeds, p.visual, p.positions, p.pictures) for p in prepared)))
+    return engine.prefill_prepared(prepared)

@@ -21,10 +21,12 @@ from dyvte_engine import (
     search_vtw,
 )
 from dyvte_engine.flops import vision_flops
+from dyvte_engine.models import PreparedPrompt
 from dyvte_engine.models.vision import VisionTower
 from dyvte_engine.policies import parse
 from dyvte_engine.policies.tome import match, merge_rows
-from dyvte_engine.splice import reduce_pictures, runs
+from dyvte_engine.segments import runs
+from dyvte_engine.splice import reduce_pictures
 from tests import tiny
 from tests.policies import reference as ref
 from tests.policies.shared import LAYERS, VISION, build, prefill
@@ -154,16 +156,12 @@ def test_pictures_are_replaced_where_they_stand():
     visual = torch.tensor([0, 1, 1, 1, 0, 0, 1, 1, 0], dtype=torch.bool)
     assert runs(visual) == [3, 2]
     embeds, text = torch.arange(9.0)[:, None], torch.ones(2, 1)
-    e, v, p = reduce_pictures(
-        Halve(),
-        [embeds, text],
-        [visual, torch.zeros(2, dtype=torch.bool)],
-        [torch.arange(3, 12), torch.arange(2)],
-        [[3, 2], []],
-    )
-    assert e[0].flatten().tolist() == [0, 1, 3, 4, 5, 6, 8] and e[1] is not None
-    assert v[0].int().tolist() == [0, 1, 1, 0, 0, 1, 0]
-    assert p[0].tolist() == [3, 4, 5, 6, 7, 8, 9] and p[1].tolist() == [0, 1]
+    with_pictures = PreparedPrompt(embeds, visual, torch.arange(3, 12), [3, 2])
+    plain = PreparedPrompt(text, torch.zeros(2, dtype=torch.bool), torch.arange(2), [])
+    short, same = reduce_pictures(Halve(), [with_pictures, plain])
+    assert short.inputs_embeds.flatten().tolist() == [0, 1, 3, 4, 5, 6, 8] and same is plain
+    assert short.visual.int().tolist() == [0, 1, 1, 0, 0, 1, 0]
+    assert short.positions.tolist() == [3, 4, 5, 6, 7, 8, 9] and short.pictures == [2, 1]
 
 
 def test_vtw_finds_the_first_layer_that_changes_little():

@@ -1,0 +1,92 @@
+"""The families of checkpoints: one record each, and for those that cannot run the reason why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families. All else is read from the live model.
+
+    Attributes:
+        model_class: the transformers class.
+        inputs: what the model takes beside ids and mask, as the processor names it.
+        token_inputs: likewise, with one number for each id.
+        visual_ids: names of the placeholder ids in its config, older names last; each placeholder is a visual row.
+        language_model: where the decoder lies in the model.
+        same_rows: every picture has equally many rows; elsewhere each unbroken stretch of rows counts as a picture.
+        in_tower: the tower's features reach the projector as they are, so policies may act in it.
+        before_decoder: policies may take rows before the first layer (a picture is unbroken, positions have one axis).
+        axes: of its positions.
+        tiles: the tower sees pictures of one size, `pixel_values` [..., C, H, W]; else pictures of any size.
+    """
+
+    model_class: str
+    inputs: tuple[str, ...] = ("pixel_values",)
+    token_inputs: tuple[str, ...] = ()
+    visual_ids: tuple[tuple[str, ...], ...] = (("image_token_id", "image_token_index"),)
+    language_model: str = "language_model"
+    same_rows: bool = False
+    in_tower: bool = False
+    before_decoder: bool = True
+    axes: int = 1
+    tiles: bool = True
+
+
+FAMILIES = {
+    "llava": Family("LlavaForConditionalGeneration", same_rows=True, in_tower=True),
+}
+
+_OWN_MASKS = "its pictures attend to themselves in both directions, which the layer loop does not do"
+_LINEAR = "its linear-attention state has already absorbed the picture when visual tokens would leave"
+_EXPERTS = "its decoder is a mixture of experts"
+REFUSED = {
+    "paligemma": _OWN_MASKS,
+    "gemma3": f"{_OWN_MASKS}; its layers use different rotations and windows",
+    "aya_vision": "its decoder (cohere2) runs attention and MLP side by side and mixes rotated with unrotated layers",
+    "qwen3_5": _LINEAR,
+    "qwen3_5_moe": _LINEAR,
+    "qwen3_vl_moe": _EXPERTS,
+    "deepseek_vl_hybrid": "it merges two towers; only deepseek_vl is known",
+    "mllama": "its decoder reads pictures through cross-attention: they are no rows that could leave",
+}
+
+
+def family_of(model_type: str, name: str = "the checkpoint") -> Family:
+    """The record for a transformers `model_type`. Raises ModelError, with the reason where there is a known one."""
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    why = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
+    accepted = ", ".join(FAMILIES)
+    raise ModelError(f"model_type {model_type!r} of {name} is not supported{why}; accepted: {accepted}")
+
+
+def visual_ids(family: Family, config: Any) -> tuple[int, ...]:
+    """The placeholder ids that this config has."""
+    found = (next((getattr(config, n, None) for n in names if hasattr(config, n)), None) for names in family.visual_ids)
+    return tuple(int(i) for i in found if i is not None)
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other along dim 0; in all others shorter ones are filled up with zeros, which is HF's padding.
+
+    So tiles, pictures of several sizes, their masks and their sizes of several prompts become one batch.
+    """
+    longest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    return torch.cat([_pad(t, longest) for t in tensors])
+
+
+def _pad(tensor: Tensor, longest: Sequence[int]) -> Tensor:
+    missing = [n - have for n, have in zip(longest, tensor.shape[1:], strict=True)]
+    if not any(missing):
+        return tensor
+    return F.pad(tensor, [p for m in reversed(missing) for p in (0, m)])
