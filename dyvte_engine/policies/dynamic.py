@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .. import ops
 from ..errors import HeadsError, InvalidArgumentError
 from ..exit_head import ExitHeads
@@ -60,9 +62,15 @@ class DynamicExit(VisualTokenPolicy):
         return set(range(self.min_layer, num_layers - 1, self.every_k))
 
     def decide(self, state: LayerState) -> Decision:
+        _, fires = self.ask(state)
+        nothing = state.pack.source[:0]
+        return [nothing if fire and n else None for fire, n in zip(fires.tolist(), state.pack.n_visual, strict=True)]
+
+    def ask(self, state: LayerState) -> tuple[Tensor, Tensor]:
+        """What the layer's head says: p_exit f32 [B], and bool [B] whether that is above the threshold."""
         pack, heads = state.pack, self.heads
         wants_visual = heads.config.state_mask & 3
-        _, fires = ops.exit_head(
+        return ops.exit_head(
             state.hidden,
             pack.text_ranges,
             pack.visual_rows if wants_visual else None,
@@ -73,5 +81,3 @@ class DynamicExit(VisualTokenPolicy):
             self.threshold,
             heads.config.rms_eps,
         )
-        nothing = pack.source[:0]
-        return [nothing if fire and n else None for fire, n in zip(fires.tolist(), pack.n_visual, strict=True)]
