@@ -63,12 +63,7 @@ def evaluate(
         engine = Engine.from_pretrained(model, dtype=dtype, device=device, max_batch=batch, max_len=max_len)
     file = AnswerFile(answers, engine.model.fingerprint) if answers else None
     report: dict[str, Any] = {
-        "model": {
-            "name": Path(engine.model.name).name,
-            "fingerprint": engine.model.fingerprint,
-            "dtype": str(engine.config.dtype).removeprefix("torch."),
-            "layers": engine.model.shape.num_layers,
-        },
+        "model": _identity_of(engine),
         "settings": {"seed": seed, "samples": limit, "source": source, "styles": styles, "decoding": "greedy"},
         "tasks": _run(engine, chosen, policies, file, all_forms),
     }
@@ -80,6 +75,15 @@ def evaluate(
         out.write_text(json.dumps(report, indent=1) + "\n")
     if page:
         page.write_text(markdown(report, " ".join(["dyvte-engine", *sys.argv[1:]])))
+
+
+def _identity_of(engine: Engine) -> dict[str, Any]:
+    return {
+        "name": Path(engine.model.name).name,
+        "fingerprint": engine.model.fingerprint,
+        "dtype": str(engine.config.dtype).removeprefix("torch."),
+        "layers": engine.model.shape.num_layers,
+    }
 
 
 class Named(NamedTuple):
@@ -141,3 +145,66 @@ def _print(report: dict[str, Any]) -> None:
     for before, row in zip([[""], *body], body):
         table.add_row(*(["", *row[1:]] if row[0] == before[0] else row))
     Console(width=max(120, Console().width)).print(table)
+
+
+def sweep(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",
+    heads: Annotated[
+        list[str] | None, typer.Option(help="[NAME=]HEADS_FILE; repeat it. Default: the heads beside the model.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Task names joined by ','; see docs/tasks.md.")] = EVERY,
+    limit: Annotated[int, typer.Option(help="Samples of each task.")] = 100,
+    source: Annotated[str, typer.Option(help="Pictures: shapes or emoji.")] = "shapes",
+    seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Markdown page to write.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Answers file (JSONL): kept, and a killed run goes on from it.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Prompts run together.")] = 16,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
+) -> None:
+    """The accuracy/FLOPs curve: DyVTE at every threshold, an exit after every layer, Random at equal FLOPs."""
+    import transformers
+
+    from ..assets import resolve_model
+    from ..engine import Engine
+    from ..policies import DynamicExit
+    from . import TASKS, load_tasks
+    from .curve_report import draw
+    from .curve_report import page as written
+    from .run import AnswerFile, known_forms
+    from .sweep import record, sweep_report
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    names = list(TASKS) if tasks == EVERY else [name.strip() for name in tasks.split(",")]
+    files = [
+        entry.rpartition("=") for entry in heads or [f"own={Path(resolve_model(model)) / 'exit_heads.safetensors'}"]
+    ]
+    sets = {name or Path(file).stem: DynamicExit.from_file(file, threshold=0.5) for name, _, file in files}
+    chosen = load_tasks(names, seed, limit, source)
+    with _err.status(f"loading {model}"):
+        engine = Engine.from_pretrained(model, dtype=dtype, device=device, max_batch=batch)
+    kept = {task.name: task.within(known_forms(engine.model))[0].samples for task in chosen}
+    kept = {name: samples for name, samples in kept.items() if samples}
+    file = AnswerFile(answers, engine.model.fingerprint) if answers else None
+    layers = engine.model.shape.num_layers
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=_err) as progress:
+        bar = progress.add_task("answers", total=(layers + (layers - 1) // 2) * sum(map(len, kept.values())))
+        outcomes = record(engine, kept, sets, file, partial(progress.advance, bar))
+        report = sweep_report(engine, outcomes, range(1, layers - 1, 2), file, partial(progress.advance, bar))
+    report["model"] = _identity_of(engine)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    if plot:
+        draw(report, plot)
+    text = written(report, plot.name if plot else "", " ".join(["dyvte-engine", *sys.argv[1:]]))
+    if page:
+        page.write_text(text)
+    else:
+        print(text)

@@ -1,0 +1,122 @@
+"""The accuracy/FLOPs curve as a picture and as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .report import unit
+
+PANELS = {"credit": "score, mean over tasks (%)", "same": "answers equal to the full model's (%)"}
+
+
+def draw(report: dict[str, Any], path: str | Path) -> None:
+    """Writes a PNG: score and agreement against the mean FLOPs of a prefill (paper's count)."""
+    from matplotlib.figure import Figure
+
+    divisor, letter = unit(report["fixed"][-1]["flops"])
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, 2), PANELS.items()):
+
+        def line(points: list[dict[str, Any]], style: str, key: str = key, axes: Any = axes, **options: Any) -> None:
+            axes.plot([p["flops"] / divisor for p in points], [100 * p[key] for p in points], style, **options)
+
+        line(report["fixed"], "o-", color="0.35", ms=4, lw=1, label="fixed layer")
+        for number, point in enumerate(report["fixed"]):
+            at = point["flops"] / divisor, 100 * point[key]
+            axes.annotate(str(number), at, xytext=(0, 5), textcoords="offset points", fontsize=7, ha="center")
+        for number, (name, heads) in enumerate(report["heads"].items()):
+            line(heads["curve"], "-", color=f"C{number}", lw=1.8, label=f"DyVTE, {name}")
+            control = [p["dealt"] for p in heads["curve"]]
+            line(control, ":", color=f"C{number}", lw=1.2, label="its layers dealt at random")
+        if report["random"]:
+            line(report["random"], "x--", color="C3", lw=1, label="random tokens left out")
+        line([report["oracle"]], "*", color="C2", ms=11, label="earliest layer with the same answer")
+        axes.set(xlabel=f"{letter}FLOPs of a prefill (paper's count)", ylabel=title)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def page(report: dict[str, Any], picture: str, command: str) -> str:
+    """The curve as Markdown: fixed layers, Random and DyVTE at no more FLOPs, and where DyVTE is not better."""
+    best, full, model = report["oracle"], report["fixed"][-1], report["model"]
+    divisor, letter = unit(full["flops"])
+    lines = [
+        f"# When to let go: {model['name']}",
+        "",
+        f"Written by `{command}`; model fingerprint `{model['fingerprint']}`, {model['dtype']}.",
+        f"{report['samples']} questions of {', '.join(report['tasks'])}, each task counting alike.",
+        "",
+        f"![accuracy against FLOPs]({picture})" if picture else "",
+        "",
+        "Earliest layer with the full model's answer, for each question by itself: "
+        f"mean {best['exit_layer']:.1f}, {best['flops'] / divisor:.2f} of {full['flops'] / divisor:.2f} {letter}FLOPs.",
+        "",
+        *_fixed_table(report, divisor, letter),
+    ]
+    for name, heads in report["heads"].items():
+        lines += ["", f"## {name}", "", *_heads_table(heads, divisor, letter), "", *_verdict(heads)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _fixed_table(report: dict[str, Any], divisor: float, letter: str) -> list[str]:
+    random = {p["as_layer"]: p for p in report["random"]}
+    lines = [
+        f"| exit after | {letter}FLOPs | score | same answers | Random at equal FLOPs: score | same |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for layer, p in enumerate(report["fixed"]):
+        r = random.get(layer)
+        other = f"{100 * r['credit']:.1f} | {100 * r['same']:.1f} %" if r else " | "
+        name = "never" if layer == len(report["fixed"]) - 1 else str(layer)
+        lines.append(
+            f"| {name} | {p['flops'] / divisor:.2f} | {100 * p['credit']:.1f} | {100 * p['same']:.1f} % | {other} |"
+        )
+    return lines
+
+
+def _heads_table(heads: dict[str, Any], divisor: float, letter: str) -> list[str]:
+    lines = [
+        f"| fixed layer | its {letter}FLOPs | DyVTE's | threshold | score: DyVTE less fixed | same answers: the same "
+        "| ROC area |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for c in heads["against_fixed"]:
+        differences = [f"{_signed(c[key]['difference'])} ({', '.join(map(_signed, c[key]['ci95']))})" for key in PANELS]
+        area = heads["separation"][c["layer"]]
+        lines.append(
+            f"| {c['layer']} | {c['flops_fixed'] / divisor:.2f} | {c['flops'] / divisor:.2f} | {c['threshold']:.3g} | "
+            + " | ".join(differences)
+            + f" | {'-' if area is None else f'{area:.2f}'} |"
+        )
+    return lines
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _verdict(heads: dict[str, Any]) -> list[str]:
+    """Which layers the learned exit beats, which it does not, in plain words."""
+    sentences = []
+    for key, what in (("credit", "score"), ("same", "agreement")):
+        groups: dict[str, list[int]] = {"above": [], "below": [], "neither": []}
+        for c in heads["against_fixed"]:
+            low, high = c[key]["ci95"]
+            groups["above" if low > 0 else "below" if high < 0 else "neither"].append(c["layer"])
+        told = [
+            f"{words} layers {', '.join(map(str, groups[group]))}"
+            for group, words in (("above", "above"), ("below", "below"), ("neither", "not clearly either at"))
+            if groups[group]
+        ]
+        sentences.append(f"- {what}, at no more FLOPs (95 % interval of paired differences): {'; '.join(told)}.")
+    gain = np.mean([p["same"] - p["dealt"]["same"] for p in heads["curve"]])
+    sentences.append(
+        "- Choosing for each question by itself keeps so many more answers than the same exit layers dealt to the "
+        f"questions of a task at random: {100 * gain:+.1f} % (mean over the curve)."
+    )
+    return sentences

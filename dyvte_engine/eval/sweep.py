@@ -1,0 +1,277 @@
+"""Accuracy against FLOPs: DyVTE at every threshold, an exit at every fixed layer, and Random at equal FLOPs.
+
+An exit layer determines the answer exactly. So one run for each layer and one of the heads give every sample's outcome
+under every threshold: the exit is at the first asked layer whose p_exit lies above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import flops
+from ..policies import DynamicExit, FixedExit, KeepAll, LayerState, Random, VisualTokenPolicy
+from . import metrics
+from .run import Answer, AnswerFile, answer_all
+from .task import Sample
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+RESAMPLES = 1000
+
+
+@dataclass
+class Outcomes:
+    """What N samples come to under an exit after each of L layers; the last column is the full model.
+
+    credit: f64 [N, L], 0 to 1; same: bool [N, L], the answer is the full model's; flops, flops_true: f64 [N, L].
+    p: {heads: f32 [N, L - 1]}, what each set of heads says after each layer but the last.
+    """
+
+    samples: Sequence[Sample]
+    tasks: np.ndarray  # [N], the task each sample belongs to
+    texts: list[list[str]]  # [N][L]
+    credit: np.ndarray
+    same: np.ndarray
+    flops: np.ndarray
+    flops_true: np.ndarray
+    p: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """[N], summing to 1, so that every task counts alike."""
+        names, which, counts = np.unique(self.tasks, return_inverse=True, return_counts=True)
+        return 1.0 / (len(names) * counts[which])
+
+
+@dataclass(frozen=True, eq=False)
+class Probe(VisualTokenPolicy):
+    """Keeps everything and writes down what each set of heads says after each layer."""
+
+    heads: tuple[DynamicExit, ...]
+    said: list[list[np.ndarray]] = field(default_factory=list)  # of each call of `decide`: [B] of each set
+
+    def bind(self, model: Any) -> Probe:
+        return replace(self, heads=tuple(h.bind(model) for h in self.heads))
+
+    def layers(self, num_layers: int) -> set[int]:
+        return set(range(num_layers - 1))
+
+    def decide(self, state: LayerState) -> list[None]:
+        self.said.append([h.ask(state)[0].float().cpu().numpy() for h in self.heads])
+        return [None] * len(state.pack.n_visual)
+
+
+def probe(engine: Engine, samples: Sequence[Sample], heads: Sequence[DynamicExit]) -> np.ndarray:
+    """p_exit f32 [H, N, L - 1] of each set of heads for each sample after each layer but the last."""
+    size, parts = engine.config.max_batch, []
+    for start in range(0, len(samples), size):
+        chosen = samples[start : start + size]
+        watching = Probe(tuple(heads))
+        engine.policy = watching
+        engine.generate([s.prompt for s in chosen], [s.picture for s in chosen], max_new_tokens=1, do_sample=False)
+        parts.append(np.stack([np.stack(layer) for layer in watching.said], axis=-1))  # [H, B, L - 1]
+    return np.concatenate(parts, axis=1)
+
+
+def record(
+    engine: Engine,
+    tasks: Mapping[str, Sequence[Sample]],
+    heads: dict[str, DynamicExit],
+    file: AnswerFile | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Outcomes:
+    """Runs every sample under an exit at every layer and under none, and asks the heads."""
+    samples = [s for part in tasks.values() for s in part]
+    names = np.array([name for name, part in tasks.items() for _ in part])
+    last = engine.model.shape.num_layers - 1
+    runs = [answer_all(engine, samples, FixedExit(layer), f"fixed:{layer}", file, progress) for layer in range(last)]
+    runs.append(answer_all(engine, samples, KeepAll(), "keep-all", file, progress))
+    said = probe(engine, samples, list(heads.values())) if heads else np.empty((0,))
+    return outcomes(samples, names, runs, dict(zip(heads, said, strict=True)))
+
+
+def outcomes(
+    samples: Sequence[Sample], names: np.ndarray, runs: Sequence[Sequence[Answer]], p: dict[str, np.ndarray]
+) -> Outcomes:
+    """Puts the answers of the runs, one for each layer, side by side."""
+    texts = [[a.text for a in each] for each in zip(*runs, strict=True)]
+    credit = [[metrics.credit(s, text) for text in each] for s, each in zip(samples, texts, strict=True)]
+    same = [[text == each[-1] for text in each] for each in texts]
+    cost = {
+        name: np.array([[getattr(a, name) for a in each] for each in zip(*runs)]) for name in ("flops", "flops_true")
+    }
+    return Outcomes(samples, names, texts, np.array(credit), np.array(same), **cost, p=p)
+
+
+def exit_layers(p: np.ndarray, threshold: float, asked: Sequence[int] | None = None) -> np.ndarray:
+    """int [N], the first asked layer with p [N, L - 1] above the threshold, else L - 1 (nothing ever leaves)."""
+    fires = p > threshold
+    if asked is not None:
+        fires = fires & np.isin(np.arange(p.shape[1]), list(asked))
+    return np.where(fires.any(1), fires.argmax(1), p.shape[1])
+
+
+def thresholds(p: np.ndarray, count: int = 80) -> np.ndarray:
+    """About `count` thresholds at quantiles of all that was said, from "always" to "never"."""
+    return np.unique(np.concatenate([[0.0], np.quantile(p, np.linspace(0, 1, count)), [1.0]]))
+
+
+def point(o: Outcomes, layers: np.ndarray) -> dict[str, float]:
+    """Means over tasks (each counts alike) when sample i exits after layers[i]."""
+    rows, w = np.arange(len(layers)), o.weights
+    return {
+        "exit_layer": float(w @ layers),
+        **{name: float(w @ getattr(o, name)[rows, layers]) for name in ("credit", "same", "flops", "flops_true")},
+    }
+
+
+def dealt(o: Outcomes, layers: np.ndarray) -> dict[str, float]:
+    """The same exit layers dealt to the samples of each task at random: the expectation over all deals."""
+    total = dict.fromkeys(("exit_layer", "credit", "same", "flops", "flops_true"), 0.0)
+    names = np.unique(o.tasks)
+    for name in names:
+        rows = o.tasks == name
+        share = np.bincount(layers[rows], minlength=o.credit.shape[1]) / rows.sum()
+        total["exit_layer"] += float(share @ np.arange(len(share))) / len(names)
+        for key in ("credit", "same", "flops", "flops_true"):
+            total[key] += float(share @ getattr(o, key)[rows].mean(0)) / len(names)
+    return total
+
+
+def curve(o: Outcomes, name: str) -> list[dict[str, Any]]:
+    """DyVTE's points from the lowest threshold to the highest, each with its control, "dealt"."""
+    points: list[dict[str, Any]] = []
+    for threshold in thresholds(o.p[name]):
+        layers = exit_layers(o.p[name], threshold)
+        points.append({"threshold": float(threshold), **point(o, layers), "dealt": dealt(o, layers)})
+    return points
+
+
+def fixed(o: Outcomes) -> list[dict[str, float]]:
+    """A point for every layer; the last is the full model."""
+    n, layers = o.credit.shape
+    return [point(o, np.full(n, layer)) for layer in range(layers)]
+
+
+def oracle(o: Outcomes) -> dict[str, float]:
+    """Every sample leaves after the first layer with the full model's answer; no rule keeps all answers for less."""
+    return point(o, o.same.argmax(1))
+
+
+def against_fixed(o: Outcomes, name: str) -> list[dict[str, Any]]:
+    """DyVTE less the fixed exit, at each layer, never with more FLOPs.
+
+    "credit" and "same" are differences with a 95 % interval: samples resampled in pairs within each task.
+    """
+    layers = {float(t): exit_layers(o.p[name], t) for t in thresholds(o.p[name])}
+    cost = {t: point(o, chosen)["flops"] for t, chosen in layers.items()}
+    rows, compared = np.arange(len(o.tasks)), []
+    for layer, goal in enumerate(fixed(o)[:-1]):
+        within = [t for t, c in cost.items() if c <= goal["flops"] * (1 + 1e-9)]
+        if not within:
+            continue
+        t = max(within, key=lambda t: cost[t])
+        entry: dict[str, Any] = {"layer": layer, "threshold": t, "flops": cost[t], "flops_fixed": goal["flops"]}
+        for key in ("credit", "same"):
+            values = getattr(o, key).astype(float)
+            difference = values[rows, layers[t]] - values[:, layer]
+            entry[key] = {"difference": float(o.weights @ difference), "ci95": _paired(difference, o.tasks)}
+        compared.append(entry)
+    return compared
+
+
+def _paired(difference: np.ndarray, tasks: np.ndarray) -> list[float]:
+    rng = np.random.default_rng(0)
+    parts = [difference[tasks == name] for name in np.unique(tasks)]
+    drawn = [np.mean([p[rng.integers(0, len(p), len(p))].mean() for p in parts]) for _ in range(RESAMPLES)]
+    return [float(x) for x in np.percentile(drawn, (2.5, 97.5))]
+
+
+def separation(o: Outcomes, name: str) -> list[float | None]:
+    """How well p_exit after each layer tells samples whose answer stays from the others: area under the ROC curve.
+
+    None where all samples are of one sort.
+    """
+    areas: list[float | None] = []
+    for layer in range(o.credit.shape[1] - 1):
+        stays, said = o.same[:, layer], o.p[name][:, layer]
+        if stays.all() or not stays.any():
+            areas.append(None)
+            continue
+        above = said[stays][:, None] - said[~stays][None, :]
+        areas.append(float((above > 0).mean() + 0.5 * (above == 0).mean()))
+    return areas
+
+
+def equal_cost_ratio(engine: Engine, goal: float, n: float, visual: int, vision: float) -> float:
+    """Share of visual tokens to leave out before the language model for a prefill of `goal` FLOPs (paper's count)."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        dearer = flops.leaving_flops(engine.model.shape, n, middle * visual, -1, vision) > goal
+        low, high = (middle, high) if dearer else (low, middle)
+    return low
+
+
+def random_points(
+    engine: Engine,
+    o: Outcomes,
+    layers: Sequence[int],
+    file: AnswerFile | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, float]]:
+    """Random visual tokens left out before the language model, as many as cost what an exit at each layer costs."""
+    vision = flops.vision_flops(engine.model.hf.config.vision_config)
+    n = flops.prompt_length(float(o.weights @ o.flops[:, -1]), engine.model.shape, vision)
+    visual = engine.model.vision.tokens
+    points = []
+    for layer in layers:
+        ratio = round(equal_cost_ratio(engine, point(o, np.full(len(o.tasks), layer))["flops"], n, visual, vision), 4)
+        answers = answer_all(engine, o.samples, Random(0, ratio), f"random:0,{ratio}", file, progress)
+        credit = np.array([metrics.credit(s, a.text) for s, a in zip(o.samples, answers)])
+        same = np.array([a.text == texts[-1] for a, texts in zip(answers, o.texts)])
+        costs = {name: float(o.weights @ [getattr(a, name) for a in answers]) for name in ("flops", "flops_true")}
+        shares = {"credit": float(o.weights @ credit), "same": float(o.weights @ same)}
+        points.append({"ratio": ratio, "as_layer": layer, **shares, **costs})
+    return points
+
+
+def sweep_report(
+    engine: Engine,
+    o: Outcomes,
+    random_layers: Sequence[int],
+    file: AnswerFile | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """All of it as one JSON-able record; "by_task" repeats curve and fixed layers for each task alone."""
+    names = [str(name) for name in dict.fromkeys(o.tasks)]
+    return {
+        "samples": len(o.samples),
+        "tasks": names,
+        "fixed": fixed(o),
+        "oracle": oracle(o),
+        "random": random_points(engine, o, random_layers, file, progress),
+        "heads": {
+            name: {"curve": curve(o, name), "against_fixed": against_fixed(o, name), "separation": separation(o, name)}
+            for name in o.p
+        },
+        "by_task": {name: _alone(o, name) for name in names},
+    }
+
+
+def _alone(o: Outcomes, task: str) -> dict[str, Any]:
+    rows = np.flatnonzero(o.tasks == task)
+    part = replace(
+        o,
+        samples=[o.samples[int(i)] for i in rows],
+        texts=[o.texts[int(i)] for i in rows],
+        p={name: p[rows] for name, p in o.p.items()},
+        **{name: getattr(o, name)[rows] for name in ("tasks", "credit", "same", "flops", "flops_true")},
+    )
+    curves = {name: curve(part, name) for name in part.p}
+    return {"samples": len(rows), "fixed": fixed(part), "oracle": oracle(part), "curves": curves}
