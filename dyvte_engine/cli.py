@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import DyvteError
-from .eval.cli import evaluate
+from .eval.cli import evaluate, sweep
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inference with dynamic visual-token exit.")
 app.command("eval")(evaluate)
+app.command()(sweep)
 _err = Console(stderr=True)
 
 

@@ -25,6 +25,10 @@ class HeadsError(DyvteError):
     """Exit heads are missing, damaged, or made for another model shape."""
 
 
+class SourceError(DyvteError):
+    """Pictures, names or pretrained parts that are fetched at run time cannot be: a package, a program, the network."""
+
+
 class DeviceError(DyvteError):
     """A device, dtype or attention backend that this machine or this build does not have."""
 
