@@ -9,7 +9,7 @@ import torch
 
 from .errors import InvalidArgumentError, ModelError
 
-_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt's length
 
 

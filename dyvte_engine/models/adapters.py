@@ -136,7 +136,7 @@ class VisionLanguageModel:
         bos = getattr(self.processor.tokenizer, "bos_token", None)
         encoded = self.processor(
             text=[text],
-            images=list(pictures) or None,
+            images=[list(pictures)] if pictures else None,
             return_tensors="pt",
             add_special_tokens=not (bos and text.startswith(bos)),  # the template may have written it already
         )

@@ -42,8 +42,42 @@ class Family:
     tiles: bool = True
 
 
+_IMAGE_AND_VIDEO = (("image_token_id", "image_token_index"), ("video_token_id", "video_token_index"))
+_MASKED_TILES = ("pixel_values", "pixel_attention_mask")
+
+
+def _qwen(model_class: str, *more: str) -> Family:
+    """Pictures and videos of any size, positions of time, height and width."""
+    return Family(
+        model_class,
+        ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", *more),
+        ("mm_token_type_ids",),
+        visual_ids=_IMAGE_AND_VIDEO,
+        before_decoder=False,
+        axes=3,
+        tiles=False,
+    )
+
+
 FAMILIES = {
     "llava": Family("LlavaForConditionalGeneration", same_rows=True, in_tower=True),
+    "vipllava": Family("VipLlavaForConditionalGeneration", same_rows=True),
+    "llava_next": Family("LlavaNextForConditionalGeneration", ("pixel_values", "image_sizes")),
+    "llava_onevision": Family(
+        "LlavaOnevisionForConditionalGeneration",
+        ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos"),
+        visual_ids=_IMAGE_AND_VIDEO,
+    ),
+    "internvl": Family("InternVLForConditionalGeneration"),
+    "mistral3": Family(
+        "Mistral3ForConditionalGeneration", ("pixel_values", "image_sizes"), before_decoder=False, tiles=False
+    ),
+    "idefics3": Family("Idefics3ForConditionalGeneration", _MASKED_TILES, language_model="text_model"),
+    "smolvlm": Family("SmolVLMForConditionalGeneration", _MASKED_TILES, language_model="text_model"),
+    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", same_rows=True),
+    "qwen2_vl": _qwen("Qwen2VLForConditionalGeneration"),
+    "qwen2_5_vl": _qwen("Qwen2_5_VLForConditionalGeneration", "second_per_grid_ts"),
+    "qwen3_vl": _qwen("Qwen3VLForConditionalGeneration"),
 }
 
 _OWN_MASKS = "its pictures attend to themselves in both directions, which the layer loop does not do"
