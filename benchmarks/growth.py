@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from benchmarks.common import Data, fit_exponent, header, options, peak_bytes, rounds_within, spread, wait_for
 from benchmarks.report import COLORS, Sheet, finish, new_figure, number, scaled
@@ -176,21 +177,29 @@ def tables(data: Data) -> list[Sheet]:
 
 
 def figure(data: Data) -> Figure:
-    fig, axes = new_figure(12, 3.2, columns=len(data["axes"]))
-    for panel, (axis, found) in zip(axes[0], data["axes"].items(), strict=True):
-        shown = [p for p in AXES[axis] if p in TIMES]
-        for i, name in enumerate(dict.fromkeys(e["method"] for e in found["points"])):
-            mine = [e for e in found["points"] if e["method"] == name]
-            for part, style in zip(shown, ("o-", "s--"), strict=False):
-                fit = next(f for f in found["fits"] if f["method"] == name and f["part"] == part)
-                label = f"{part.replace('_', ' ')}, {name}: {fit['exponent']:.2f}"
-                x, y = [e["x"] for e in mine], [1e3 * e[part]["median"] for e in mine]
-                panel.loglog(x, y, style, color=COLORS[i], label=label, markersize=4)
-        panel.set_xlabel(axis, fontsize=8)
-        panel.set_ylabel("ms", fontsize=8)
-        panel.tick_params(labelsize=7, which="both")
-        panel.legend(fontsize=5.5)
+    """Time above, memory below, a column for each thing that varies."""
+    fig, axes = new_figure(12, 5.6, columns=len(data["axes"]), rows=2)
+    for column, (axis, found) in enumerate(data["axes"].items()):
+        for panel, of_time in zip(axes[:, column], (True, False), strict=True):
+            _panel(panel, found, [p for p in AXES[axis] if (p in TIMES) == of_time])
+            panel.set_xticks(sorted({e["x"] for e in found["points"]}))
+            panel.xaxis.set_major_formatter(ScalarFormatter())
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.set_ylabel("ms" if of_time else "MiB", fontsize=8)
+            panel.tick_params(labelsize=7, which="both")
+            panel.legend(fontsize=5.5)
+        axes[1][column].set_xlabel(axis, fontsize=8)
     return fig
+
+
+def _panel(panel: Any, found: Data, parts: Sequence[str]) -> None:
+    for i, name in enumerate(dict.fromkeys(e["method"] for e in found["points"])):
+        mine = [e for e in found["points"] if e["method"] == name]
+        for part, style in zip(parts, ("o-", "s--"), strict=False):
+            fit = next(f for f in found["fits"] if f["method"] == name and f["part"] == part)
+            label = f"{part.replace('_', ' ')}, {name}: x^{fit['exponent']:.2f}"
+            y = [1e3 * e[part]["median"] if part in TIMES else e[part] / 2**20 for e in mine]
+            panel.loglog([e["x"] for e in mine], y, style, color=COLORS[i], label=label, markersize=4)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

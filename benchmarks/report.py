@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.common import Data
 
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#882255")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from dyvte_engine import (
     compose,
     search_vtw,
 )
-from dyvte_engine.assets import resolve_model
 from dyvte_engine.exit_head import ExitHeadConfig, ExitHeads
 from dyvte_engine.models.presets import PRESETS, preset, tiles
 from dyvte_engine.training.nano.evaluate import scene_items
@@ -51,9 +50,25 @@ def load(model: str, dtype: str, device: str, max_batch: int, new_tokens: int) -
         engine = Engine.from_config(model, max_len=config.image_seq_length + 128 + new_tokens, **common)
     else:
         engine = Engine.from_pretrained(model, **common)
-    # An end token that never comes: every answer has the length asked for, here and in transformers.
-    engine.model.hf.generation_config.eos_token_id = engine.model.shape.vocab_size
+    _without_end(engine)
     return engine
+
+
+def _without_end(engine: Engine) -> None:
+    """An end token that never comes: every answer has the length asked for, here and in transformers."""
+    engine.model.hf.generation_config.eos_token_id = engine.model.shape.vocab_size
+
+
+@contextmanager
+def endless(engine: Engine) -> Iterator[None]:
+    """While this runs, answers do not end by themselves."""
+    config = engine.model.hf.generation_config
+    before = config.eos_token_id
+    _without_end(engine)
+    try:
+        yield
+    finally:
+        config.eos_token_id = before
 
 
 def questions(model: str, n: int, split: str = "heldout") -> tuple[list[str], list[list[Image.Image]]]:
@@ -85,9 +100,7 @@ def methods(engine: Engine, model: str) -> dict[str, VisualTokenPolicy]:
     half = layers // 2 - 1
     if model == "nano":
         dynamic: VisualTokenPolicy = DynamicExit.from_file(NANO_HEADS)
-        engine_before = engine.policy
         vtw = search_vtw(engine, *questions(model, 20, split="train"))
-        engine.policy = engine_before
     else:
         dynamic = forced_exit(engine, PAPER_EXITS.get(model, half))
         vtw = FixedExit(half)
@@ -246,7 +259,3 @@ def runners(request: Request, named: dict[str, VisualTokenPolicy]) -> dict[str, 
         HF: functools.partial(request.run_hf, "sdpa"),
     }
     return calls | {name: functools.partial(request.run, policy) for name, policy in named.items()}
-
-
-def is_nano(model: str) -> bool:
-    return resolve_model(model) == resolve_model("nano")
