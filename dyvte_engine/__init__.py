@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .errors import (
         CacheError,
+        CalibrationError,
+        DataError,
         DeviceError,
         DyvteError,
         HeadsError,
@@ -50,6 +52,8 @@ __all__ = [
     "NANO",
     "NANO_HEADS",
     "CacheError",
+    "CalibrationError",
+    "DataError",
     "DeviceError",
     "DivPrune",
     "Downsample",

@@ -13,10 +13,12 @@ from rich.table import Table
 
 from .errors import DyvteError
 from .eval.cli import evaluate, sweep
+from .training.cli import add_commands
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inference with dynamic visual-token exit.")
 app.command("eval")(evaluate)
 app.command()(sweep)
+add_commands(app)
 _err = Console(stderr=True)
 
 

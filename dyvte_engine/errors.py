@@ -25,6 +25,14 @@ class HeadsError(DyvteError):
     """Exit heads are missing, damaged, or made for another model shape."""
 
 
+class CalibrationError(HeadsError):
+    """A target that the calibration samples cannot guarantee, or heads without a calibration."""
+
+
+class DataError(DyvteError, ValueError):
+    """A training sample or a folder of labels is damaged, incomplete or not what was asked; names the line."""
+
+
 class SourceError(DyvteError):
     """Pictures, names or pretrained parts that are fetched at run time cannot be: a package, a program, the network."""
 

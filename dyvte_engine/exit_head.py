@@ -1,4 +1,5 @@
-"""The exit heads ("hyper-network" in the paper): one two-layer MLP after every decoder layer (spec section 1).
+"""The exit heads: one two-layer MLP after every decoder layer ("hyper-network" in the paper, spec section 1), or the
+light form in which all layers share one trunk and differ by an embedding (spec section 6).
 
 This module knows their weights, their file and the plain torch forward used for training; inference
 runs the fused `dyvte::exit_head` kernel on the same tensors.
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import HeadsError, InvalidArgumentError
 
@@ -23,13 +25,17 @@ STATE_BITS = {"mean_visual": 1, "last_visual": 2, "mean_text": 4, "last_text": 8
 
 @dataclass(frozen=True)
 class ExitHeadConfig:
-    """Shape of a set of heads. `states` are concatenated in the order of `STATE_BITS`; `rms_eps` normalises each."""
+    """Shape of a set of heads. `states` are concatenated in the order of `STATE_BITS`; `rms_eps` normalises each.
+
+    `shared`: one trunk and one output for all layers, with a layer embedding [h] added before the GELU.
+    """
 
     hidden_size: int
     num_layers: int
     head_hidden: int = 2048
     states: tuple[str, ...] = ("mean_text", "last_text")
     rms_eps: float | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
         ordered = tuple(s for s in STATE_BITS if s in self.states)
@@ -45,33 +51,60 @@ class ExitHeadConfig:
 
 
 class ExitHeads(nn.Module):
-    """`w1` [L, h, S*d] and `w2` [L, 2, h], no biases, Xavier-uniform (spec section 1); logits are (keep, exit)."""
+    """`w1` [L, h, S*d] and `w2` [L, 2, h], no biases, Xavier-uniform (spec section 1); logits are (keep, exit).
+
+    With `config.shared`: w1 [1, h, S*d], w2 [1, 2, h] and the layer embedding `b1` [L, h], else `b1` is None.
+    """
+
+    b1: nn.Parameter | None
 
     def __init__(self, config: ExitHeadConfig, seed: int | None = None):
         super().__init__()
         self.config = config
         self.metadata: dict[str, Any] = {}
         c = config
-        self.w1 = nn.Parameter(torch.empty(c.num_layers, c.head_hidden, len(c.states) * c.hidden_size))
-        self.w2 = nn.Parameter(torch.empty(c.num_layers, 2, c.head_hidden))
+        trunks = 1 if c.shared else c.num_layers
+        self.w1 = nn.Parameter(torch.empty(trunks, c.head_hidden, len(c.states) * c.hidden_size))
+        self.w2 = nn.Parameter(torch.empty(trunks, 2, c.head_hidden))
+        self.b1 = nn.Parameter(torch.empty(c.num_layers, c.head_hidden)) if c.shared else None
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         for weight in (*self.w1, *self.w2):
             nn.init.xavier_uniform_(weight.data, generator=generator)
+        if self.b1 is not None:
+            nn.init.normal_(self.b1.data, std=c.head_hidden**-0.5, generator=generator)
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """w1 [h, S*d], w2 [2, h] and b1 [h] or None of the head after `layer`, as `ops.exit_head` takes them."""
+        trunk = 0 if self.config.shared else layer
+        return self.w1[trunk], self.w2[trunk], None if self.b1 is None else self.b1[layer]
 
     def forward(self, pooled: Tensor, layer: int) -> Tensor:
         """pooled [..., S*d], the states of one layer -> logits [..., 2]."""
-        if self.config.rms_eps is not None:
-            states = pooled.unflatten(-1, (len(self.config.states), -1))
-            rms = states.float().pow(2).mean(-1, keepdim=True).add(self.config.rms_eps).rsqrt()
-            pooled = (states * rms.to(states.dtype)).flatten(-2)
-        hidden = nn.functional.gelu(pooled @ self.w1[layer].T)
-        return hidden @ self.w2[layer].T
+        w1, w2, b1 = self.of_layer(layer)
+        return F.linear(F.gelu(F.linear(self._normalised(pooled), w1, b1)), w2)
+
+    def all_layers(self, pooled: Tensor) -> Tensor:
+        """pooled [N, L, S*d], the states of every layer -> logits [N, L, 2]."""
+        pooled = self._normalised(pooled)
+        if self.b1 is not None:
+            return F.linear(F.gelu(F.linear(pooled, self.w1[0]) + self.b1), self.w2[0])
+        hidden = F.gelu(pooled.transpose(0, 1) @ self.w1.mT)  # [L, N, h]
+        return (hidden @ self.w2.mT).transpose(0, 1)
+
+    def _normalised(self, pooled: Tensor) -> Tensor:
+        if self.config.rms_eps is None:
+            return pooled
+        states = pooled.unflatten(-1, (len(self.config.states), -1))
+        rms = states.float().pow(2).mean(-1, keepdim=True).add(self.config.rms_eps).rsqrt()
+        return (states * rms.to(states.dtype)).flatten(-2)
 
     def save(self, path: str | Path, model_fingerprint: str = "", **metadata: Any) -> None:
         """Write one safetensors file: weights, config, the fingerprint of the model, any JSON-able metadata."""
         header = {"config": asdict(self.config), "model_fingerprint": model_fingerprint, **metadata}
         tensors = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
-        save_file(tensors, str(path), metadata={"dyvte_exit_heads": json.dumps(header)})
+        written = Path(f"{path}.part")
+        save_file(tensors, str(written), metadata={"dyvte_exit_heads": json.dumps(header)})
+        written.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> ExitHeads:
@@ -83,7 +116,7 @@ class ExitHeads(nn.Module):
         try:
             with safe_open(str(path), framework="pt") as f:
                 header = json.loads((f.metadata() or {})["dyvte_exit_heads"])
-                tensors = {k: f.get_tensor(k) for k in ("w1", "w2")}
+                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
             config = header.pop("config")
             heads = cls(ExitHeadConfig(**{**config, "states": tuple(config["states"])}))
             dtype = tensors["w1"].dtype

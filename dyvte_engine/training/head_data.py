@@ -1,129 +1,166 @@
-"""What exit heads learn from: prompts, reference answers, and the outcome of an exit at every layer."""
+"""What exit heads learn from: prompts about one picture each, from JSON lines, LLaVA's JSON, or a `datasets` object."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from dyvte_engine.errors import InvalidArgumentError
-from dyvte_engine.models import TokenizedPrompt, VisionLanguageModel
-from dyvte_engine.training.labels import ExitOutcomes, Rule, Sample, exit_outcomes
+from dyvte_engine.errors import DataError, ImageError
+from dyvte_engine.images import load_image
+
+SHOWN = 10  # bad lines named in one error
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A single-turn prompt about one picture; without an answer the model's greedy answer is the reference (`self`)."""
+    """A single-turn prompt about one picture: a file, a PIL picture, or a function that gives one.
 
-    picture: Image.Image
+    `answer` is the reference, None where there is none. `name` says where the example stands (a line, a row); it names
+    the example in errors and, with prompt and answer, in the fingerprint of the data.
+    """
+
+    picture: Path | Image.Image | Callable[[], Image.Image]
     prompt: str
     answer: str | None = None
+    name: str = ""
 
-
-@dataclass
-class HeadData:
-    """pooled: float32 [N, L, S*d], the heads' inputs; label, agree: bool [N, L], the rule's verdict and whether the
-    answer's tokens all stay; answers: the references."""
-
-    pooled: Tensor
-    label: Tensor
-    agree: Tensor
-    answers: list[str]
-
-
-def read_jsonl(path: str | Path) -> list[Example]:
-    """Lines {"image": file (relative to the list's folder), "prompt": str, "answer": str or absent}."""
-    path, examples = Path(path), []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    def load(self) -> Image.Image:
+        """The picture in RGB. Raises DataError naming the example."""
         try:
-            entry = json.loads(line)
-            picture = Image.open(path.parent / entry["image"]).convert("RGB")
-            examples.append(Example(picture, entry["prompt"], entry.get("answer")))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InvalidArgumentError(f"data: line {number} of {path} is not a usable example: {error}") from error
+            return load_image(self.picture() if callable(self.picture) else self.picture)
+        except ImageError as error:
+            raise DataError(f"{self.name or 'example'}: {error}") from error
+
+    def identity(self) -> list[str | None]:
+        """What the fingerprint of the data sees; a nameless example is known by its pixels."""
+        name = self.name or hashlib.sha256(self.load().tobytes()).hexdigest()
+        return [name, self.prompt, self.answer]
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """16 hex digits over names, prompts and answers, in order (files are known by name, not by content)."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example.identity()).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def read_examples(path: str | Path, images: str | Path | None = None) -> list[Example]:
+    """Examples of a file: `.jsonl` with lines {"image", "prompt", "answer"?}, or LLaVA's `.json`.
+
+    LLaVA's is a list of {"image", "conversations": [{"from": "human", "value": text}, {"from": "gpt", ...}, ...]}, of
+    which the first turn counts and entries without a picture are left out. `images`: the folder that picture names are
+    relative to; default the file's own.
+
+    Raises:
+        DataError: the file is missing or no JSON, or entries are not usable; it names their lines.
+    """
+    path = Path(path)
+    folder = Path(images) if images is not None else path.parent
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data: {path} cannot be read: {error}") from error
+    entries = _json_lines(path, text) if path.suffix == ".jsonl" else _llava(path, text)
+    examples: list[Example] = []
+    bad: list[str] = []
+    for name, parse in entries:
+        try:
+            example = parse(folder, name)
+            if example is not None:
+                _check_picture(example)
+                examples.append(example)
+        except (DataError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            what = f"{type(error).__name__} {error}" if isinstance(error, (KeyError, IndexError)) else str(error)
+            bad.append(what if what.startswith(name) else f"{name}: {what}")
+    if bad:
+        more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise DataError(f"data: {len(bad)} unusable entries:\n" + "\n".join(bad[:SHOWN]) + more)
+    if not examples:
+        raise DataError(f"data: {path} holds no entry with a picture")
     return examples
 
 
-def collect(
-    model: VisionLanguageModel,
-    examples: Sequence[Example],
-    states: Sequence[str],
-    rule: Rule = "paper",
-    batch: int = 32,
-    max_new_tokens: int = 32,
-) -> HeadData:
-    """Labels of every exit for every example, in order; prints progress to stderr."""
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    answers: list[str] = []
-    for outcomes, texts in _outcomes(model, examples, batch, max_new_tokens):
-        pooled = torch.cat([outcomes.pooled[state] for state in states], -1)
-        parts.append((pooled.cpu(), outcomes.labels(rule).cpu(), outcomes.labels("free-running").cpu()))
-        answers += texts
-    pooled, label, agree = (torch.cat(column) for column in zip(*parts))
-    return HeadData(pooled, label, agree, answers)
+def from_dataset(
+    dataset: Any, image: str = "image", prompt: str = "prompt", answer: str | None = None
+) -> list[Example]:
+    """Examples of a Hugging Face `datasets.Dataset` ; pictures are decoded when needed.
 
-
-@torch.inference_mode()
-def _outcomes(
-    model: VisionLanguageModel, examples: Sequence[Example], batch: int, max_new_tokens: int
-) -> Iterator[tuple[ExitOutcomes, list[str]]]:
-    start = time.monotonic()
-    for first in range(0, len(examples), batch):
-        chosen = examples[first : first + batch]
-        texts = [_chat(model.processor, e.prompt) for e in chosen]
-        answer_ids = _references(model, chosen, texts, max_new_tokens)
-        prompts = [
-            TokenizedPrompt(p.input_ids + ids, p.pixel_values, p.n_images, p.seconds)
-            for p, ids in zip(model.tokenize(texts, [[e.picture] for e in chosen]), answer_ids, strict=True)
-        ]
-        samples = [
-            Sample(p.inputs_embeds, p.visual, p.positions, torch.tensor(ids, device=p.inputs_embeds.device))
-            for p, ids in zip(model.prepare(prompts), answer_ids, strict=True)
-        ]
-        yield (
-            exit_outcomes(model.language_model, model.hf.get_output_embeddings(), samples),
-            model.processor.batch_decode(answer_ids, skip_special_tokens=True),
-        )
-        done = first + len(chosen)
-        if done // 1000 != first // 1000 or done == len(examples):
-            left = (time.monotonic() - start) / done * (len(examples) - done) / 60
-            print(f"labels: {done}/{len(examples)} samples, {left:.1f} min left", file=sys.stderr, flush=True)
-
-
-def _chat(processor: Any, prompt: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
-def _references(
-    model: VisionLanguageModel, examples: Sequence[Example], texts: Sequence[str], max_new_tokens: int
-) -> list[list[int]]:
-    """Token ids of each reference answer with its end token: the given one, else the model's greedy answer."""
-    tokenizer = model.processor.tokenizer
-    answers = [
-        None if e.answer is None else [*tokenizer(e.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        for e in examples
+    image, prompt, answer: column names.
+    """
+    identity = getattr(dataset, "_fingerprint", "dataset")
+    missing = {image, prompt, *([answer] if answer else [])} - set(dataset[0])
+    if missing:
+        raise DataError(f"dataset has no column {', '.join(sorted(missing))}; it has {', '.join(dataset[0])}")
+    prompts = list(dataset[prompt])
+    answers = [None] * len(prompts) if answer is None else list(dataset[answer])
+    return [
+        Example(partial(_cell, dataset, i, image), p, a, f"row {i} of {identity}")
+        for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
     ]
-    asked = [i for i, ids in enumerate(answers) if ids is None]
-    if asked:
-        inputs = model.processor(
-            images=[examples[i].picture for i in asked],
-            text=[texts[i] for i in asked],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-        ).to(model.device, model.dtype)
-        tokens = model.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        for i, row in zip(asked, tokens[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-            answers[i] = row[:end]
-    return [ids for ids in answers if ids is not None]
+
+
+def _cell(dataset: Any, row: int, column: str) -> Image.Image:
+    return dataset[row][column]
+
+
+Parse = Callable[[Path, str], "Example | None"]
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Parse]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield f"line {number} of {path.name}", partial(_parse_line, line)
+
+
+def _parse_line(line: str, folder: Path, name: str) -> Example:
+    entry = json.loads(line)
+    return Example(folder / entry["image"], _text(entry, "prompt"), _answer(entry.get("answer")), name)
+
+
+def _llava(path: Path, text: str) -> Iterator[tuple[str, Parse]]:
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"data: {path} is not JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise DataError(f"data: {path} holds a {type(entries).__name__}; accepted: a list of conversations, or .jsonl")
+    for number, entry in enumerate(entries, 1):
+        yield f"entry {number} of {path.name}", partial(_parse_conversation, entry)
+
+
+def _parse_conversation(entry: Any, folder: Path, name: str) -> Example | None:
+    if "image" not in entry:
+        return None
+    question, reply = entry["conversations"][:2]
+    if (question["from"], reply["from"]) != ("human", "gpt"):
+        raise DataError(f"conversations begin with {question['from']!r}, {reply['from']!r}; accepted: human, gpt")
+    prompt = question["value"].replace("<image>", "").strip()
+    return Example(folder / entry["image"], _text({"value": prompt}, "value"), _answer(reply["value"]), name)
+
+
+def _text(entry: dict[str, Any], key: str) -> str:
+    if not isinstance(entry[key], str) or not entry[key].strip():
+        raise DataError(f"{key} is {entry[key]!r}; accepted: text")
+    return entry[key]
+
+
+def _answer(value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise DataError(f"answer is {value!r}; accepted: text, or none at all")
+    return value
+
+
+def _check_picture(example: Example) -> None:
+    """Whether the file is there and begins like a picture; it is decoded when its turn comes."""
+    try:
+        Image.open(str(example.picture)).close()
+    except Exception as error:  # PIL raises what it likes, DecompressionBombError and SyntaxError among it
+        raise DataError(f"{example.name}: {example.picture} is not a readable picture: {error}") from error

@@ -8,7 +8,7 @@ through the later layers as one batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dyvte_engine.errors import InvalidArgumentError
 
-Rule = Literal["paper", "free-running"]
-AGREEMENT, CE_SCALE = 0.99, 1.03  # spec section 3: tau and scale as the paper's code reads them
+LOGITS_AT_ONCE = 1 << 26  # of all branches of a sample; bounds the memory of the vocabulary
 
 
 @dataclass
@@ -54,18 +53,15 @@ class ExitOutcomes:
     """What an exit at each layer does to each of B samples.
 
     pooled: {state: [B, L, d]}, the heads' inputs leaving each layer; agreement: float [B, L], share of answer positions
-    whose argmax stays; ce_exit: float [B, L] and ce_full: float [B], mean cross-entropy against the answer.
+    whose argmax stays; ce_exit: float [B, L] and ce_full: float [B], mean cross-entropy against the answer;
+    kl: float [B, L], KL(full || exit) of the next-token distributions, mean over the answer positions, in nats.
     """
 
     pooled: dict[str, Tensor]
     agreement: Tensor
     ce_exit: Tensor
     ce_full: Tensor
-
-    def labels(self, rule: Rule = "paper") -> Tensor:
-        """bool [B, L], whether to exit. `free-running` leaves out the cross-entropy condition."""
-        same = self.agreement > AGREEMENT
-        return same & (self.ce_exit < CE_SCALE * self.ce_full[:, None]) if rule == "paper" else same
+    kl: Tensor
 
 
 def exit_outcomes(language_model: Any, lm_head: Any, samples: list[Sample]) -> ExitOutcomes:
@@ -90,18 +86,19 @@ def exit_outcomes(language_model: Any, lm_head: Any, samples: list[Sample]) -> E
         if index + 1 < len(layers):
             fork = _pad([rows[chosen] for rows, chosen in zip(main, text, strict=True)])
             branches = torch.cat([branches, fork[None]])
-    answers = [s.answer for s in samples]
     head = lambda rows: lm_head(language_model.norm(rows)).float()  # noqa: E731
-    full_tokens, ce_full = _judge(head, main[None], lengths, answers)
-    exit_tokens, ce_exit = _judge(head, branches, [len(rows) for rows in text], answers)
-    same = [(e == f).float().mean(1) for e, f in zip(exit_tokens, full_tokens, strict=True)]  # B tensors [L-1]
+    judged = [
+        _judge(head, _answer_rows(main[b], lengths[b], s), _answer_rows(branches[:, b], len(text[b]), s), s.answer)
+        for b, s in enumerate(samples)
+    ]
+    agreement, ce_exit, kl, ce_full = (torch.stack(column) for column in zip(*judged, strict=True))
     # Leaving after the last layer changes nothing: its column is the full run itself.
-    agreement = F.pad(torch.stack(same), (0, 1), value=1.0)
     return ExitOutcomes(
         {name: torch.stack([p[name] for p in pooled], 1) for name in pooled[0]},
-        agreement,
-        torch.cat([ce_exit, ce_full]).T,
-        ce_full[0],
+        F.pad(agreement, (0, 1), value=1.0),
+        torch.cat([ce_exit, ce_full[:, None]], 1),
+        ce_full,
+        F.pad(kl, (0, 1)),
     )
 
 
@@ -142,16 +139,22 @@ def _pool(hidden: Tensor, samples: list[Sample]) -> dict[str, Tensor]:
     return {name: torch.stack(values) for name, values in states.items()}
 
 
-def _judge(head: Any, hidden: Tensor, ends: list[int], answers: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Argmax tokens, for each sample int64 [X, A], and mean cross-entropies [X, B].
+def _answer_rows(hidden: Tensor, end: int, sample: Sample) -> Tensor:
+    """hidden [..., m, d] with `end` true rows, the answer last -> [..., A, d], the rows that predict it."""
+    return hidden[..., end - len(sample.answer) - 1 : end - 1, :]
 
-    hidden: [X, B, m, d], the last layer's rows of X variants; ends: true rows of each sample, its answer last.
-    """
-    tokens, losses = [], []
-    for b, (end, answer) in enumerate(zip(ends, answers, strict=True)):
-        logits = head(hidden[:, b, end - len(answer) - 1 : end - 1])  # [X, A, vocabulary]
-        target = answer.to(logits.device).repeat(len(logits))
-        loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="none")
-        losses.append(loss.view(len(logits), -1).mean(1))
-        tokens.append(logits.argmax(-1))
-    return tokens, torch.stack(losses, 1)
+
+def _judge(head: Any, full: Tensor, exits: Tensor, answer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """full [A, d], exits [E, A, d], answer int64 [A] -> agreement, ce_exit and kl [E], and ce_full, a scalar."""
+    answer = answer.to(full.device)
+    reference = head(full).log_softmax(-1)  # [A, vocabulary]
+    at_once = max(1, LOGITS_AT_ONCE // reference.numel())
+    columns: list[tuple[Tensor, Tensor, Tensor]] = [(full.new_empty(0, dtype=torch.float32),) * 3]
+    for part in exits.split(at_once):
+        own = head(part).log_softmax(-1)  # [e, A, vocabulary]
+        same = (own.argmax(-1) == reference.argmax(-1)).float().mean(1)
+        ce = -own.gather(-1, answer.expand(len(own), -1)[..., None])[..., 0].mean(1)
+        kl = (reference.exp() * (reference - own)).sum(-1).mean(1)
+        columns.append((same, ce, kl))
+    agreement, ce_exit, kl = (torch.cat(column) for column in zip(*columns, strict=True))
+    return agreement, ce_exit, kl, F.nll_loss(reference, answer)

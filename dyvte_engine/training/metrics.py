@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import math
 
+
+def normalised(text: str) -> str:
+    """Answers are compared in this form: one blank between words, no case."""
+    return " ".join(text.split()).casefold()
+
+
 Z95 = 1.959964
 
 

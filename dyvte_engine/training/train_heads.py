@@ -1,191 +1,320 @@
-"""Trains exit heads for a frozen checkpoint: `python -m dyvte_engine.training.train_heads --model FOLDER --data LIST`.
+"""Trains exit heads on the labels of a frozen model (spec sections 3 and 6), and calibrates their threshold.
 
-Spec section 3. Default: all exits of every sample supervised at once, and the threshold calibrated on samples the heads
-did not see; `--paper` is the paper's recipe (one random layer a step, one epoch, threshold 0.5).
+Three disjoint parts of the samples: most train, a tenth chooses the best epoch, a fifth calibrates.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyvte_engine.calibration import Calibration, check_target
+from dyvte_engine.errors import DataError, DyvteError, InvalidArgumentError
 from dyvte_engine.exit_head import ExitHeadConfig, ExitHeads
-from dyvte_engine.models.adapters import load_model
-from dyvte_engine.training.head_data import Example, HeadData, collect, read_jsonl
-from dyvte_engine.training.metrics import share
+from dyvte_engine.training.files import read_tensors, write_tensors
+from dyvte_engine.training.label_store import HeadData, LabelInfo, Rule, load_labels
+
+Kind = Literal["paper", "default", "light"]
+DEFAULT_STATES = ("mean_text", "last_text")
+SELECT, CALIBRATE = 0.1, 0.2  # of all samples
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """The trainer's options; `target` is the agreement the threshold is calibrated for, None leaves 0.5."""
+    """What a training run is. `paper`: the recipe of spec section 3, one random layer a step, threshold 0.5.
 
+    target_agreement or target_flops: what the stored threshold promises; neither: 0.5. min_layer, every_k and
+    hysteresis are `DynamicExit`'s and belong to the calibration.
+    """
+
+    kind: Kind = "default"
+    states: tuple[str, ...] = DEFAULT_STATES
+    rule: Rule = "auto"
     seed: int = 0
     lr: float = 1e-3
     epochs: int = 20
     batch: int = 128
     warmup: float = 0.03
-    one_random_layer: bool = False
-    target: float | None = 0.99
+    hidden: int = 2048
+    rms_eps: float | None = None
+    class_weights: bool = False
+    target_agreement: float | None = 0.99
+    target_flops: float | None = None
+    delta: float = 0.05
+    min_layer: int = 0
+    every_k: int = 1
+    hysteresis: int = 1
 
     @classmethod
-    def paper(cls, seed: int) -> HeadSettings:
-        return cls(seed=seed, lr=4e-5, epochs=1, one_random_layer=True, target=None)
+    def of(cls, kind: Kind, **given: Any) -> HeadSettings:
+        """The settings of a kind; what is given and not None replaces them."""
+        kinds: dict[str, dict[str, Any]] = {
+            "paper": {"lr": 4e-5, "epochs": 1, "target_agreement": None},
+            "default": {},
+            "light": {"hidden": 256, "rms_eps": 1e-6},
+        }
+        if kind not in kinds:
+            raise InvalidArgumentError(f"kind is {kind!r}; accepted: {', '.join(kinds)}")
+        given = {name: value for name, value in given.items() if value is not None}
+        if "target_flops" in given and "target_agreement" not in given:
+            given["target_agreement"] = None
+        settings = replace(cls(kind=kind), **(kinds[kind] | given))
+        if settings.target_agreement is not None and settings.target_flops is not None:
+            raise InvalidArgumentError("target_agreement and target_flops were given; accepted: one of them")
+        return settings
+
+    @property
+    def exit_options(self) -> dict[str, int]:
+        return {"min_layer": self.min_layer, "every_k": self.every_k, "hysteresis": self.hysteresis}
+
+    def config(self, hidden_size: int, num_layers: int) -> ExitHeadConfig:
+        return ExitHeadConfig(
+            hidden_size, num_layers, self.hidden, self.states, self.rms_eps, shared=self.kind == "light"
+        )
 
 
-def train(heads: ExitHeads, data: HeadData, settings: HeadSettings) -> None:
-    """AdamW without weight decay, warm-up, cosine, two-class cross-entropy; in place."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    optimiser = torch.optim.AdamW(heads.parameters(), lr=settings.lr, weight_decay=0.0)
-    count, layers = data.label.shape
-    steps = settings.epochs * math.ceil(count / settings.batch)
-    warmup = max(1, round(settings.warmup * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda s: (
-            (s + 1) / warmup if s < warmup else 0.5 * (1 + math.cos(math.pi * (s - warmup) / max(1, steps - warmup)))
-        ),
-    )
-    for epoch in range(settings.epochs):
-        total = 0.0
-        for rows in torch.randperm(count, generator=generator).split(settings.batch):
-            asked = (
-                [int(torch.randint(layers, (1,), generator=generator))] if settings.one_random_layer else range(layers)
-            )
-            pooled, label = data.pooled[rows].to(heads.w1.device), data.label[rows].long().to(heads.w1.device)
-            losses = [F.cross_entropy(heads(pooled[:, layer], layer), label[:, layer]) for layer in asked]
-            loss = torch.stack(losses).mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            total += float(loss.detach()) * len(rows)
-        print(f"heads: epoch {epoch + 1}/{settings.epochs} loss {total / count:.4f}", flush=True)
+@dataclass
+class Parts:
+    """The three parts of the samples, by index."""
+
+    train: Tensor
+    select: Tensor
+    calibrate: Tensor
+
+    @classmethod
+    def of(cls, count: int, seed: int) -> Parts:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        select, calibrate = max(1, round(SELECT * count)), max(1, round(CALIBRATE * count))
+        return cls(order[select + calibrate :], order[:select], order[select : select + calibrate])
 
 
 @torch.inference_mode()
 def exit_probabilities(heads: ExitHeads, pooled: Tensor) -> Tensor:
-    """pooled [N, L, S*d] -> p_exit float32 [N, L]."""
+    """pooled [N, L, S*d] -> p_exit float32 [N, L], as inference computes it: in float32."""
     device = heads.w1.device
-    chances = [heads(pooled[:, layer].to(device), layer).float().softmax(-1)[:, 1] for layer in range(pooled.shape[1])]
-    return torch.stack(chances, 1).cpu()
+    parts = [heads.all_layers(p.to(device).float()).softmax(-1)[..., 1].cpu() for p in pooled.split(256)]
+    return torch.cat(parts)
 
 
-def first_exits(p_exit: Tensor, threshold: float) -> Tensor:
-    """int64 [N]: the first layer with p_exit > threshold; the last layer, which changes nothing, where none fires."""
-    fires = p_exit > threshold
-    fires[:, -1] = True
-    return fires.int().argmax(1)
+class Trainer:
+    """One run: weights, optimiser and the best epoch so far. `state`: the file it goes on from after a kill."""
+
+    def __init__(self, config: ExitHeadConfig, data: HeadData, parts: Parts, settings: HeadSettings, accelerator: Any):
+        self.settings, self.data, self.parts, self.accelerator = settings, data, parts, accelerator
+        self.heads = ExitHeads(config, seed=settings.seed).to(accelerator.device)
+        self.one_layer = settings.kind == "paper"
+        # One leaf for each layer's weights, so that a step leaves the moments of layers that were not asked alone.
+        leaves = [torch.nn.Parameter(w.data[layer]) for w in (self.heads.w1, self.heads.w2) for layer in range(len(w))]
+        self.parameters = leaves if self.one_layer else list(self.heads.parameters())
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
+        self.step = 0
+        self.best: dict[str, Tensor] = {}  # the weights, none before the first epoch ends
+        self.history: list[float] = []
+        positive = float(data.label[parts.train].float().mean().clamp(0.01, 0.99))
+        weights = [0.5 / (1 - positive), 0.5 / positive] if settings.class_weights else [1.0, 1.0]
+        self.class_weights = torch.tensor(weights, device=accelerator.device)
+
+    @property
+    def steps_of_epoch(self) -> int:
+        return math.ceil(len(self.parts.train) / self.settings.batch)
+
+    def train(self, state: Path | None, header: Any, save_every: int, log: Callable[[str, float, int], None]) -> None:
+        """To the end, from `state` if it is there; the best epoch's weights are then in `heads`."""
+        if state is not None and state.exists():
+            self._load(state, header)
+        total = self.settings.epochs * self.steps_of_epoch
+        while self.step < total:
+            loss = self._one_step(total)
+            self.step += 1
+            log("loss", loss, self.step)
+            if self.step % self.steps_of_epoch == 0:
+                self._end_epoch(log)
+            if state is not None and (self.step % save_every == 0 or self.step % self.steps_of_epoch == 0):
+                self._save(state, header)
+        self.heads.load_state_dict(self.best)
+
+    def _one_step(self, total: int) -> float:
+        """One batch, split over the processes; the order depends on seed and step alone."""
+        epoch, at = divmod(self.step, self.steps_of_epoch)
+        order = torch.randperm(len(self.parts.train), generator=self._generator(epoch, 0))
+        rows = self.parts.train[order.split(self.settings.batch)[at]]
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        pooled = self.data.pooled[mine].to(self.accelerator.device).float()
+        label = self.data.label[mine].to(self.accelerator.device).long()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.lr * self._schedule(total)
+        self.heads.zero_grad()
+        self.optimiser.zero_grad()
+        loss = self._random_layer_loss(pooled, label) if self.one_layer else self._loss(pooled, label, len(rows))
+        loss.backward()
+        self._share_gradients()
+        self.optimiser.step()
+        return float(self.accelerator.reduce(loss.detach(), "sum"))
+
+    def _loss(self, pooled: Tensor, label: Tensor, count: int) -> Tensor:
+        """This process's part of the mean over `count` samples and all layers."""
+        logits = self.heads.all_layers(pooled).flatten(0, 1)
+        total = F.cross_entropy(logits, label.flatten(), self.class_weights, reduction="sum")
+        return total / (count * label.shape[1])
+
+    def _random_layer_loss(self, pooled: Tensor, label: Tensor) -> Tensor:
+        """The mean over this process's samples at its own random layer, in bf16 (the paper's recipe)."""
+        layer = self._drawn_layers()[self.accelerator.process_index]
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16):
+            logits = self.heads(pooled[:, layer], layer)
+        total = F.cross_entropy(logits.float(), label[:, layer], self.class_weights, reduction="sum")
+        return total / max(len(label), 1) / self.accelerator.num_processes
+
+    def _drawn_layers(self) -> list[int]:
+        shape = (self.accelerator.num_processes,)
+        return torch.randint(self.heads.config.num_layers, shape, generator=self._generator(self.step, 1)).tolist()
+
+    def _share_gradients(self) -> None:
+        """Sums the gradients of all processes; with one layer a step, hands them to the layers drawn."""
+        for weight in self.heads.parameters():
+            weight.grad = self.accelerator.reduce(weight.grad, "sum")
+        if not self.one_layer:
+            return
+        layers = self.heads.config.num_layers
+        for number, weight in enumerate((self.heads.w1, self.heads.w2)):
+            for layer in self._drawn_layers():
+                self.parameters[number * layers + layer].grad = weight.grad[layer]
+
+    def _generator(self, number: int, stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed(1_000_003 * self.settings.seed + 2 * number + stream)
+
+    def _schedule(self, total: int) -> float:
+        warmup = max(1, round(self.settings.warmup * total))
+        if self.step < warmup:
+            return (self.step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, total - warmup)))
+
+    def _end_epoch(self, log: Callable[[str, float, int], None]) -> None:
+        """Keeps these weights if they hold the agreement asked for on held-out samples with an earlier exit."""
+        held = self.data.rows(self.parts.select)
+        p_exit = exit_probabilities(self.heads, held.pooled)
+        curve = Calibration.measure(p_exit, held.agree, held.flops, self.settings.delta, self.settings.exit_options)
+        wanted = self.settings.target_agreement or 0.99
+        holds = [m for m, c in zip(curve.mean_layer, curve.changed, strict=True) if c <= (1 - wanted) * curve.samples]
+        log("held-out mean exit layer", min(holds), self.step)
+        if not self.history or min(holds) < min(self.history):
+            self.best = {name: weight.detach().clone() for name, weight in self.heads.state_dict().items()}
+        self.history.append(min(holds))
+        epoch = len(self.history)
+        if self.accelerator.is_main_process:
+            told = (
+                f"mean exit layer {min(holds):.3f} at {100 * wanted:g} % agreement on {curve.samples} held-out samples"
+            )
+            print(f"heads: epoch {epoch}/{self.settings.epochs}, {told}", file=sys.stderr, flush=True)
+
+    def _save(self, path: Path, header: Any) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"heads.{name}": weight for name, weight in self.heads.state_dict().items()}
+        tensors |= {f"best.{name}": weight for name, weight in self.best.items()}
+        for i, parameter in enumerate(self.parameters):
+            tensors |= {f"optimiser.{i}.{name}": value for name, value in self.optimiser.state[parameter].items()}
+        write_tensors(path, tensors, {"run": header, "step": self.step, "history": self.history})
+
+    def _load(self, path: Path, header: Any) -> None:
+        tensors, found = read_tensors(path)
+        if found["run"] != json.loads(json.dumps(header)):
+            raise DataError(f"{path} belongs to a run with other settings or labels; remove it or give another --out")
+        self.step, self.history = found["step"], found["history"]
+        named = {
+            kind: {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(kind)}
+            for kind in ("heads.", "best.")
+        }
+        self.heads.load_state_dict(named["heads."])
+        self.best = {name: tensor.to(self.accelerator.device) for name, tensor in named["best."].items()}
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, number, field = name.split(".")
+                parameter = self.parameters[int(number)]
+                self.optimiser.state[parameter][field] = tensor if field == "step" else tensor.to(parameter.device)
 
 
-def agreement(p_exit: Tensor, agree: Tensor, threshold: float) -> tuple[int, float]:
-    """How many samples keep all their answer tokens under this threshold, and the mean exit layer."""
-    layers = first_exits(p_exit, threshold)
-    return int(agree.gather(1, layers[:, None]).sum()), float(layers.float().mean())
+def train_heads(
+    labels: str | Path,
+    out: str | Path,
+    settings: HeadSettings,
+    tensorboard: str | Path | None = None,
+    save_every: int = 100,
+) -> ExitHeads:
+    """Trains heads on a folder of labels and writes them, with their calibration, to `out` (one safetensors file).
+
+    A killed run goes on from `out`.state and ends in the same bytes. Several processes (`accelerate launch`) share the
+    batches. tensorboard: a folder for the curves.
+
+    Raises:
+        DataError: the labels are unfinished, or the state is of another run.
+        CalibrationError: too few samples for `settings.target_agreement`; before anything is trained.
+    """
+    accelerator = _accelerator()
+    data, info = load_labels(labels, settings.states, settings.rule)
+    parts = Parts.of(info.samples, settings.seed)
+    if len(parts.train) == 0:
+        raise DataError(f"{labels} holds {info.samples} samples; accepted: at least 3")
+    if settings.target_agreement is not None:
+        check_target(settings.target_agreement, len(parts.calibrate), settings.delta)
+    header = {"settings": asdict(settings), "labels": asdict(info)}
+    out, state = Path(out), Path(f"{out}.state")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(settings.config(info.hidden_size, info.num_layers), data, parts, settings, accelerator)
+    trainer.train(state, header, save_every, _logger(tensorboard, accelerator.is_main_process))
+    heads, held = trainer.heads, data.rows(parts.calibrate)
+    heads.metadata = _calibrated(heads, held, settings, info) | {"history": trainer.history}
+    if accelerator.is_main_process:
+        heads.save(out, **heads.metadata)
+        state.unlink(missing_ok=True)
+    return heads
 
 
-def calibrate(p_exit: Tensor, agree: Tensor, target: float) -> float:
-    """The threshold with the earliest mean exit whose agreement reaches `target`; 1 (never exit) if none does."""
-    best, earliest = 1.0, float("inf")
-    for threshold in torch.cat([torch.linspace(0.3, 0.99, 70), 1 - torch.logspace(-2, -4, 21)]).tolist():
-        hits, mean_layer = agreement(p_exit, agree, threshold)
-        if hits >= target * len(agree) and mean_layer < earliest:
-            best, earliest = threshold, mean_layer
-    return best
-
-
-def describe(heads: ExitHeads, data: HeadData, threshold: float) -> dict:
-    """Agreement with the full model and exit layers on samples the heads have not seen, beside every fixed exit."""
-    p_exit = exit_probabilities(heads, data.pooled)
-    hits, mean_layer = agreement(p_exit, data.agree, threshold)
-    layers = first_exits(p_exit, threshold)
-    count, last = len(data.agree), data.agree.shape[1] - 1
+def _calibrated(heads: ExitHeads, held: HeadData, settings: HeadSettings, info: LabelInfo) -> dict[str, Any]:
+    """What the heads' file says beside the weights."""
+    p_exit = exit_probabilities(heads, held.pooled)
+    curve = Calibration.measure(p_exit, held.agree, held.flops, settings.delta, settings.exit_options)
+    threshold = 0.5
+    if settings.target_agreement is not None:
+        threshold = curve.for_agreement(settings.target_agreement)
+    elif settings.target_flops is not None:
+        threshold = curve.for_flops(settings.target_flops)
     return {
-        "agreement": share(hits, count),
-        "mean_exit_layer": round(mean_layer, 3),
-        "exited_before_the_last_layer": round(float((layers < last).float().mean()), 4),
-        "exit_histogram": torch.bincount(layers, minlength=last + 1).tolist(),
-        "fixed_exit_agreement": [round(v, 4) for v in data.agree.float().mean(0).tolist()],
-        "exit_label_share": [round(v, 4) for v in data.label.float().mean(0).tolist()],
+        "model_fingerprint": info.model_fingerprint,
+        "model_name": info.model_name,
+        "data_fingerprint": info.data_fingerprint,
+        "labels": {"mode": info.mode, "samples": info.samples, "dtype": info.dtype},
+        "settings": asdict(settings),
+        "threshold": threshold,
+        "calibration": asdict(curve),
     }
 
 
-def _examples(args: argparse.Namespace) -> tuple[list[Example], dict[str, list[Example]]]:
-    """Training examples, and named sets to report on."""
-    if args.data == "nano":
-        from dyvte_engine.training.nano.head_examples import held_out_examples, training_examples
-
-        return training_examples(args.seed, args.samples), held_out_examples(args.seed, args.report_samples)
-    return read_jsonl(args.data)[: args.samples], {"report": read_jsonl(args.report)} if args.report else {}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    parser.add_argument(
-        "--data", required=True, help="JSON lines {image, prompt, answer?}, or `nano` for its own pictures"
-    )
-    parser.add_argument("--report", help="JSON lines to report on (`nano` brings its own)")
-    parser.add_argument("--out", type=Path, required=True, help="exit_heads.safetensors to write")
-    parser.add_argument("--report-out", type=Path, help="JSON report to write")
-    parser.add_argument("--samples", type=int, default=6600)
-    parser.add_argument("--report-samples", type=int, help="at most so many of each reported set")
-    parser.add_argument("--paper", action="store_true", help="the paper's recipe")
-    parser.add_argument("--rule", choices=("paper", "free-running"), default="paper")
-    parser.add_argument("--head-hidden", type=int, default=2048)
-    parser.add_argument("--rms-eps", type=float, help="divide each pooled state by its RMS")
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--target", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--label-batch", type=int, default=32)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    run(parser.parse_args())
+def _accelerator() -> Any:
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise DyvteError("training needs the package accelerate: pip install 'dyvte-engine[train]'") from error
+    return Accelerator(mixed_precision="no")
 
 
-def fit(heads: ExitHeads, data: HeadData, settings: HeadSettings) -> tuple[float, HeadData]:
-    """Trains on the first three quarters and calibrates on the rest; returns the threshold and the rest.
-
-    Without a calibration target everything trains and the threshold is 0.5.
-    """
-    if settings.target is None:
-        train(heads, data, settings)
-        return 0.5, data
-    kept = round(0.75 * len(data.label))
-    seen, held = (HeadData(data.pooled[s], data.label[s], data.agree[s], []) for s in (slice(kept), slice(kept, None)))
-    train(heads, seen, settings)
-    return calibrate(exit_probabilities(heads, held.pooled), held.agree, settings.target), held
-
-
-def run(args: argparse.Namespace) -> None:
-    settings = HeadSettings.paper(args.seed) if args.paper else HeadSettings(args.seed)
-    given = {name: getattr(args, name) for name in ("lr", "epochs", "target") if getattr(args, name) is not None}
-    settings = replace(settings, **given)
-    model = load_model(args.model, getattr(torch, args.dtype), torch.device(args.device), None, False)
-    training, reported = _examples(args)
-    config = ExitHeadConfig(model.shape.hidden_size, model.shape.num_layers, args.head_hidden, rms_eps=args.rms_eps)
-    data = collect(model, training, config.states, args.rule, args.label_batch)
-    heads = ExitHeads(config, seed=args.seed).to(args.device)
-    threshold, held = fit(heads, data, settings)
-    report: dict[str, Any] = {"rule": args.rule, "samples": len(data.label), "settings": vars(settings)}
-    heads.save(args.out, model.fingerprint, model_name=Path(model.name).name, threshold=threshold, **report)
-    report |= {"threshold": threshold, "head_hidden": args.head_hidden, "dtype": args.dtype}
-    report["calibration"] = describe(heads, held, threshold)
-    for name, examples in reported.items():
-        measured = collect(model, examples, config.states, args.rule, args.label_batch)
-        report[name] = describe(heads, measured, threshold)
-    print(json.dumps(report, indent=1))
-    if args.report_out:
-        args.report_out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def _logger(folder: str | Path | None, is_main: bool) -> Callable[[str, float, int], None]:
+    if folder is None or not is_main:
+        return lambda name, value, step: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InvalidArgumentError(
+            f"tensorboard {folder} was asked for, but not installed: pip install tensorboard"
+        ) from error
+    writer = SummaryWriter(str(folder))
+    return lambda name, value, step: writer.add_scalar(name, value, step)

@@ -1,0 +1,142 @@
+"""From a promise to a threshold: which p_exit is high enough so that answers stay as they are.
+
+The thresholds of a fixed grid are tested one after another, from "never exit" downwards (fixed-sequence testing, as in
+Learn then Test, arXiv 2110.01052). At each, the share of answers an exit changes is bounded from above by the exact
+binomial (Clopper-Pearson) limit at level delta. The last threshold before the first whose limit exceeds 1 - target is
+taken. With probability at least 1 - delta over the drawing of the calibration samples, the share of changed answers on
+further prompts of the same kind is then at most 1 - target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError, InvalidArgumentError
+
+# 1 never fires; then a quarter of a logit apart. Fixed, so that no calibration sample has a say in it.
+THRESHOLDS: tuple[float, ...] = (1.0, *torch.sigmoid(torch.linspace(12, -6, 73, dtype=torch.float64)).tolist())
+
+
+def first_exits(p_exit: Tensor, threshold: float, min_layer: int = 0, every_k: int = 1, hysteresis: int = 1) -> Tensor:
+    """p_exit [N, L] -> int64 [N], the layer each sample exits after, as `DynamicExit` with these options decides.
+
+    The last layer, after which an exit changes nothing, where no other fires.
+    """
+    last = p_exit.shape[1] - 1
+    asked = torch.arange(min(min_layer, last), last, every_k)
+    fires = (p_exit[:, asked] > threshold).cumsum(1)
+    before = torch.nn.functional.pad(fires, (hysteresis, 0))[:, : len(asked)]
+    enough = fires - before == hysteresis  # so many of the last `hysteresis` asked layers fired
+    exits = torch.cat([asked, torch.tensor([last])])
+    return exits[torch.nn.functional.pad(enough, (0, 1), value=True).int().argmax(1)]
+
+
+def binomial_limit(hits: int, count: int, delta: float) -> float:
+    """Clopper-Pearson: the largest rate under which `hits` or fewer of `count` still have probability delta."""
+    if hits >= count:
+        return 1.0
+    ways = torch.arange(hits + 1, dtype=torch.float64)
+    choose = torch.lgamma(torch.tensor(count + 1.0).double()) - torch.lgamma(ways + 1) - torch.lgamma(count - ways + 1)
+    low, high = hits / count, 1.0
+    for _ in range(60):
+        rate = (low + high) / 2
+        tail = (choose + ways * math.log(rate) + (count - ways) * math.log1p(-rate)).logsumexp(0).exp()
+        low, high = (rate, high) if tail > delta else (low, rate)
+    return high
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `samples` prompts that the heads had no part in did at each threshold of the grid.
+
+    changed: answers that an exit changed; limit: their share's upper limit at level delta; mean_layer: exit layer;
+    flops: mean FLOPs of a prefill over those without an exit (the paper's count, vision tower included). The other
+    fields are `DynamicExit`'s options this holds for.
+    """
+
+    samples: int
+    delta: float
+    thresholds: list[float]
+    changed: list[int]
+    limit: list[float]
+    mean_layer: list[float]
+    flops: list[float]
+    min_layer: int = 0
+    every_k: int = 1
+    hysteresis: int = 1
+
+    @classmethod
+    def measure(
+        cls, p_exit: Tensor, agree: Tensor, flops: Tensor, delta: float = 0.05, options: Mapping[str, int] | None = None
+    ) -> Calibration:
+        """p_exit [N, L]; agree bool [N, L], whether the answer stays; flops [N, L]; options: of `first_exits`."""
+        if not 0 < delta < 1:
+            raise InvalidArgumentError(f"delta is {delta}; accepted: above 0 and below 1")
+        options, count = dict(options or {}), len(p_exit)
+        layers = [first_exits(p_exit, threshold, **options)[:, None] for threshold in THRESHOLDS]
+        changed = [count - int(agree.gather(1, at).sum()) for at in layers]
+        return cls(
+            samples=count,
+            delta=delta,
+            thresholds=list(THRESHOLDS),
+            changed=changed,
+            limit=[binomial_limit(hits, count, delta) for hits in changed],
+            mean_layer=[float(at.double().mean()) for at in layers],
+            flops=[float((flops.gather(1, at)[:, 0] / flops[:, -1]).mean()) for at in layers],
+            **options,
+        )
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"min_layer": self.min_layer, "every_k": self.every_k, "hysteresis": self.hysteresis}
+
+    def for_agreement(self, target: float) -> float:
+        """The threshold under which at least `target` of the answers stay, in the sense of this module.
+
+        Raises:
+            CalibrationError: not even an exit that changed no answer would show that with so few samples.
+        """
+        check_target(target, self.samples, self.delta)
+        passed = 0
+        while passed + 1 < len(self.limit) and self.limit[passed + 1] <= 1 - target:
+            passed += 1
+        return self.thresholds[passed]
+
+    def for_flops(self, target: float) -> float:
+        """The highest threshold whose mean prefill FLOPs are at most `target` of those without an exit.
+
+        An average over the calibration samples; nothing is promised about the answers.
+
+        Raises:
+            CalibrationError: every threshold of the grid costs more.
+        """
+        if not 0 < target <= 1:
+            raise InvalidArgumentError(f"target_flops is {target}; accepted: above 0, at most 1")
+        for threshold, share in zip(self.thresholds, self.flops, strict=True):
+            if share <= target:
+                return threshold
+        raise CalibrationError(
+            f"target_flops {target} is out of reach: these heads need at least {min(self.flops):.3f}"
+        )
+
+    def at(self, threshold: float) -> dict[str, Any]:
+        """The measured figures of one threshold of the grid."""
+        i = self.thresholds.index(threshold)
+        names = ("changed", "limit", "mean_layer", "flops")
+        return {"samples": self.samples, "delta": self.delta} | {name: getattr(self, name)[i] for name in names}
+
+
+def check_target(target: float, samples: int, delta: float) -> None:
+    """Raises CalibrationError when `samples` cannot show an agreement of `target` at level delta, whatever they do."""
+    if not 0 < target < 1:
+        raise InvalidArgumentError(f"target_agreement is {target}; accepted: above 0 and below 1")
+    needed = math.ceil(math.log(delta) / math.log(target))
+    if samples < needed:
+        given = f"target_agreement {target} cannot be guaranteed with {samples} calibration samples at delta {delta}"
+        raise CalibrationError(f"{given}; accepted: at least {needed} of them, or a lower target")

@@ -1,0 +1,265 @@
+"""`label`: its columns against transformers' own masked runs, its inputs, its modes, and what a kill leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dyvte_engine import Engine
+from dyvte_engine.errors import DataError, InvalidArgumentError
+from dyvte_engine.flops import paper_flops, vision_flops
+from dyvte_engine.training.files import read_tensors
+from dyvte_engine.training.head_data import Example, fingerprint, from_dataset, read_examples
+from dyvte_engine.training.label_store import LabelInfo, label, load_labels
+from tests import tiny
+
+LAYERS, WIDTH = 4, 64
+STATES = ("mean_visual", "last_visual", "mean_text", "last_text")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint `model` and 11 examples `data.jsonl`, pictures beside it."""
+    root = tmp_path_factory.mktemp("labels")
+    tiny.save(root / "model", seed=3)
+    rng = random.Random(0)
+    lines = []
+    for number in range(11):
+        tiny.picture(rng).save(root / f"{number}.png")
+        words = [f"w{rng.randrange(tiny.WORDS)}" for _ in range(rng.randint(2, 9))]
+        answer = " ".join(f"w{rng.randrange(tiny.WORDS)}" for _ in range(rng.randint(1, 4)))
+        lines.append(json.dumps({"image": f"{number}.png", "prompt": " ".join(words), "answer": answer}))
+    (root / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path):
+    """The model as `label` takes it, and an untouched twin for the oracle."""
+    return Engine.from_pretrained(folder / "model", dtype="float32", device="cpu", max_batch=1).model, tiny.model(
+        seed=3
+    )
+
+
+def columns(folder: Path) -> dict[str, torch.Tensor]:
+    parts = [read_tensors(folder / name)[0] for name in LabelInfo.read(folder).shards]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def entry(loaded, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
+    model, hf = loaded
+    text = f"user : <image> {example.prompt} assistant :"
+    embeds, visual, _ = tiny.embed(hf, model.processor, text, [example.load()])
+    return embeds, visual
+
+
+def hidden_after(visual: torch.Tensor, layer: int):
+    n = len(visual)
+    return lambda number: visual.expand(n, n) & (number > layer)
+
+
+def test_columns_are_those_of_a_masked_run_for_each_layer(folder, loaded, tmp_path) -> None:
+    model, hf = loaded
+    examples = read_examples(folder / "data.jsonl")
+    label(model, examples, tmp_path / "out", "reference", batch=4, shard=4)
+    found = columns(tmp_path / "out")
+    data, info = load_labels(tmp_path / "out", STATES)
+    assert (info.samples, len(info.shards), data.pooled.shape) == (11, 3, (11, LAYERS, 4 * WIDTH))
+    verdicts = set()
+    for i, example in enumerate(examples):
+        embeds, visual = entry(loaded, example)
+        answer = torch.tensor([*model.processor.tokenizer(example.answer).input_ids, 2])
+        embeds = torch.cat([embeds, hf.get_input_embeddings()(answer)])
+        visual = torch.cat([visual, torch.zeros(len(answer), dtype=torch.bool)])
+        runs = [
+            tiny.masked_logits(hf, embeds, hidden_after(visual, layer))[-len(answer) - 1 : -1].log_softmax(-1)
+            for layer in range(LAYERS)
+        ]
+        ce = [F.nll_loss(run, answer) for run in runs]
+        for layer, run in enumerate(runs):
+            same = (run.argmax(-1) == runs[-1].argmax(-1)).float().mean()
+            kl = (runs[-1].exp() * (runs[-1] - run)).sum(-1).mean()
+            assert found["agreement"][i, layer] == same
+            torch.testing.assert_close(found["ce_exit"][i, layer], ce[layer], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found["kl"][i, layer], kl, rtol=1e-3, atol=1e-4)
+            assert data.label[i, layer] == (same > 0.99 and ce[layer] < 1.03 * ce[-1])
+            assert data.agree[i, layer] == (same == 1)
+            verdicts.add(bool(data.label[i, layer]))
+        torch.testing.assert_close(found["ce_full"][i], ce[-1], rtol=1e-3, atol=1e-4)
+        prompt, pictures = len(visual) - len(answer), int(visual.sum())
+        rows = [[prompt] * (layer + 1) + [prompt - pictures] * (LAYERS - 1 - layer) for layer in range(LAYERS)]
+        tower = vision_flops(hf.config.vision_config)
+        assert data.flops[i].tolist() == pytest.approx([paper_flops(model.shape, r, tower) for r in rows])
+    assert verdicts == {False, True}
+
+
+@pytest.mark.parametrize("mode", ["self", "free-running"])
+def test_own_answers(folder, loaded, tmp_path, mode) -> None:
+    """The references and the strings under every exit, against transformers without a cache."""
+    model, hf = loaded
+    examples = read_examples(folder / "data.jsonl")[:5]
+    given = [Example(e.picture, e.prompt, None, e.name) for e in examples] if mode == "self" else examples
+    label(model, given, tmp_path / "out", mode, batch=8, shard=3, max_new_tokens=4)
+    found = columns(tmp_path / "out")
+    differing = set()
+    for i, example in enumerate(examples):
+        embeds, visual = entry(loaded, example)
+        generated = [
+            tiny.masked_greedy(hf, embeds, visual, 4, lambda k, layer=layer, v=visual: v & (k > layer))
+            for layer in range(LAYERS)
+        ]
+        answer = torch.tensor(generated[-1])
+        with_answer = torch.cat([embeds, hf.get_input_embeddings()(answer)])
+        logits = tiny.masked_logits(hf, with_answer, tiny.see_all(len(with_answer)))[-len(answer) - 1 : -1]
+        torch.testing.assert_close(found["ce_full"][i], F.cross_entropy(logits, answer), rtol=1e-3, atol=1e-4)
+        if mode == "free-running":
+            texts = [model.processor.tokenizer.decode(ids, skip_special_tokens=True).lower() for ids in generated]
+            assert found["same_text"][i].tolist() == [text == texts[-1] for text in texts]
+            assert found["right"][i].tolist() == [text == example.answer for text in texts]
+            differing |= set(found["same_text"][i].tolist())
+    assert mode == "self" or differing == {False, True}
+    data, _ = load_labels(tmp_path / "out", ["last_text"])
+    assert torch.equal(data.label, found["same_text"] if mode == "free-running" else found["agreement"] == 1)
+    assert (data.right is None) == (mode == "self")
+
+
+def test_answers_are_compared_without_case_and_blanks(folder, loaded, tmp_path, monkeypatch) -> None:
+    model, _ = loaded
+    monkeypatch.setattr(
+        model.processor.tokenizer, "batch_decode", lambda rows, **_: [f" A{' ' * i}b " for i in range(len(rows))]
+    )
+    example = read_examples(folder / "data.jsonl")[0]
+    label(model, [Example(example.picture, "w1", "a  B", "it")], tmp_path / "out", "free-running", max_new_tokens=3)
+    found = columns(tmp_path / "out")
+    assert found["same_text"][0].tolist() == [False] + [True] * (LAYERS - 1)  # "ab" is another word
+    assert found["right"][0].tolist() == [False] + [True] * (LAYERS - 1)
+
+
+def test_readers_agree(folder, tmp_path) -> None:
+    lines = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    conversations = [
+        {
+            "image": line["image"],
+            "conversations": [
+                {"from": "human", "value": "<image>\n" + line["prompt"]},
+                {"from": "gpt", "value": line["answer"]},
+                {"from": "human", "value": "and a second turn"},
+            ],
+        }
+        for line in lines
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps([{"conversations": []}, *conversations]))
+    plain, llava = read_examples(folder / "data.jsonl"), read_examples(tmp_path / "llava.json", images=folder)
+
+    class Rows:  # the part of datasets.Dataset that is used
+        column_names = tuple(lines[0])
+
+        def __getitem__(self, key):
+            table = [line | {"image": Image.open(folder / line["image"])} for line in lines]
+            return [row[key] for row in table] if isinstance(key, str) else table[key]
+
+    rows = from_dataset(Rows(), answer="answer")
+    for other in (llava, rows):
+        assert [(e.prompt, e.answer) for e in other] == [(e.prompt, e.answer) for e in plain]
+        assert [e.load().tobytes() for e in other] == [e.load().tobytes() for e in plain]
+    with pytest.raises(DataError, match="no column question"):
+        from_dataset(Rows(), prompt="question")
+    assert fingerprint(plain) == fingerprint(read_examples(folder / "data.jsonl")) != fingerprint(plain[:-1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "line 2 of bad.jsonl: Expecting value"),
+        ('{"prompt": "w1"}', "line 2 of bad.jsonl: KeyError 'image'"),
+        ('{"image": "none.png", "prompt": "w1"}', "line 2 of bad.jsonl: .*none.png is not a readable picture"),
+        ('{"image": "data.jsonl", "prompt": "w1"}', "line 2 of bad.jsonl: .*data.jsonl is not a readable picture"),
+        ('{"image": "0.png", "prompt": " "}', "line 2 of bad.jsonl: prompt is ' '; accepted: text"),
+        ('{"image": "0.png", "prompt": "w1", "answer": 3}', "line 2 of bad.jsonl: answer is 3; accepted"),
+    ],
+)
+def test_bad_lines_are_named(folder, line, message) -> None:
+    good = (folder / "data.jsonl").read_text().splitlines()[0]
+    (folder / "bad.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(DataError, match=f"1 unusable entries:\n{message}"):
+        read_examples(folder / "bad.jsonl")
+
+
+def test_what_cannot_be_labelled_is_refused(folder, loaded, tmp_path) -> None:
+    model, _ = loaded
+    example = read_examples(folder / "data.jsonl")[0]
+    with pytest.raises(InvalidArgumentError, match="mode is 'paper'; accepted: reference, self, free-running"):
+        label(model, [example], tmp_path / "a", "paper")
+    with pytest.raises(DataError, match="needs answers; 1 examples have none, first here"):
+        label(model, [Example(example.picture, "w1", None, "here")], tmp_path / "a")
+    with pytest.raises(DataError, match="here: 621 tokens of prompt and answer; accepted: at most max_len 512"):
+        label(model, [Example(example.picture, "w1 " * 599, "w1", "here")], tmp_path / "b")
+    with pytest.raises(DataError, match="here: the prompt has 2 <image> marks for 1 pictures"):
+        label(model, [Example(example.picture, "<image> <image> w1", "w1", "here")], tmp_path / "c")
+    torn = tmp_path / "torn.png"
+    tiny.picture(random.Random(1)).resize((300, 300)).save(torn)
+    torn.write_bytes(torn.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"here: .*torn.png cannot be decoded"):
+        label(model, [Example(torn, "w1", "w1", "here")], tmp_path / "d")
+    with pytest.raises(DataError, match="holds 0 of 1 shards"):
+        load_labels(tmp_path / "d", ["last_text"])
+    with pytest.raises(DataError, match="is not a folder of labels"):
+        load_labels(tmp_path / "nothing", ["last_text"])
+    label(model, [example], tmp_path / "e")
+    with pytest.raises(DataError, match="rule 'text' needs labels of mode free-running"):
+        load_labels(tmp_path / "e", ["last_text"], "text")
+    with pytest.raises(DataError, match="samples: 1 there, 2 asked"):
+        label(model, [example, example], tmp_path / "e")
+    (tmp_path / "e" / "shard-00000.safetensors").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"shard-00000.safetensors is not a readable file"):
+        load_labels(tmp_path / "e", ["last_text"])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+KILLED = """
+import sys
+from dyvte_engine import Engine
+from dyvte_engine.training.head_data import read_examples
+from dyvte_engine.training.label_store import label
+root, out = sys.argv[1:]
+model = Engine.from_pretrained(root + "/model", dtype="float32", device="cpu", max_batch=1).model
+print("begin", flush=True)
+label(model, read_examples(root + "/data.jsonl"), out, "free-running", batch=1, shard=1, max_new_tokens=3)
+"""
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(folder, loaded, tmp_path) -> None:
+    model, _ = loaded
+    examples = read_examples(folder / "data.jsonl")
+    started = time.monotonic()
+    label(model, examples, tmp_path / "whole", "free-running", batch=1, shard=1, max_new_tokens=3)
+    whole = time.monotonic() - started
+    rng, kills = random.Random(0), 0
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "killed")]
+    for attempt in range(20):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout.readline() == b"begin\n"
+            try:
+                process.wait(rng.uniform(0, whole / 3) if attempt < 4 else None)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                continue
+        assert process.returncode == 0
+        break
+    assert kills >= 2
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
