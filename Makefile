@@ -18,7 +18,7 @@ DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
-.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat bench gpu-check doctor clean distclean FORCE
+.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat bench bench-docs gpu-bench gpu-check doctor clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -85,9 +85,20 @@ wheel-test: wheel ## the wheel in an empty environment, from another directory
 compat: build ## the built library on the oldest supported and the newest torch and transformers
 	$(PY) tools/compat.py
 
-bench: build ## kernel and engine benchmarks; JSON in outputs/benchmarks
-	$(PY) -m benchmarks.kernels
-	$(PY) -m benchmarks.engine
+BENCH := $(PY) -m benchmarks
+bench: build ## benchmarks, quick set for a CPU (under 10 minutes); tables, JSON and plots in outputs/benchmarks
+	$(BENCH).policies --name policies-nano --batch 1 8
+	$(BENCH).policies --name policies-llava-200m --model llava-200m --batch 1 --new-tokens 1 3 16 --seconds 40
+	$(BENCH).curves --n 40 --seconds 30
+	$(BENCH).breakdown --seconds 5
+	$(BENCH).growth --seconds 8
+	$(BENCH).kernels --batch 1 --seconds 0.3
+
+bench-docs: $(VENV)/.built ## docs/benchmarks.md and its plots from the results in outputs/benchmarks
+	$(BENCH).document --results outputs/benchmarks
+
+gpu-bench: ## benchmarks at published sizes (random weights) on one GPU, with the python3 in PATH; see tools/gpu_bench.sh
+	PYTHON='$(PYTHON)' bash tools/gpu_bench.sh
 
 gpu-check: ## GPU tests and compute-sanitizer with the python3 in PATH; no network, no virtual environment
 	PYTHON='$(PYTHON)' bash tools/gpu_check.sh
