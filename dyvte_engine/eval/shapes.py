@@ -109,11 +109,8 @@ def print_word(
     picture: Image.Image, word: str, font: str, size: int, place: tuple[float, float], ink: tuple[int, ...]
 ) -> Image.Image:
     """Print a word into a picture, its box at `place` (0 to 1) of the room there is; made smaller until it fits."""
-    import matplotlib
-
-    path = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / font)
     while True:
-        typeface = ImageFont.truetype(path, size)
+        typeface = ImageFont.truetype(font_file(font), size)
         left, top, right, bottom = typeface.getbbox(word)
         room = picture.width - (right - left) - 4, picture.height - (bottom - top) - 4
         if min(room) >= 0 or size <= 6:
@@ -122,3 +119,10 @@ def print_word(
     at = (2 + place[0] * max(room[0], 0) - left, 2 + place[1] * max(room[1], 0) - top)
     ImageDraw.Draw(picture).text(at, word, font=typeface, fill=ink)
     return picture
+
+
+def font_file(name: str) -> str:
+    """Path of a font that comes with matplotlib."""
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import InvalidArgumentError, ModelError
+from ..errors import InvalidArgumentError, SourceError
 from ..training.nano.scenes import WORDS
 from . import choices, metrics
 from .draw import OPPOSITE, Draw, Question, absent, attribute, labels_of, number, pair
@@ -251,7 +251,7 @@ def load_tasks(
 
     Raises:
         InvalidArgumentError: an unknown name, source or style, or n below 4.
-        ModelError: a package or set that a source needs is missing.
+        SourceError: a package or set that a source needs is missing.
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
@@ -282,7 +282,7 @@ def _easy(seed: int, n: int) -> Task:
     try:
         from ..training.nano.easy import load_easy_vqa
     except ImportError as error:
-        raise ModelError("task easy-vqa needs the package easy-vqa: pip install easy-vqa") from error
+        raise SourceError("task easy-vqa needs the package easy-vqa: pip install 'dyvte-engine[eval]'") from error
     paths, asked = load_easy_vqa("test")
     every = [(path, i, q) for path, questions in zip(paths, asked) for i, q in enumerate(questions)]
     samples = []

@@ -87,7 +87,7 @@ class World(Protocol):
 
 
 def article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    return f"an {noun}" if noun[0] in "aeiou" and not noun.startswith("uni") else f"a {noun}"
 
 
 def relation(one: Thing, two: Thing, axis: int) -> str | None:
