@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dyvte_engine.training.nano import scenes, tower
@@ -20,7 +21,7 @@ from dyvte_engine.training.nano.joint import (
     train_joint,
 )
 from dyvte_engine.training.nano.model import build_config, build_model, build_tokenizer, normalise
-from dyvte_engine.training.nano.optim import MasterAdamW
+from dyvte_engine.training.nano.optim import MasterAdamW, average_over_workers
 from dyvte_engine.training.nano.packing import BLOCK, PREFIX, encode, pack
 from dyvte_engine.training.nano.questions import KINDS, Question, ask_many
 from dyvte_engine.training.nano.tower import DenseTower, train_tower
@@ -150,6 +151,29 @@ def test_resumed_joint_training_ends_with_the_same_weights(tokenizer, tmp_path: 
     assert whole.keys() == resumed.keys() and int(resumed["steps_done"]) == 6
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def _worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    gradients = [torch.full((2, 3), 1.0 + rank), torch.arange(4.0) * (1 - rank)]
+    average_over_workers(gradients)
+    torch.save(gradients, f"{folder}/{rank}.pt")
+
+
+def test_workers_average_their_gradients(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        first, second = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(first, torch.full((2, 3), 1.5)) and torch.equal(second, torch.arange(4.0) / 2)
+
+
+def test_workers_draw_different_batches(tokenizer) -> None:
+    pictures = np.arange(64, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    questions = encode(tokenizer, [[Question("Is there a star?", "no", "presence")]] * 64)
+    source = Source(pictures, np.zeros((64, 144, len(scenes.LABELS)), np.uint8), questions, np.arange(64))
+    shape = dict(seed=0, steps=1, batch=8, lr=1e-3, device="cpu", rows=ROWS, shares=(1.0,))
+    shown = [draw_batch([source], JointSettings(**shape, worker=worker), 0).pictures for worker in (0, 0, 1)]
+    assert torch.equal(shown[0], shown[1]) and not torch.equal(shown[0], shown[2])
 
 
 def test_word_share_is_the_share_of_pictures_with_a_word(tokenizer, tmp_path: Path, monkeypatch) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dyvte_engine.training.nano import scenes
+from dyvte_engine.training.nano.pool import pool_questions
 from dyvte_engine.training.nano.questions import KINDS, NUMBERS, Question, ask_many
 from dyvte_engine.training.nano.scenes import COLORS, SHAPES, Scene, sample_scene
 
@@ -131,6 +132,15 @@ def test_side_asks_spatial_questions_that_offer_both_answers() -> None:
     for scene, question in asked:
         assert re.search("left or right of|above or below", question.text)
         assert one_word(scene, question) == recount(scene, question.text), (question, scene)
+
+
+def test_questions_about_scenes_with_few_shapes_only() -> None:
+    drawn = [sample_scene(7, "train", index) for index in range(150)]
+    for scene, asked in zip(drawn, pool_questions(7, "train", 150, 4, workers=1, shapes=(2, 3)), strict=True):
+        if scene.style != "shapes" or len(scene.shapes) in (2, 3):
+            assert asked == ask_many(scene, 4)
+        else:
+            assert not asked
 
 
 def test_yes_and_no_are_balanced() -> None:

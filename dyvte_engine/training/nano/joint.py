@@ -121,6 +121,7 @@ class JointSettings:
     tower_joins: float = 0.6  # share of the steps after which the answers' loss reaches the tower
     compile_model: bool = True
     save_every: int = 200
+    worker: int = 0  # of several that average their gradients; the first one saves and prints
 
 
 @dataclass
@@ -156,8 +157,8 @@ class Batch:
 
 
 def draw_batch(sources: list[Source], settings: JointSettings, step: int) -> Batch:
-    """The batch of one step; depends on the seed and the step alone."""
-    rng = np.random.default_rng([settings.seed, 2, step])
+    """The batch of one step; depends on the seed, the step and the worker alone."""
+    rng = np.random.default_rng([settings.seed, 2, step, *([settings.worker] if settings.worker else [])])
     shares = np.array(settings.shares) / sum(settings.shares)
     drawn = [source.draw(rng, count) for source, count in zip(sources, rng.multinomial(settings.batch, shares))]
     labelled = rng.multinomial(settings.label_pictures, shares)
@@ -219,6 +220,8 @@ def train_joint(
         (loss + label_loss).backward()
         optimiser.step()
         shown = {"labels": label_loss.detach(), "letters": accuracy["letter"]} if settings.label_pictures else {}
+        if settings.worker:
+            continue
         progress(step + 1, loss=loss.detach(), **shown, **right_answers(logits, batch.packed))
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             optimiser.save(checkpoint)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -54,6 +55,8 @@ class MasterAdamW:
         for name, parameter in self.parameters.items():
             self.masters[name].grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
+        if dist.is_initialized():
+            average_over_workers([m.grad for m in self.masters.values() if m.grad is not None])
         torch.nn.utils.clip_grad_norm_([m for m in self.masters.values() if m.grad is not None], 1.0)
         for group in self.adam.param_groups:
             group["lr"] = self.rate() * group["scale"]
@@ -90,6 +93,14 @@ class MasterAdamW:
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
         self._write_back()
+
+
+def average_over_workers(gradients: list[torch.Tensor]) -> None:
+    """Replaces each gradient by its mean over the workers of a `torchrun`, in one exchange."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 class Progress:

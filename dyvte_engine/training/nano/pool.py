@@ -45,17 +45,29 @@ def load_pool(root: str | Path, seed: int, split: str, count: int, workers: int 
     return np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r")
 
 
-def _ask(seed: int, split: str, number: int, weights: Sequence[float], start: int, stop: int) -> list[list[Question]]:
-    return [ask_many(scenes.sample_scene(seed, split, index), number, weights) for index in range(start, stop)]
+def _ask(
+    seed: int, split: str, number: int, weights: Sequence[float], shapes: tuple[int, int], start: int, stop: int
+) -> list[list[Question]]:
+    drawn = [scenes.sample_scene(seed, split, index) for index in range(start, stop)]
+    asked_about = [scene.style != "shapes" or shapes[0] <= len(scene.shapes) <= shapes[1] for scene in drawn]
+    return [ask_many(scene, number, weights) if asked else [] for scene, asked in zip(drawn, asked_about)]
 
 
 def pool_questions(
-    seed: int, split: str, count: int, number: int, weights: Sequence[float] = WEIGHTS, workers: int = 2
+    seed: int,
+    split: str,
+    count: int,
+    number: int,
+    weights: Sequence[float] = WEIGHTS,
+    workers: int = 2,
+    shapes: tuple[int, int] = (0, scenes.MAX_SHAPES),
 ) -> list[list[Question]]:
-    """Up to `number` questions about each picture of the pool with the same seed, split and count."""
+    """Up to `number` questions about each picture of the pool with the same seed, split and count.
+
+    shapes: the least and the most shapes in a scene of style "shapes"; no questions are asked about others.
+    """
     starts = range(0, count, CHUNK)
     stops = [min(start + CHUNK, count) for start in starts]
+    ask = partial(_ask, seed, split, number, weights, shapes)
     with ProcessPoolExecutor(workers) as executor:
-        return [
-            asked for part in executor.map(partial(_ask, seed, split, number, weights), starts, stops) for asked in part
-        ]
+        return [asked for part in executor.map(ask, starts, stops) for asked in part]

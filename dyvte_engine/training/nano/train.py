@@ -1,12 +1,17 @@
-"""Trains nano: `python -m dyvte_engine.training.nano.train --stage tower|joint`."""
+"""Trains nano: `python -m dyvte_engine.training.nano.train --stage tower|joint`.
+
+The joint stage can also be run by `torchrun`; its workers then average their gradients.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 from dyvte_engine.training.nano.easy import load_easy_vqa, load_pictures
@@ -25,7 +30,7 @@ from dyvte_engine.training.nano.packing import encode
 from dyvte_engine.training.nano.pool import load_pool, pool_questions
 from dyvte_engine.training.nano.projector import start_projector
 from dyvte_engine.training.nano.questions import ASKED, WEIGHTS
-from dyvte_engine.training.nano.scenes import IGNORE, STYLES, sample_scene
+from dyvte_engine.training.nano.scenes import IGNORE, MAX_SHAPES, STYLES, sample_scene
 from dyvte_engine.training.nano.tower import DenseTower, train_tower
 
 MASTER, LABEL_HEAD, TOWER = "master/", "labels.", "model.vision_tower."  # prefixes of names in a checkpoint
@@ -77,8 +82,11 @@ def run_joint(args: argparse.Namespace) -> None:
     paths, asked = load_easy_vqa("train")
     pictures, labels = load_pool(args.data, args.seed, "train", args.pictures)
     asked_of = min(args.asked, args.pictures)
-    questions = encode(tokenizer, pool_questions(args.seed, "train", asked_of, args.questions, args.weights))
-    styles = np.array([sample_scene(args.seed, "train", index).style for index in range(asked_of)])
+    drawn_up = pool_questions(
+        args.seed, "train", asked_of, args.questions, args.weights, args.threads, tuple(args.shapes)
+    )
+    questions = encode(tokenizer, drawn_up)
+    styles = np.array([sample_scene(args.seed, "train", i).style if q else "" for i, q in enumerate(drawn_up)])
     sources = [Source(pictures, labels, questions, np.flatnonzero(styles == style)) for style in STYLES]
     unknown = np.full((len(paths), *labels.shape[1:]), IGNORE, np.uint8)
     sources.append(Source(load_pictures(paths), unknown, encode(tokenizer, asked), np.arange(len(paths))))
@@ -109,6 +117,8 @@ def run_joint(args: argparse.Namespace) -> None:
         exit_range=tuple(args.exit_range),
         label_pictures=0 if args.freeze_tower else 16,
         compile_model=not args.no_compile,
+        save_every=args.save_every,
+        worker=dist.get_rank() if dist.is_initialized() else 0,
     )
     processor = build_processor(tokenizer)
     prefix_ids = torch.tensor(tokenizer.convert_tokens_to_ids([BOS, USER]))
@@ -146,6 +156,13 @@ def main() -> None:
         default=(0.12, 0.4, 0.28, 0.2),
         help=f"how often each sort of picture is shown: {', '.join(STYLES)}, easy-VQA (joint)",
     )
+    parser.add_argument(
+        "--shapes",
+        type=int,
+        nargs=2,
+        default=(0, MAX_SHAPES),
+        help=f"least and most shapes in pictures of sort {STYLES[1]} (joint)",
+    )
     parser.add_argument("--rows", type=int, default=144, help="tokens of questions behind each picture (joint)")
     parser.add_argument("--exit-share", type=float, default=0.7, help="share of steps with a random exit (joint)")
     parser.add_argument("--exit-range", type=int, nargs=2, default=(3, 10), help="first and last layer of those exits")
@@ -158,6 +175,7 @@ def main() -> None:
     parser.add_argument(
         "--tower", type=Path, help="tower checkpoint to begin from (joint); default OUT/tower.safetensors"
     )
+    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (joint)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -165,6 +183,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if "WORLD_SIZE" in os.environ:  # started by torchrun: every worker draws its own batches
+        dist.init_process_group("gloo")
     args.out.mkdir(parents=True, exist_ok=True)
     {"tower": run_tower, "joint": run_joint}[args.stage](args)
 
