@@ -1,0 +1,164 @@
+"""Each command at its smallest: what its JSON holds and whether its figures fit together. No time is tested."""
+
+import gzip
+import json
+
+import pytest
+
+from benchmarks import breakdown, curves, document, growth, kernels, policies, workload
+from benchmarks.kernel_cases import SIZES, Inputs, TooLarge
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+def run(module, out, *argv):
+    """The JSON that a command wrote, its plot made sure of."""
+    name = module.__name__.split(".")[-1]
+    module.main(["--device", "cpu", "--out", str(out), *argv])
+    assert (out / f"{name}.png").stat().st_size > 2000
+    data = json.loads((out / f"{name}.json").read_text())
+    assert data["benchmark"] == name
+    assert data["command"].startswith(f"python -m benchmarks.{name} ")
+    assert data["limits"]["flops"] > 0 and data["limits"]["bytes"] > 0
+    assert data["machine"]["threads"] >= 1
+    return data
+
+
+def check_spread(value):
+    assert 0 <= value["q1"] <= value["median"] <= value["q3"]
+    assert value["n"] >= 1
+
+
+@pytest.fixture(scope="module")
+def compared(checkpoint, out):
+    return run(policies, out, "--model", checkpoint, "--batch", "1", "2", "--new-tokens", "3", "20", "--seconds", "0")
+
+
+def test_policies_compares_everything_at_every_batch_size(compared):
+    found = {(c["batch"], c["method"]) for c in compared["cases"]}
+    names = {
+        workload.HF,
+        workload.HF_EAGER,
+        "KeepAll",
+        "FastV",
+        "ToMe",
+        "VTW (1)",
+        "PyramidDrop",
+        "DivPrune",
+        "VisionZip",
+    }
+    names |= {"Random", "Downsample", "DyVTE", "DyVTE at layer 1", "DyVTE+FastV", "DyVTE+ToMe"}
+    assert found == {(batch, name) for batch in (1, 2) for name in names}
+
+
+def test_policies_times_and_ratios(compared):
+    for c in compared["cases"]:
+        for part in ("processor", "vision", "prefill", "per_token", "prefill_speedup", "per_token_speedup"):
+            check_spread(c[part])
+        assert list(c["until"]) == ["1", "3", "20"]
+        assert c["until"]["1"]["median"] < c["until"]["3"]["median"] < c["until"]["20"]["median"]
+        assert c["until"]["1"]["n"] == 4 and c["until"]["20"]["n"] == 1  # three short runs and a long one
+        if c["method"] == workload.HF:
+            assert all(ratio["median"] == 1.0 for ratio in c["speedup"].values())
+        for part, seconds in c["roofline"].items():
+            assert c["share"][part] == pytest.approx(seconds / c[part]["median"])
+
+
+def test_policies_memory_and_exits(compared):
+    by_name = {c["method"]: c for c in compared["cases"] if c["batch"] == 1}
+    shape = dict(layers=4, row=2 * 2 * 16 * 4)  # K and V of 2 heads of 16 float32
+    prompt = by_name[workload.HF]["kv_bytes"] // (shape["layers"] * shape["row"])
+    pages = -(-prompt // 16) * 16
+    assert by_name[workload.HF]["kv_bytes"] == prompt * shape["layers"] * shape["row"]
+    assert by_name["KeepAll"]["kv_bytes"] == pages * shape["layers"] * shape["row"]
+    assert by_name["DyVTE"]["exit_layer"] == by_name["DyVTE+FastV"]["exit_layer"] == 1
+    text = -(-(prompt - tiny.VISUAL_TOKENS) // 16) * 16
+    assert by_name["DyVTE"]["kv_bytes"] == (pages + text) * 2 * shape["row"]
+    assert by_name["DyVTE"]["prefill_gflops"] < by_name["KeepAll"]["prefill_gflops"]
+    assert all(c["peak_bytes"] >= c["kv_bytes"] for c in compared["cases"])
+
+
+def test_breakdown_parts_make_up_the_request(checkpoint, out):
+    data = run(breakdown, out, "--model", checkpoint, "--new-tokens", "3", "--seconds", "0")
+    assert data["exit_layer"] == 1
+    for name, method in data["methods"].items():
+        assert list(method["parts"]) == list(breakdown.PARTS)
+        assert (method["parts"]["layers after the exit"]["median"] > 0) == (name != "all stay")
+        assert (method["parts"]["exit decisions"]["median"] > 0) == (name != "all stay")
+        assert (method["parts"]["K/V compaction"]["median"] > 0) == (name == "exit, early K/V dropped")
+        assert method["parts"]["host"]["q1"] > 0  # what no range covers: nothing is counted twice
+    assert data["methods"]["exit"]["prefill_gflops"] < data["methods"]["all stay"]["prefill_gflops"]
+    with gzip.open(out / "breakdown-exit.trace.json.gz", "rt") as file:
+        names = {e.get("name") for e in json.load(file)["traceEvents"]}
+    assert {"processor", "vision", "exit decisions", "rows leave", "decode", "sampling"} <= names
+
+
+def test_growth_counts_bytes_and_fits_exponents(out):
+    sizes = ["--base", "48", "4", "1", "2", "--visual", "48", "112", "--layers", "2", "4", "--batch", "1", "2"]
+    data = run(growth, out, "--model", "64", *sizes, "--answer", "2", "4", "--seconds", "0")
+    assert list(data["axes"]) == list(growth.AXES)
+    layers = data["axes"]["layers"]
+    full = [e["kv_bytes"] for e in layers["points"] if e["method"] == "all stay"]
+    row = 2 * 64 * 4
+    assert full == [n * -(-(growth.TEXT + 48 + 1) // 16) * 16 * row for n in (2, 4)]
+    fit = next(f for f in layers["fits"] if f["method"] == "all stay" and f["part"] == "kv_bytes")
+    assert fit["exponent"] == pytest.approx(1)
+    visual = [e for e in data["axes"]["visual tokens"]["points"] if e["x"] == 112]
+    stay, leave = (next(e for e in visual if e["method"] == m)["kv_bytes"] for m in ("all stay", "exit at half depth"))
+    assert stay - leave == 2 * 112 * row
+
+
+def test_kernels_times_every_operation(out):
+    data = run(kernels, out, "--sizes", "nano", "--batch", "1", "--compile", "--seconds", "0")
+    assert len(data["cases"]) == 8
+    for c in data["cases"]:
+        check_spread(c["seconds"]["dyvte"])
+        check_spread(c["speedup"]["torch"])
+        assert c["share"] == pytest.approx(c["bytes"] / c["seconds"]["dyvte"]["median"] / data["limits"]["bytes"])
+
+
+def test_a_case_that_does_not_fit_is_left_out_and_said_so():
+    import torch
+
+    inputs = Inputs(SIZES["nano"], 1, torch.float32, torch.device("cpu"), budget=1000)
+    with pytest.raises(TooLarge):
+        inputs.randn(16, 16)
+    entry = kernels.measure_case(kernels.CASES[0], inputs, 0.0, with_compile=False)
+    assert entry == {"op": "exit_head", "batch": 1, "skipped": entry["skipped"]}
+
+
+def test_curves_has_accuracy_and_both_costs(out):
+    options = ["--n", "4", "--tasks", "pope", "gqa", "--methods", "VTW", "Downsample", "--seconds", "0"]
+    data = run(curves, out, *options)
+    assert data["samples"] == {"pope": 4, "gqa": 4}
+    points = {(p["method"], p["setting"]): p for p in data["points"]}
+    assert len(points) == 1 + 11 + 4
+    for p in points.values():
+        assert 0 <= p["accuracy"] <= 1
+        assert p["accuracy"] == pytest.approx(sum(p["by_task"].values()) / 2)
+        assert p["time_low"] <= p["time"] <= p["time_high"]
+    costs = [points["VTW", f"after {layer}"]["flops"] for layer in range(11)]
+    assert costs == sorted(costs) and costs[-1] < points["KeepAll", ""]["flops"] == 1.0
+    assert points["KeepAll", ""]["time"] == 1.0
+    assert points["VTW", "after 3"]["exit_layer"] == 3
+
+
+def test_page_is_made_of_the_results(out, tmp_path, compared):
+    document.main(["--results", str(out), "--docs", str(tmp_path)])
+    text = (tmp_path / "benchmarks.md").read_text()
+    case = next(c for c in compared["cases"] if c["method"] == "FastV")
+    assert policies.milliseconds(case["prefill"]) in text
+    assert compared["command"] in text
+    assert (tmp_path / "benchmarks" / "policies.png").is_file()
+    again = tmp_path / "again"
+    document.main(["--results", str(tmp_path / "benchmarks"), "--docs", str(again)])
+    assert (again / "benchmarks.md").read_text() == text
