@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def first_exits(p_exit: Tensor, threshold: float, min_layer: int = 0, every_k: i
     return exits[torch.nn.functional.pad(enough, (0, 1), value=True).int().argmax(1)]
 
 
+@lru_cache(maxsize=1 << 16)
 def binomial_limit(hits: int, count: int, delta: float) -> float:
     """Clopper-Pearson: the largest rate under which `hits` or fewer of `count` still have probability delta."""
     if hits >= count:
@@ -44,7 +46,7 @@ def binomial_limit(hits: int, count: int, delta: float) -> float:
     ways = torch.arange(hits + 1, dtype=torch.float64)
     choose = torch.lgamma(torch.tensor(count + 1.0).double()) - torch.lgamma(ways + 1) - torch.lgamma(count - ways + 1)
     low, high = hits / count, 1.0
-    for _ in range(60):
+    for _ in range(40):
         rate = (low + high) / 2
         tail = (choose + ways * math.log(rate) + (count - ways) * math.log1p(-rate)).logsumexp(0).exp()
         low, high = (rate, high) if tail > delta else (low, rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ def prefill(
     norms = [layer.input_norm for layer in decoder.layers[1:]] + [decoder.norm]
     packs: list[Pack] = []
     exit_layers: list[int | None] = [None] * len(pack.n_visual)
+    memory: dict[VisualTokenPolicy, Any] = {}
     only_last = False
     hidden = inputs_embeds.clone()
     x = ops.rms_norm(hidden, decoder.layers[0].input_norm, decoder.eps)
@@ -73,7 +75,7 @@ def prefill(
         hidden += out
         if number < len(pack.additions):
             hidden += pack.additions[number][pack.source]
-        dropped = pack.drop(policy.decide(LayerState(number, decoder, hidden, q, k, pack))) if asked else None
+        dropped = pack.drop(policy.decide(LayerState(number, decoder, hidden, q, k, pack, memory))) if asked else None
         if dropped is not None:
             before, (pack, index) = pack, dropped
             hidden = hidden[index]

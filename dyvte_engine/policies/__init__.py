@@ -5,7 +5,8 @@ To add one: a file beside these with a subclass of `VisualTokenPolicy`, and a li
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..errors import InvalidArgumentError
@@ -24,17 +25,32 @@ from .vtw import search_vtw
 
 
 class Notation(NamedTuple):
-    """How a policy is written, what makes it of the arguments behind the colon, and their types."""
+    """How a policy is written, what makes it of the arguments behind the colon, and their types.
+
+    `options`: further arguments, written NAME=VALUE, and their types.
+    """
 
     usage: str
     make: Callable[..., VisualTokenPolicy]
     types: tuple[Callable[[str], object], ...] = ()
+    options: Mapping[str, Callable[[str], object]] = MappingProxyType({})
 
+
+_DYNAMIC = {
+    "target_agreement": float,
+    "target_flops": float,
+    "min_layer": int,
+    "every_k": int,
+    "hysteresis": int,
+    "keep": int,
+}
 
 POLICIES = {
     "keep-all": Notation("keep-all", KeepAll),
     "fixed": Notation("fixed:LAYER", FixedExit, (int,)),
-    "dynamic": Notation("dynamic:HEADS_FILE[,THRESHOLD]", DynamicExit.from_file, (str, float)),
+    "dynamic": Notation(
+        "dynamic:HEADS_FILE[,THRESHOLD][,target_agreement=A][,keep=K]", DynamicExit.from_file, (str, float), _DYNAMIC
+    ),
     "fastv": Notation("fastv[:K,R]", FastV, (int, float)),
     "pyramiddrop": Notation("pyramiddrop", PyramidDrop),
     "divprune": Notation("divprune[:KEEP]", DivPrune, (float,)),
@@ -82,9 +98,12 @@ def _parse_one(text: str) -> VisualTokenPolicy:
     name, _, rest = text.strip().partition(":")
     args = [a.strip() for a in rest.split(",")] if rest else []
     notation = POLICIES.get(name)
+    named = dict(a.split("=", 1) for a in args if "=" in a)
+    args = [a for a in args if "=" not in a]
     try:
-        if notation is not None and len(args) <= len(notation.types):
-            return notation.make(*(kind(a) for kind, a in zip(notation.types, args, strict=False)))
+        if notation is not None and len(args) <= len(notation.types) and set(named) <= set(notation.options):
+            options = {key: notation.options[key](value) for key, value in named.items()}
+            return notation.make(*(kind(a) for kind, a in zip(notation.types, args, strict=False)), **options)
     except InvalidArgumentError:
         raise
     except (ValueError, TypeError):  # TypeError: too few

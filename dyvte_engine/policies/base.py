@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -25,7 +25,7 @@ class LayerState:
     """What a policy may look at after layer `layer`.
 
     hidden [N, d] is the residual stream leaving the layer; q [N, Hq, D] and k [N, Hkv, D] are the layer's rotated
-    queries and keys.
+    queries and keys. `memory` lasts for one prefill: a policy keeps there, under itself, what it must remember.
     """
 
     layer: int
@@ -34,6 +34,7 @@ class LayerState:
     q: Tensor
     k: Tensor
     pack: Pack
+    memory: dict[VisualTokenPolicy, Any] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:

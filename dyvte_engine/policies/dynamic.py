@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import HeadsError, InvalidArgumentError
+from ..calibration import Calibration
+from ..errors import CalibrationError, HeadsError, InvalidArgumentError
 from ..exit_head import ExitHeads
 from .base import Decision, LayerState, VisualTokenPolicy
 
@@ -21,26 +23,59 @@ class DynamicExit(VisualTokenPolicy):
     """Exit at the first asked layer whose head gives p_exit > `threshold`; each sequence by itself, at most once.
 
     Layers asked: `min_layer`, then every `every_k`-th; the last layer is left out, since nothing follows it.
+    `hysteresis`: so many asked layers in a row must fire. `keep`: so many visual tokens stay after the exit, those with
+    the most attention from the last text token in that layer (FastV's measure); their exit layer counts as none.
     """
 
     heads: ExitHeads
     threshold: float = 0.5
     min_layer: int = 0
     every_k: int = 1
+    hysteresis: int = 1
+    keep: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise InvalidArgumentError(f"threshold is {self.threshold}; accepted: 0 to 1")
-        if self.min_layer < 0 or self.every_k < 1:
-            raise InvalidArgumentError(f"min_layer {self.min_layer}, every_k {self.every_k}; accepted: >= 0 and >= 1")
+        for name, least in (("min_layer", 0), ("every_k", 1), ("hysteresis", 1), ("keep", 0)):
+            if getattr(self, name) < least:
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)}; accepted: at least {least}")
 
     @classmethod
-    def from_file(cls, path: str | Path, threshold: float | None = None, **options: Any) -> DynamicExit:
-        """Heads written by `ExitHeads.save`; `threshold` defaults to the calibrated one stored there, else 0.5."""
+    def from_file(
+        cls,
+        path: str | Path,
+        threshold: float | None = None,
+        *,
+        target_agreement: float | None = None,
+        target_flops: float | None = None,
+        **options: Any,
+    ) -> DynamicExit:
+        """Heads written by `ExitHeads.save`.
+
+        threshold: default the one stored there, else 0.5. Or from the stored calibration (`dyvte_engine.calibration`):
+        target_agreement: the share of answers that stay as they are, guaranteed at the level stated there;
+        target_flops: mean FLOPs of a prefill over those without an exit, as measured there.
+        options: the other fields; by default those the calibration was made with.
+
+        Raises:
+            CalibrationError: no calibration stored, made for other options, or too small for the target.
+        """
+        given = [v for v in (threshold, target_agreement, target_flops) if v is not None]
+        if len(given) > 1:
+            raise InvalidArgumentError("accepted: one of threshold, target_agreement and target_flops")
         heads = ExitHeads.load(path)
+        stored = heads.metadata.get("calibration")
+        calibration = Calibration(**stored) if stored else None
+        if target_agreement is not None or target_flops is not None:
+            calibration = _calibrated_for(calibration, options, path)
+            if target_agreement is not None:
+                threshold = calibration.for_agreement(target_agreement)
+            else:
+                threshold = calibration.for_flops(target_flops)  # type: ignore[arg-type]
         if threshold is None:
             threshold = float(heads.metadata.get("threshold", 0.5))
-        return cls(heads, threshold, **options)
+        return cls(heads, threshold, **{**(calibration.options if calibration else {}), **options})
 
     def bind(self, model: Any) -> DynamicExit:
         c = self.heads.config
@@ -61,23 +96,58 @@ class DynamicExit(VisualTokenPolicy):
     def layers(self, num_layers: int) -> set[int]:
         return set(range(self.min_layer, num_layers - 1, self.every_k))
 
-    def decide(self, state: LayerState) -> Decision:
-        _, fires = self.ask(state)
-        nothing = state.pack.source[:0]
-        return [nothing if fire and n else None for fire, n in zip(fires.tolist(), state.pack.n_visual, strict=True)]
-
     def ask(self, state: LayerState) -> tuple[Tensor, Tensor]:
         """What the layer's head says: p_exit f32 [B], and bool [B] whether that is above the threshold."""
         pack, heads = state.pack, self.heads
         wants_visual = heads.config.state_mask & 3
+        w1, w2, b1 = heads.of_layer(state.layer)
         return ops.exit_head(
             state.hidden,
             pack.text_ranges,
             pack.visual_rows if wants_visual else None,
             pack.visual_cu if wants_visual else None,
-            heads.w1[state.layer],
-            heads.w2[state.layer],
+            w1,
+            w2,
             heads.config.state_mask,
             self.threshold,
             heads.config.rms_eps,
+            b1,
         )
+
+    def decide(self, state: LayerState) -> Decision:
+        leaves = self._leaves(state, self.ask(state)[1].tolist())
+        if self.keep and any(leaves):
+            return self._best(state, leaves)
+        nothing = state.pack.source[:0]
+        return [nothing if leave else None for leave in leaves]
+
+    def _leaves(self, state: LayerState, fires: list[bool]) -> list[bool]:
+        """Which sequences exit here: those with visual tokens whose last `hysteresis` asked heads fired."""
+        if self.hysteresis > 1:
+            rows = state.memory.setdefault(self, [0] * len(fires))
+            rows[:] = [row + 1 if fire else 0 for row, fire in zip(rows, fires, strict=True)]
+            fires = [row >= self.hysteresis for row in rows]
+        return [bool(fire and n) for fire, n in zip(fires, state.pack.n_visual, strict=True)]
+
+    def _best(self, state: LayerState, leaves: list[bool]) -> Decision:
+        pack, cu = state.pack, state.pack.lengths.cu
+        one_each = torch.arange(len(cu), dtype=torch.int32, device=cu.device)
+        scores = ops.token_score(state.q[pack.last_rows], state.k, one_each, cu, state.scale)
+        visual = scores[pack.visual_rows].split(pack.n_visual)
+        return [
+            s.topk(min(self.keep, len(s))).indices.sort().values if leave else None
+            for s, leave in zip(visual, leaves, strict=True)
+        ]
+
+
+def _calibrated_for(calibration: Calibration | None, options: dict[str, Any], path: str | Path) -> Calibration:
+    """The calibration, made sure that it speaks of a policy with these options."""
+    if calibration is None:
+        raise CalibrationError(f"{path} holds no calibration; `dyvte-engine train-heads` stores one")
+    measured = {**calibration.options, "keep": 0}
+    other = {name: value for name, value in options.items() if measured.get(name, value) != value}
+    if other:
+        given = ", ".join(f"{name} {value}" for name, value in other.items())
+        made = ", ".join(f"{name} {measured[name]}" for name in other)
+        raise CalibrationError(f"{given} was asked for, but {path} is calibrated for {made}")
+    return calibration

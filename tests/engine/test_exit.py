@@ -10,8 +10,8 @@ from tests.engine.conftest import build
 LAYERS = 4
 
 
-def random_heads(seed: int, states=("mean_text", "last_text"), rms_eps=None) -> ExitHeads:
-    heads = ExitHeads(ExitHeadConfig(64, LAYERS, 32, states, rms_eps), seed=seed)
+def random_heads(seed: int, states=("mean_text", "last_text"), rms_eps=None, shared=False) -> ExitHeads:
+    heads = ExitHeads(ExitHeadConfig(64, LAYERS, 32, states, rms_eps, shared), seed=seed)
     heads.w2.data *= 8  # opinions, not coin tosses around 0.5
     return heads.requires_grad_(False)
 
@@ -50,10 +50,10 @@ def test_fixed_exit_logits(layer):
 
 
 @pytest.mark.parametrize("states", [("mean_text", "last_text"), ("mean_visual", "last_visual", "last_text")])
-@pytest.mark.parametrize("rms_eps", [None, 1e-6])
-def test_dynamic_exit_is_per_sequence_and_first_time_only(states, rms_eps):
+@pytest.mark.parametrize(("rms_eps", "shared"), [(None, False), (1e-6, False), (1e-6, True)])
+def test_dynamic_exit_is_per_sequence_and_first_time_only(states, rms_eps, shared):
     """The layer is the first whose head, in plain torch on transformers' hidden states, says exit."""
-    heads = random_heads(6, states, rms_eps)
+    heads = random_heads(6, states, rms_eps, shared)
     engine, hf = build(policy=DynamicExit(heads, threshold=0.7))
     texts, images = tiny.prompts(seed=31, n=16)
     got = answers(engine, texts, images)

@@ -115,6 +115,15 @@ def then_exit(reference: Reference, layer: int) -> Reference:
     return Reference(reference.entry, stay, reference.renumber)
 
 
+def keep_best(layer: int, keep: int) -> Reference:
+    def stay(at: At) -> Tensor | None:
+        if at.number != layer:
+            return None
+        return at.best_visual(at.attention(layer, at.entering)[:, -1].mean(0), keep)
+
+    return Reference(stay=stay)
+
+
 def fastv(k: int, r: float) -> Reference:
     def stay(at: At) -> Tensor | None:
         if at.number != k - 1:

@@ -59,10 +59,10 @@ def random_later(at: ref.At):
     return stay if at.number == 2 else None
 
 
-def always_exit(layer: int) -> DynamicExit:
+def always_exit(layer: int, **options) -> DynamicExit:
     """Heads that fire at once, asked from `layer` on."""
     heads = ExitHeads(ExitHeadConfig(64, LAYERS, 16), seed=0).requires_grad_(False)
-    return DynamicExit(heads, threshold=0.0, min_layer=layer)
+    return DynamicExit(heads, threshold=0.0, min_layer=layer, **options)
 
 
 def projected(tower_features):
@@ -74,6 +74,8 @@ POLICIES = {
     "keep-all": (KeepAll(), Reference()),
     "fixed": (FixedExit(3), ref.then_exit(Reference(), 3)),
     "dynamic": (always_exit(4), ref.then_exit(Reference(), 4)),
+    "dynamic-later": (always_exit(1, every_k=2, hysteresis=2), ref.then_exit(Reference(), 3)),
+    "dynamic-partial": (always_exit(4, keep=5), ref.keep_best(4, 5)),
     "fastv": (FastV(2, 0.5), ref.fastv(2, 0.5)),
     "pyramiddrop": (PyramidDrop(), ref.pyramid_drop(renumber=False)),
     "pyramiddrop-renumbered": (PyramidDrop(renumber=True), ref.pyramid_drop(renumber=True)),
