@@ -155,33 +155,45 @@ class VisionLanguageModel:
 
         A `policy` (bound to this model) that acts in the tower shortens the pictures and closes the gaps.
         """
-        inputs = self._batch(prompts)
+        n_images = sum(p.n_images for p in prompts)
+        return self.prepare_inputs(self._batch(prompts), [len(p.input_ids) for p in prompts], n_images, policy)
+
+    @torch.inference_mode()
+    def prepare_inputs(
+        self,
+        inputs: dict[str, Any],
+        lengths: Sequence[int],
+        n_images: int,
+        policy: VisualTokenPolicy | None = None,
+    ) -> list[PreparedPrompt]:
+        """As `prepare`, of what transformers' forward takes: ids, mask and all by token padded on the right.
+
+        `lengths` of the B prompts; `n_images` of all of them, looked at where every picture has equally many rows.
+        """
         visual = self.visual(inputs["input_ids"]).cpu()
-        kept = full = 0  # rows of a picture
-        if policy is None or not policy.acts_in_tower or not any(p.n_images for p in prompts):
+        kept = full = int(visual.sum()) // max(n_images, 1)  # rows of a picture
+        if policy is None or not policy.acts_in_tower or n_images == 0:
             entry = self._run_to_entry(inputs)
         else:
-            kept = full = int(visual.sum()) // sum(p.n_images for p in prompts)
             with policy.in_tower(self.vision), padded_features(self.vision.projector, full) as seen:
                 entry = self._run_to_entry(inputs)
             kept = seen[0]
-        positions = self._positions(entry, len(prompts))
+        positions = self._positions(entry, len(lengths))
         turns = None if positions.dim() == 2 else [rotations(self.language_model, p) for p in positions.unbind(1)]
         added = _additions(entry)
         out = []
-        for b, p in enumerate(prompts):
-            rows = torch.arange(len(p.input_ids))
+        for b, length in enumerate(lengths):
+            rows = torch.arange(length)
             if kept < full:  # the first rows of each picture, which padding follows
-                gone = visual[b] & ((visual[b].cumsum(0) - 1) % full >= kept)
-                rows = rows[~gone[: len(rows)]]
+                rows = rows[~(visual[b] & ((visual[b].cumsum(0) - 1) % full >= kept))[:length]]
             n, index, marks = len(rows), rows.to(self.device), visual[b, rows]
             plain = positions[b, :n] if turns is None else _last_is_largest(positions[:, b, :n])
-            same = self.family.same_rows and p.n_images > 0
+            same = self.family.same_rows and n_images > 0
             prepared = PreparedPrompt(
                 inputs_embeds=entry["inputs_embeds"][b, index],
                 visual=marks,
                 positions=plain.to(torch.int32),
-                pictures=[int(marks.sum()) // p.n_images] * p.n_images if same else runs(marks),
+                pictures=[kept] * (int(marks.sum()) // kept) if same else runs(marks),
                 rotations=None if turns is None else turns[b][:n],
                 additions=tuple(a[b, index] for a in added),
             )
@@ -212,7 +224,7 @@ class VisionLanguageModel:
                 inputs[name] = rows([p.inputs[name][0].tolist() if name in p.inputs else [] for p in prompts])
         return inputs
 
-    def _run_to_entry(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    def _run_to_entry(self, inputs: dict[str, Any]) -> dict[str, Any]:
         handle = self.language_model.register_forward_pre_hook(_stop_at_entry, with_kwargs=True)
         try:
             self.hf.model(**inputs, use_cache=False)

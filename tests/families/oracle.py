@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,30 +78,138 @@ def _keep_deepstack(into: list[Tensor]) -> Any:
     return keep
 
 
+Rule = Callable[["At"], "Tensor | None"]
+
+
+@dataclass
+class At:
+    """What a rule sees after a layer.
+
+    hidden [n, d] leaving it, `attention` [H, n, n] its own map, `gone` bool [n] before the decision.
+    """
+
+    layer: int
+    hidden: Tensor
+    attention: Tensor
+    gone: Tensor
+    visual: Tensor
+    look_ahead: Callable[[], Tensor]  # the next layer's map
+
+    def lowest(self, score: Tensor, keep: int) -> Tensor:
+        """`gone` with all visual rows but the `keep` of the highest score [n]."""
+        rows = (self.visual & ~self.gone).nonzero()[:, 0]
+        gone = self.gone | self.visual
+        gone[rows[score[rows].argsort(descending=True, stable=True)[:keep]]] = False
+        return gone
+
+
 @torch.no_grad()
-def masked_logits(hf: Any, entry: Entry, exit_layer: int, generated: list[int]) -> Tensor:
-    """Logits after the prompt and `generated`: layers past `exit_layer` do not let text rows see visual columns."""
-    decoder, n_prompt = _decoder(hf), len(entry.embeds)
+def run(hf: Any, entry: Entry, generated: list[int], rule: Rule) -> tuple[Tensor, list[Tensor]]:
+    """HF's own layers on prompt and `generated` under 4-D masks.
+
+    After each layer `rule` says which columns rows that stay no longer see, or None. Returns the logits [vocab] of
+    the next token and what was gone in each layer.
+    """
+    decoder = _decoder(hf)
+    hf.set_attn_implementation("eager")
     embeds = torch.cat((entry.embeds, hf.get_input_embeddings()(torch.tensor(generated, dtype=torch.long))))
-    n, new = len(embeds), torch.arange(len(generated)) + entry.next_position
+    new = torch.arange(len(generated)) + entry.next_position
     positions = torch.cat((entry.positions, new.expand(*entry.positions.shape[:-1], -1)), dim=-1)
     rotation = decoder.rotary_emb(embeds[None], positions[:, None] if positions.dim() == 2 else positions[None])
-    causal = torch.ones(n, n, dtype=torch.bool).triu(1)
-    visual = torch.cat((entry.visual, torch.zeros(n - n_prompt, dtype=torch.bool)))
-    hidden = embeds[None]
+    visual = torch.cat((entry.visual, torch.zeros(len(new), dtype=torch.bool)))
+    hidden, gone, history = embeds[None], torch.zeros_like(visual), []
     for number, layer in enumerate(decoder.layers):
-        blocked = causal | (visual & (number > exit_layer))[None] & ~visual[:, None]
-        mask = torch.zeros(1, 1, n, n).masked_fill_(blocked, torch.finfo(torch.float32).min)
-        out = layer(hidden, attention_mask=mask, position_embeddings=rotation, position_ids=None)
-        hidden = out[0] if isinstance(out, tuple) else out
+        history.append(gone)
+        hidden, attention = _layer(layer, hidden, gone, rotation)
         if number < len(entry.deepstack):
             hidden[:, visual] = hidden[:, visual] + entry.deepstack[number]
-    return hf.lm_head(decoder.norm(hidden))[0, -1]
+        if number + 1 < len(decoder.layers):
+            ahead = partial(_attention, decoder.layers[number + 1], hidden, gone, rotation)
+            decided = rule(At(number, hidden[0], attention, gone.clone(), visual, ahead))
+            gone = gone if decided is None else decided
+    return hf.lm_head(decoder.norm(hidden))[0, -1], history
 
 
-def masked_greedy(hf: Any, entry: Entry, exit_layer: int, new_tokens: int, eos: int = 2) -> list[int]:
-    """Greedy tokens, everything computed anew for every token."""
-    tokens: list[int] = []
+def _layer(layer: Any, hidden: Tensor, gone: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
+    n = hidden.shape[1]
+    blocked = torch.ones(n, n, dtype=torch.bool).triu(1) | gone[None] & ~gone[:, None]
+    mask = torch.zeros(1, 1, n, n).masked_fill_(blocked, torch.finfo(torch.float32).min)
+    maps: list[Tensor] = []
+    handle = layer.self_attn.register_forward_hook(lambda module, args, out: maps.append(out[1][0]))
+    out = layer(hidden, attention_mask=mask, position_embeddings=rotation, position_ids=None)
+    handle.remove()
+    return (out[0] if isinstance(out, tuple) else out), maps[0]
+
+
+def _attention(layer: Any, hidden: Tensor, gone: Tensor, rotation: Any) -> Tensor:
+    return _layer(layer, hidden, gone, rotation)[1]
+
+
+def greedy(hf: Any, entry: Entry, rule: Rule, new_tokens: int, eos: int = 2) -> tuple[list[int], list[Tensor]]:
+    """Greedy tokens, everything computed anew for every token; the rule decides on the prompt alone."""
+    logits, gone = run(hf, entry, [], rule)
+    tokens = [int(logits.argmax())]
     while len(tokens) < new_tokens and eos not in tokens:
-        tokens.append(int(masked_logits(hf, entry, exit_layer, tokens).argmax()))
-    return tokens
+        tokens.append(int(run(hf, entry, tokens, _repeat(gone))[0].argmax()))
+    return tokens, gone
+
+
+def _repeat(history: list[Tensor]) -> Rule:
+    def rule(at: At) -> Tensor:
+        gone = history[at.layer + 1]
+        return torch.cat((gone, torch.zeros(len(at.hidden) - len(gone), dtype=torch.bool)))
+
+    return rule
+
+
+def fixed(layer: int) -> Rule:
+    return lambda at: at.visual if at.layer == layer else None
+
+
+def fastv(k: int, ratio: float) -> Rule:
+    """Entering layer k the columns that the last row attends to least leave, by the map of layer k - 1."""
+
+    def rule(at: At) -> Tensor | None:
+        n = int(at.visual.sum())
+        return at.lowest(at.attention.mean(0)[-1], n - int(n * ratio)) if at.layer == k - 1 else None
+
+    return rule
+
+
+def pyramid(keep: tuple[float, float, float]) -> Rule:
+    """Entering L/4, L/2 and 3L/4 of 4 layers: by what the last row attends to in the layer about to run."""
+    return lambda at: at.lowest(at.look_ahead().mean(0)[-1], int(int(at.visual.sum()) * keep[at.layer]))
+
+
+def heads(exit_heads: Any, threshold: float) -> Rule:
+    """The first layer whose head says exit, from the mean text row (without the last) and the last row."""
+
+    def rule(at: At) -> Tensor | None:
+        if not at.visual.any() or bool((at.gone == at.visual).all()):
+            return None
+        text = at.hidden[int(at.visual.nonzero()[-1]) + 1 :]
+        pooled = torch.cat((text[:-1].mean(0) if len(text) > 1 else text[0], text[-1]))
+        return at.visual if exit_heads(pooled, at.layer).softmax(-1)[1] > threshold else None
+
+    return rule
+
+
+def both(first: Rule, second: Rule) -> Rule:
+    def rule(at: At) -> Tensor | None:
+        for decided in (first(at), second(at)):
+            if decided is not None:
+                return decided
+        return None
+
+    return rule
+
+
+def spliced(entry: Entry, sizes: list[int], select: Callable[[Tensor], list[int]]) -> Entry:
+    """The prompt with only the rows of each picture that `select` (of its features [V, d]) names, numbered anew."""
+    rows, stay, done = entry.visual.nonzero()[:, 0], ~entry.visual, 0
+    for size in sizes:
+        mine = rows[done : done + size]
+        stay[mine[select(entry.embeds[mine])]] = True
+        done += size
+    n = int(stay.sum())
+    return Entry(entry.embeds[stay], entry.visual[stay], torch.arange(n), n, [])

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 WORDS = 100
 LAYERS = 4
 SIDE, PATCH = 28, 7
+ROWS = (SIDE // PATCH) ** 2
 # Sides that scale to SIDE exactly: DeepseekVL's processor of transformers 4 otherwise gives squares of two sizes.
 SIDES = [n for n in range(10, 90) if int(n * (SIDE / n)) == SIDE]
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
@@ -161,7 +162,7 @@ def _llava_onevision_processor() -> Any:
         "LlavaOnevisionProcessor",
         image_processor=image_processor("llava_onevision", "LlavaOnevisionImageProcessor", **options),
         tokenizer=tokenizer(),
-        num_image_tokens=(SIDE // PATCH) ** 2,
+        num_image_tokens=ROWS,
         vision_feature_select_strategy="full",
     )
 
@@ -254,7 +255,7 @@ def _deepseek_vl_processor() -> Any:
     return transformers.DeepseekVLProcessor(
         image_processor("deepseek_vl", "DeepseekVLImageProcessor", **options),
         tokenizer(image_token="<image>"),
-        num_image_tokens=(SIDE // PATCH) ** 2,
+        num_image_tokens=ROWS,
     )
 
 
