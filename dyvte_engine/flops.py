@@ -102,4 +102,5 @@ def vision_flops(config: Any, merges: Sequence[int] = ()) -> float:
     if getattr(config, "image_size", None) is None or not isinstance(getattr(config, "patch_size", None), int):
         return 0.0
     tokens = (config.image_size // config.patch_size) ** 2 + (config.model_type in ("clip_vision_model", "dinov2"))
-    return tower_flops(tokens, config.hidden_size, config.intermediate_size, config.num_hidden_layers, merges)
+    width = getattr(config, "intermediate_size", None) or int(config.mlp_ratio * config.hidden_size)  # DINOv2: a ratio
+    return tower_flops(tokens, config.hidden_size, width, config.num_hidden_layers, merges)

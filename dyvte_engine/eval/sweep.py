@@ -228,8 +228,11 @@ def random_points(
     """Random visual tokens left out before the language model, as many as cost what an exit at each layer costs."""
     vision = flops.vision_flops(engine.model.hf.config.vision_config)
     n = flops.prompt_length(float(o.weights @ o.flops[:, -1]), engine.model.shape, vision)
-    visual = engine.model.vision.tokens
-    points = []
+    first, points = o.samples[0], []
+    engine.policy = KeepAll()
+    asked = engine.generate(first.prompt, first.picture, max_new_tokens=1)
+    assert not isinstance(asked, list)
+    visual = asked.stats.visual_tokens
     for layer in layers:
         ratio = round(equal_cost_ratio(engine, point(o, np.full(len(o.tasks), layer))["flops"], n, visual, vision), 4)
         answers = answer_all(engine, o.samples, Random(0, ratio), f"random:0,{ratio}", file, progress)

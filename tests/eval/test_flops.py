@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, CLIPVisionConfig, Dinov2Config, LlamaConfig, LlamaForCausalLM
 
 from dyvte_engine import flops
 from dyvte_engine.config import DecoderShape
@@ -111,6 +111,19 @@ def test_true_count_against_torchs_counter():
     rotary_table = sum(sum(c.values()) for name, c in by_module if name.endswith("rotary_emb"))
     expected = counter.get_total_flops() - rotary_table - full_attention + causal_attention
     assert flops.true_flops(shape, [n] * 3) == expected
+
+
+@pytest.mark.parametrize("kind", [CLIPVisionConfig, Dinov2Config])
+def test_tower_against_torchs_counter(kind):
+    """Matrix products of the whole tower but for its patch embedding, which the paper's count leaves out too."""
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7)
+    config = kind(**sizes, **({"intermediate_size": 80} if kind is CLIPVisionConfig else {"mlp_ratio": 3}))
+    config._attn_implementation = "eager"
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        AutoModel.from_config(config)(torch.zeros(1, 3, 28, 28))
+    by_module = counter.get_flop_counts().items()
+    embedding = next(sum(c.values()) for name, c in by_module if name.endswith("embeddings"))
+    assert flops.vision_flops(config) == counter.get_total_flops() - embedding
 
 
 def test_leaving_is_linear_between_whole_layers():
