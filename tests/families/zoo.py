@@ -369,3 +369,26 @@ def prompts(family: str, seed: int, n: int, images=(0, 1, 1, 2, 3)) -> tuple[lis
 
 def encode(family: str, words: str, pictures: list[Image.Image]) -> Any:
     return processor(family)(text=[words], images=[pictures] if pictures else None, return_tensors="pt")
+
+
+def encode_batch(family: str, texts: list[str], images: list[list[Image.Image]], side: str = "left") -> Any:
+    """Several prompts as transformers takes them, padded; made of the single ones, as `encode` gives them."""
+    alone = [encode(family, t, i) for t, i in zip(texts, images)]
+    longest = max(e["input_ids"].shape[1] for e in alone)
+    batch = {}
+    for name in {n: None for e in alone for n in e}:
+        parts = [torch.as_tensor(e[name]) for e in alone if name in e]
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            pads = [longest - p.shape[1] for p in parts]
+            sides = [(pad, 0) if side == "left" else (0, pad) for pad in pads]
+            batch[name] = torch.cat([torch.nn.functional.pad(p, s) for p, s in zip(parts, sides)])
+        else:
+            batch[name] = torch.cat([_filled(p, parts) for p in parts])
+    return batch
+
+
+def _filled(part: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Filled up with zeros behind, in all dimensions but the first, to the largest of `parts`."""
+    out = part.new_zeros(len(part), *(max(p.shape[d] for p in parts) for d in range(1, part.dim())))
+    out[tuple(slice(n) for n in part.shape)] = part
+    return out
