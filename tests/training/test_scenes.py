@@ -9,7 +9,7 @@ import pytest
 
 from dyvte_engine.training.nano import scenes
 from dyvte_engine.training.nano.pool import pool_questions
-from dyvte_engine.training.nano.questions import KINDS, NUMBERS, Question, ask_many
+from dyvte_engine.training.nano.questions import ASKED, NUMBERS, Question, ask_many
 from dyvte_engine.training.nano.scenes import COLORS, SHAPES, Scene, sample_scene
 
 SCENES = [sample_scene(7, split, index) for split in ("train", "heldout") for index in range(150)]
@@ -126,12 +126,23 @@ def test_answers_are_true(kind: str) -> None:
 
 
 def test_side_asks_spatial_questions_that_offer_both_answers() -> None:
-    only_sides = (0,) * len(KINDS) + (1,)
+    only_sides = [name == "side" for name in ASKED]
     asked = [(scene, q) for scene in SCENES for q in ask_many(scene, 12, only_sides)]
     assert len(asked) > 100 and {q.kind for _, q in asked} == {"spatial"}
     for scene, question in asked:
         assert re.search("left or right of|above or below", question.text)
         assert one_word(scene, question) == recount(scene, question.text), (question, scene)
+
+
+def test_place_asks_on_which_side_of_the_middle() -> None:
+    asked = [(scene, q) for scene in SCENES for q in ask_many(scene, 12, [name == "place" for name in ASKED])]
+    assert len(asked) > 100
+    for scene, question in asked:
+        noun, choice = re.match(r"Is the (.*) (left or right of|above or below) the middle\?", question.text).groups()
+        (shape,) = named(scene, noun)
+        x, y = shape.center
+        true = ("left", "right")[x > 48] if choice.startswith("left") else ("above", "below")[y > 48]
+        assert one_word(scene, question) == true, (question, scene)
 
 
 def test_questions_about_scenes_with_few_shapes_only() -> None:

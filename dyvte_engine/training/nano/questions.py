@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dyvte_engine.training.nano.scenes import COLORS, EASY_COLORS, EASY_SHAPES, SHAPES, Scene, Shape
+from dyvte_engine.training.nano.scenes import COLORS, EASY_COLORS, EASY_SHAPES, SHAPES, SIZE, Scene, Shape
 
 KINDS = ("presence", "color", "shape", "count", "spatial", "word")
-# What can be asked: the kinds, and "side", the spatial questions that offer both answers. Those are learnt first: each
-# place alone is a hint to the answer there, which with yes or no it is only together with the direction asked for.
-ASKED = (*KINDS, "side")
+# What can be asked: the kinds, and two steps towards spatial questions, without which those are not learnt. "side" are
+# the ones that offer both answers: each place alone is a hint to the answer there, which with yes or no it is only
+# together with the direction asked for. "place" are the same questions about one shape and the middle of the picture.
+ASKED = (*KINDS, "side", "place")
 # of ASKED: kinds that few scenes allow are drawn more often
-WEIGHTS = (1, 1, 1, 1.2, 4, 2, 0)
+WEIGHTS = (1, 1, 1, 1.2, 4, 2, 0, 0)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 IN_A_SENTENCE = ("Answer in a sentence.", "Use a full sentence.")
 ONE_WORD = ("Answer with one word.", "One word, please.")
@@ -189,6 +190,18 @@ def _side(rng: random.Random, scene: Scene) -> Question | None:
     return _spatial(rng, scene, yes_or_no=0.0)
 
 
+def _place(rng: random.Random, scene: Scene) -> Question | None:
+    if not scene.shapes:
+        return None
+    shape, axis = rng.choice(scene.shapes), rng.randrange(2)
+    noun, offset = _description(rng, scene, shape), shape.center[axis] - SIZE / 2
+    if not noun or abs(offset) < MIN_OFFSET / 2:
+        return None
+    true = (("to the left of", "to the right of"), ("above", "below"))[axis][offset > 0]
+    text = f"Is the {noun} {('left or right of', 'above or below')[axis]} the middle?"
+    return _styled(rng, text, SHORT[true], f"The {noun} is {true} the middle.", "spatial")
+
+
 def _word(rng: random.Random, scene: Scene) -> Question | None:
     if not scene.word:
         return None
@@ -206,6 +219,7 @@ _ASK = {
     "spatial": _spatial,
     "word": _word,
     "side": _side,
+    "place": _place,
 }
 
 
