@@ -10,6 +10,14 @@ import torch
 from .errors import InvalidArgumentError, ModelError
 
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+_SCALES = (  # of Granite, Gemma and kin
+    "attention_multiplier",
+    "residual_multiplier",
+    "embedding_multiplier",
+    "logits_scaling",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt's length
 
 
@@ -42,6 +50,9 @@ class DecoderShape:
             raise ModelError(
                 f"decoder model_type {config.model_type!r} is not supported; accepted: {', '.join(_LLAMA_LIKE)}"
             )
+        scaled = [name for name in _SCALES if getattr(config, name, None) not in (None, 1)]
+        if scaled:
+            raise ModelError(f"decoder {scaled[0]} is {getattr(config, scaled[0])}; accepted: none")
         if config.hidden_act not in ("silu", "swish"):
             raise ModelError(f"decoder hidden_act {config.hidden_act!r} is not supported; accepted: silu")
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

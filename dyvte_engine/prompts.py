@@ -11,6 +11,7 @@ from PIL import Image
 from .errors import InvalidArgumentError, PromptError
 from .images import load_image
 
+USERS_MARK = "<image>"
 Prompt = str | Sequence[dict[str, Any]]  # a user's question, or a conversation in transformers' format
 
 
@@ -59,10 +60,10 @@ def _message_images(prompt: Prompt) -> list[Any]:
 
 
 def render(prompt: Prompt, n_images: int, processor: Any, chat: bool = True) -> str:
-    """The text for the processor, holding exactly `n_images` image marks.
+    """The text for the processor, holding exactly `n_images` of its image marks.
 
-    A string is one user turn (its own marks say where the pictures go; without marks they come first), or with
-    chat=False the finished text. Raises PromptError when marks and pictures disagree or no chat template exists.
+    A string is one user turn (its own marks or `<image>` say where the pictures go; without them they come first), or
+    with chat=False the finished text. Raises PromptError when marks and pictures disagree or no chat template exists.
     """
     mark = processor.image_token
     if isinstance(prompt, str) and not chat:
@@ -78,7 +79,7 @@ def render(prompt: Prompt, n_images: int, processor: Any, chat: bool = True) -> 
 
 
 def _as_messages(prompt: str, n_images: int, mark: str) -> list[dict[str, Any]]:
-    pieces = prompt.split(mark)
+    pieces = prompt.split(mark if mark in prompt else USERS_MARK)
     if len(pieces) == 1:
         content: list[dict[str, Any]] = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
     else:

@@ -81,7 +81,7 @@ class VisionLanguageModel:
 
     def __init__(self, hf_model: Any, processor: Any, name: str, max_len: int | None):
         config = hf_model.config
-        self.family = family_of(config.model_type, name)
+        self.family = family_of(config, name)
         _check_finite(hf_model)
         self.hf = hf_model.eval().requires_grad_(False)
         self.processor = processor
@@ -270,18 +270,21 @@ def load_model(
     """Load a checkpoint folder or hub id with transformers, safetensors only.
 
     Raises:
-        ModelError: not found, damaged, pickled weights only, unsupported family, NaN weights.
+        ModelError: not found, damaged, pickled weights only, unsupported family, NaN weights, or a package that
+            transformers needs for the processor is missing.
     """
     import transformers
 
     name = str(path)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        cls = getattr(transformers, family_of(config.model_type, name).model_class)
+        cls = getattr(transformers, family_of(config, name).model_class)
         hf_model = cls.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
         processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except ModelError:
         raise
+    except ImportError as e:  # transformers' sentence begins with an empty line
+        raise ModelError(f"cannot load {name}: a package is missing: {str(e).strip().splitlines()[0]}") from e
     except Exception as e:  # transformers raises OSError, ValueError, SafetensorError, ... depending on what is wrong
         raise ModelError(f"cannot load {name}: {type(e).__name__}: {str(e).strip().splitlines()[0]}") from e
     return VisionLanguageModel(hf_model.to(device), processor, name, max_len)

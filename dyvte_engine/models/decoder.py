@@ -34,6 +34,12 @@ def _fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [N, k] -> [N, n]. A few rows on a CPU are bound by reading the weight, which the own kernel does faster."""
+    few = x.device.type == "cpu" and len(x) <= ops.FEW_ROWS
+    return ops.linear(x, weight, bias) if few else F.linear(x, weight, bias)
+
+
 @dataclass
 class DecoderLayer:
     """Weights of one layer and the four steps between residual additions."""
@@ -67,7 +73,7 @@ class DecoderLayer:
     def project_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, d], normalised -> q [N, Hq, D], k and v [N, Hkv, D], views of one tensor."""
         s = self.shape
-        qkv = F.linear(x, *self.qkv).view(len(x), -1, s.head_dim)
+        qkv = linear(x, *self.qkv).view(len(x), -1, s.head_dim)
         q, k, v = qkv.split((s.num_heads, s.num_kv_heads, s.num_kv_heads), dim=1)
         if self.qk_norm is not None:
             q = ops.rms_norm(q, self.qk_norm[0], self.eps)
@@ -81,19 +87,19 @@ class DecoderLayer:
         weight, bias = self.qkv
         w_q, w_k, _ = weight.split(sizes)
         b_q, b_k, _ = (None, None, None) if bias is None else bias.split(sizes)
-        q = F.linear(x[query_rows], w_q, b_q).view(len(query_rows), -1, s.head_dim)
-        k = F.linear(x, w_k, b_k).view(len(x), -1, s.head_dim)
+        q = linear(x[query_rows], w_q, b_q).view(len(query_rows), -1, s.head_dim)
+        k = linear(x, w_k, b_k).view(len(x), -1, s.head_dim)
         if self.qk_norm is not None:
             q, k = ops.rms_norm(q, self.qk_norm[0], self.eps), ops.rms_norm(k, self.qk_norm[1], self.eps)
         return q, k
 
     def project_out(self, attended: Tensor) -> Tensor:
         """attended [N, Hq, D] -> [N, d], to be added to the residual stream."""
-        return F.linear(attended.flatten(1), self.out.weight, self.out.bias)
+        return linear(attended.flatten(1), self.out.weight, self.out.bias)
 
     def mlp(self, x: Tensor) -> Tensor:
         """x [N, d], normalised -> [N, d], to be added to the residual stream."""
-        return F.linear(ops.silu_mul(F.linear(x, *self.gate_up)), self.down.weight, self.down.bias)
+        return linear(ops.silu_mul(linear(x, *self.gate_up)), self.down.weight, self.down.bias)
 
 
 class Decoder:
@@ -125,4 +131,4 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, d], normalised -> float32 [B, vocab]."""
-        return F.linear(hidden, self.lm_head.weight, self.lm_head.bias).float()
+        return linear(hidden, self.lm_head.weight, self.lm_head.bias).float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,8 +95,11 @@ REFUSED = {
 }
 
 
-def family_of(model_type: str, name: str = "the checkpoint") -> Family:
-    """The record for a transformers `model_type`. Raises ModelError, with the reason where there is a known one."""
+def family_of(config: Any, name: str) -> Family:
+    """The record for a transformers config. Raises ModelError, with the reason where there is a known one."""
+    model_type = config.model_type
+    if model_type == "llava" and config.vision_config.model_type == "pixtral":
+        return replace(FAMILIES["mistral3"], model_class=FAMILIES["llava"].model_class)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     why = f": {REFUSED[model_type]}" if model_type in REFUSED else ""

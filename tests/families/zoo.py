@@ -237,7 +237,7 @@ def _idefics3_processor() -> Any:
 def _smolvlm() -> Any:
     return transformers.SmolVLMConfig(
         vision_config=dict(_TOWER, image_size=SIDE),
-        text_config=text("llama"),
+        text_config=text("llama", attention_bias=True, mlp_bias=True),
         scale_factor=2,
         image_token_id=4,
         pad_token_id=0,
