@@ -58,10 +58,13 @@ class Layout:
 
 
 class Painter:
-    """Paints layouts. atlases: {style: uint8 [S, 4, s, s]}, all on one device; words are drawn as they come."""
+    """Paints layouts. atlases: {style: uint8 [S, 4, s, s]}, all on one device; words are drawn as they come.
 
-    def __init__(self, atlases: dict[str, Tensor], size: int = 224):
-        self.size = size
+    `exact`: noise comes from each layout's seed, drawn on the host, equal everywhere; else from the device's generator.
+    """
+
+    def __init__(self, atlases: dict[str, Tensor], size: int = 224, exact: bool = True):
+        self.size, self.exact = size, exact
         self.styles = list(atlases)
         self.atlas = torch.stack([a.float().div(255) for a in atlases.values()])  # [Y, S, 4, s, s]
         self.atlas[:, :, :3] *= self.atlas[:, :, 3:]  # premultiplied: edges keep their colour when resampled
@@ -91,9 +94,11 @@ class Painter:
         weight = torch.where(waves > 0, (along * waves).floor() % 2, along.clamp(0, 1))[:, None]  # [B, 1, H, W]
         ends = self._tensor([one.ground for one in layouts]).div(255)[..., None, None]  # [B, 2, 3, 1, 1]
         canvas = ends[:, 0] + (ends[:, 1] - ends[:, 0]) * weight
+        if not self.exact:
+            strength = self._tensor([one.noise for one in layouts])[:, None, None, None] / 255
+            return canvas + strength * torch.randn_like(canvas[:, :1])
         for i, one in enumerate(layouts):
             if one.noise:
-                # drawn on the host: equal on every device
                 drawn = torch.randn((self.size, self.size), generator=torch.Generator().manual_seed(one.seed))
                 canvas[i] += one.noise / 255 * drawn.to(self.device)
         return canvas

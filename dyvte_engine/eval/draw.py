@@ -19,10 +19,13 @@ Question = tuple[str, str]
 
 
 class Draw:
-    """The pictures of one task: number i of (task, seed), the same whenever asked for, drawing styles in turn."""
+    """The pictures of one task: number i of (task, seed), the same whenever asked for, drawing styles in turn.
 
-    def __init__(self, world: World, task: str, seed: int):
-        self.world, self.task, self.seed = world, task, seed
+    `popular_from`: so many pictures tell which things are frequent.
+    """
+
+    def __init__(self, world: World, task: str, seed: int, popular_from: int = 300):
+        self.world, self.task, self.seed, self.popular_from = world, task, seed, popular_from
 
     def style(self, index: int) -> str:
         return self.world.styles[index % len(self.world.styles)]

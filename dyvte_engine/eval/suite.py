@@ -33,7 +33,7 @@ EASY_VQA = "easy-vqa"
 def pope(draw: Draw) -> Iterator[Sample]:
     """Presence, as often yes as no; absent things at random, the most frequent ones, or like ones that are there."""
     world = draw.world
-    counts = Counter(world.label(t) for index in range(300) for t in draw.view(index)[0].things)
+    counts = Counter(world.label(t) for index in range(draw.popular_from) for t in draw.view(index)[0].things)
     popular = [label for label, _ in counts.most_common()]
     for index, turn in draw.turns():
         view, rng = draw.view(index)
@@ -176,39 +176,46 @@ def _mme_word(rng: random.Random, world: World, view: View) -> Question | None:
 
 
 def mmvet(draw: Draw) -> Iterator[Sample]:
-    """Answers of a sentence with one or two facts, and descriptions with a fact for each thing and their number."""
+    """Answers of a sentence with one or two facts, and descriptions with a fact for each thing and their number.
+
+    `meta["told"]` is a full answer in words.
+    """
     world = draw.world
     for index, turn in draw.turns():
         view, rng = draw.view(index)
         if not view.things:
             continue
         if turn % 3 == 2:
-            found = [*dict.fromkeys(world.fact(t) for t in view.things), (metrics.NUMBERS[len(view.things)],)]
-            yield draw.sample(index, view, world.ask_all(), tuple(found), DESCRIBE, "description")
+            things, count = [world.fact(t) for t in view.things], metrics.NUMBERS[len(view.things)]
+            told = f"{count.capitalize()}: {', '.join(article(wordings[0]) for wordings in things)}."
+            found = (*dict.fromkeys(things), (count,))
+            yield draw.sample(index, view, world.ask_all(), found, DESCRIBE, "description", told=told)
             continue
         made = _sentence(rng, world, view)
         if made:
-            text, stated = made
-            yield draw.sample(index, view, f"{text} {IN_A_SENTENCE}", stated, SENTENCE, "sentence")
+            text, stated, told = made
+            yield draw.sample(index, view, f"{text} {IN_A_SENTENCE}", stated, SENTENCE, "sentence", told=told)
 
 
-def _sentence(rng: random.Random, world: World, view: View) -> tuple[str, tuple[tuple[str, ...], ...]] | None:
-    """A question with the facts its answer must state, each in every wording that is accepted."""
+def _sentence(rng: random.Random, world: World, view: View) -> tuple[str, tuple[tuple[str, ...], ...], str] | None:
+    """A question, the facts its answer must state, each in every wording that is accepted, and a full answer."""
     kind = rng.choice(("relation", "relation", "attribute", "count"))
     if kind == "attribute":
         asked = attribute(rng, world, view, ask_color=rng.random() < 0.5)
-        return (asked[0], ((asked[1],),)) if asked else None
+        return (asked[0], ((asked[1],),), f"It is {asked[1]}.") if asked else None
     if kind == "count":
         noun, there = number(rng, world, view)
-        return world.ask_count(noun), ((metrics.NUMBERS[there], *(("no",) if there == 0 else ())),)
+        wordings = (metrics.NUMBERS[there], "no") if there == 0 else (metrics.NUMBERS[there],)
+        return world.ask_count(noun), (wordings,), f"The number is {wordings[0]}."
     found = pair(rng, world, view)
     if not found:
         return None
     one, two, _, true = found
     wanted = rng.random() < 0.5
     text = f"Is the {world.label(one)} {true if wanted else OPPOSITE[true]} the {world.label(two)}?"
-    other_way = f"{world.label(two)} is {OPPOSITE[true]}"
-    return text, (("yes" if wanted else "no",), (f"{world.label(one)} is {true}", other_way))
+    said = "yes" if wanted else "no"
+    facts = (said,), (f"{world.label(one)} is {true}", f"{world.label(two)} is {OPPOSITE[true]}")
+    return text, facts, f"{said.capitalize()}, the {world.label(one)} is {true} the {world.label(two)}."
 
 
 @dataclass(frozen=True)
