@@ -18,7 +18,7 @@ DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
-.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat bench bench-docs gpu-bench gpu-check doctor clean distclean FORCE
+.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat heads bench bench-docs gpu-bench gpu-check doctor clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -93,6 +93,14 @@ bench: build ## benchmarks, quick set for a CPU (under 10 minutes); tables, JSON
 	$(BENCH).breakdown --seconds 5
 	$(BENCH).growth --seconds 8
 	$(BENCH).kernels --batch 1 --seconds 0.3
+
+HEADS ?= outputs/heads
+heads: build ## nano's exit heads, light and the paper's: labels, training, the nine tasks (docs/training.md); in outputs/heads
+	$(VENV)/bin/dyvte-engine label nano --data nano --samples 5000 --mode self --batch 32 --out $(HEADS)/labels
+	$(VENV)/bin/dyvte-engine train-heads $(HEADS)/labels --kind light --out $(HEADS)/light.safetensors
+	$(VENV)/bin/dyvte-engine train-heads $(HEADS)/labels --kind paper --out $(HEADS)/paper.safetensors
+	$(VENV)/bin/dyvte-engine eval nano --limit 100 --answers $(HEADS)/answers.jsonl --out $(HEADS)/tasks.json \
+		--policy keep-all --policy light=dynamic:$(HEADS)/light.safetensors --policy paper=dynamic:$(HEADS)/paper.safetensors
 
 bench-docs: $(VENV)/.built ## docs/benchmarks.md and its plots from the results in outputs/benchmarks
 	$(BENCH).document --results outputs/benchmarks

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(NANO), help="checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for labels, exit_heads.safetensors and report")
     parser.add_argument("--kind", choices=("paper", "default", "light"), default="light")
-    parser.add_argument("--samples", type=int, default=3000)
+    parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--report-samples", type=int, default=1000, help="of each held-out set")
     parser.add_argument("--target-agreement", type=float)
     parser.add_argument("--dtype", default="float32")
