@@ -187,7 +187,7 @@ class VisionLanguageModel:
             if kept < full:  # the first rows of each picture, which padding follows
                 rows = rows[~(visual[b] & ((visual[b].cumsum(0) - 1) % full >= kept))[:length]]
             n, index, marks = len(rows), rows.to(self.device), visual[b, rows]
-            plain = positions[b, :n] if turns is None else _last_is_largest(positions[:, b, :n])
+            plain = positions[b, :n] if turns is None else self._one_axis(positions[:, b, :n])
             same = self.family.same_rows and n_images > 0
             prepared = PreparedPrompt(
                 inputs_embeds=entry["inputs_embeds"][b, index],
@@ -234,6 +234,16 @@ class VisionLanguageModel:
             handle.remove()
         raise ModelError(f"{self.name}: the forward never reached its language_model")
 
+    def _one_axis(self, positions: Tensor) -> Tensor:
+        """[3, n] -> [n]: one of the axes, but at the end the position that the next token follows.
+
+        This is the largest of all; transformers 5 goes on from the last row, which differs after slow videos.
+        """
+        plain = positions[0].clone()
+        from_last = hasattr(self.hf, "_prepare_position_ids_for_generation")
+        plain[-1] = (positions[:, -1] if from_last else positions).max()
+        return plain
+
     def _positions(self, entry: dict[str, Any], batch: int) -> Tensor:
         """[B, n], or [3, B, n] where they have several axes."""
         positions = entry.get("position_ids")
@@ -242,13 +252,6 @@ class VisionLanguageModel:
         if positions.dim() == 3:
             return positions[-3:]  # some versions put the row numbers before the three axes
         return positions.expand(batch, -1)
-
-
-def _last_is_largest(positions: Tensor) -> Tensor:
-    """[3, n] -> [n]: one axis, but with the largest of all at the end, which the next token follows."""
-    plain = positions[0].clone()
-    plain[-1] = positions.max()
-    return plain
 
 
 def _additions(entry: dict[str, Any]) -> list[Tensor]:

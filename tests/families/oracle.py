@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 
@@ -57,7 +58,8 @@ def enter(hf: Any, inputs: Any) -> Entry:
             handle.remove()
     at = positions[0][:, 0] if positions[0].dim() == 3 else positions[0][0]
     visual = _visual(hf, inputs["input_ids"][0])
-    return Entry(seen["hidden"][0], visual, at, int(at.max()) + 1, deep)
+    last = at if transformers.__version__ < "5" else at[..., -1]  # generate of release 5 goes on from the last row
+    return Entry(seen["hidden"][0], visual, at, int(last.max()) + 1, deep)
 
 
 def _decoder(hf: Any) -> Any:
@@ -65,10 +67,9 @@ def _decoder(hf: Any) -> Any:
 
 
 def _visual(hf: Any, ids: Tensor) -> Tensor:
-    config = hf.config
-    image = getattr(config, "image_token_id", None)
-    ids_of = {config.image_token_index if image is None else image}
-    return torch.isin(ids, torch.tensor(sorted(ids_of)))
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    known = [getattr(hf.config, name, None) for name in names]
+    return torch.isin(ids, torch.tensor([i for i in known if i is not None]))
 
 
 def _keep_deepstack(into: list[Tensor]) -> Any:

@@ -44,6 +44,22 @@ def test_generate_is_generate(family, pair):
     assert state.exit_layers == [1] * 6
 
 
+@pytest.mark.feature("video frames, through transformers' generate")
+@pytest.mark.parametrize("family", zoo.VIDEOS)
+def test_video_frames_are_visual_rows(family, pair):
+    model, twin, state = pair
+    for seed in range(3):
+        inputs = zoo.video(family, seed)
+        assert oracle.generate(model, inputs, 6) == oracle.generate(twin, inputs, 6)
+        state.policy = FixedExit(1)
+        entry = oracle.enter(twin, inputs)
+        want, gone = oracle.greedy(twin, entry, oracle.fixed(1), 6)
+        assert int(gone[-1].sum()) == int((inputs["input_ids"] == 5).sum()) > 0
+        assert oracle.generate(model, inputs, 6) == want
+        assert state.exit_layers == [1]
+        state.policy = KeepAll()
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_the_hook_takes_a_policy(family):
     model, twin = zoo.model(family), zoo.model(family)
