@@ -23,6 +23,7 @@ from dyvte_engine.training.nano.joint import (
 from dyvte_engine.training.nano.model import build_config, build_model, build_tokenizer, normalise
 from dyvte_engine.training.nano.optim import MasterAdamW, average_over_workers
 from dyvte_engine.training.nano.packing import BLOCK, PREFIX, encode, pack
+from dyvte_engine.training.nano.projector import add_places
 from dyvte_engine.training.nano.questions import KINDS, Question, ask_many
 from dyvte_engine.training.nano.tower import DenseTower, train_tower
 
@@ -218,3 +219,33 @@ def test_resumed_tower_training_ends_with_the_same_weights(tokenizer, tmp_path: 
     resumed = run(tmp_path / "parts")
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_added_places_can_be_read_off_the_visual_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.zeros(60, 144, len(scenes.LABELS), dtype=torch.uint8)
+    shown = torch.rand(60, 144, generator=generator) < 0.3
+    place = torch.randint(1, scenes.GRID + 1, (60, 144, 2), generator=generator)
+    first = scenes.LABELS.index("column")
+    assert scenes.LABELS.index("row") == first + 1
+    labels[..., first : first + 2] = (place * shown[..., None]).byte()
+    code = torch.randn(2, 32, generator=generator)
+    features = place.float() @ code + 0.1 * torch.randn(60, 144, 32, generator=generator)
+
+    config = build_config(build_tokenizer(), tiny=True)
+    projector = build_model(config, seed=0).model.multi_modal_projector.requires_grad_(False)
+    basis = torch.linalg.qr(code.T).Q
+    projector.linear_1.weight -= projector.linear_1.weight @ basis @ basis.T  # blind to places
+
+    def read() -> float:
+        """Share of the columns' variance that a linear fit to the first half of the pictures explains in the rest."""
+        visual = projector(features).double()
+        visual = torch.cat([visual, torch.ones(60, 144, 1).double()], -1)
+        inputs, column = visual[:30][shown[:30]], place[..., 0].double()
+        weights = torch.linalg.lstsq(inputs, column[:30][shown[:30]]).solution
+        rest = column[30:][shown[30:]] - visual[30:][shown[30:]] @ weights
+        return float(1 - rest.square().mean() / column.var())
+
+    assert read() < 0.1
+    add_places(projector, lambda pixels: (features[: len(pixels)], None), torch.zeros(40, 3, 96, 96), labels[:40])
+    assert read() > 0.9

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from dyvte_engine.training.nano.questions import NUMBERS
-from dyvte_engine.training.nano.scenes import COLORS, GRID, MAX_LETTERS, SHAPES
+from dyvte_engine.training.nano.scenes import COLORS, GRID, IGNORE, LABELS, MAX_LETTERS, SHAPES
 from dyvte_engine.training.nano.tower import DenseTower
 
 RARE = 1.5  # standard deviations over its mean from which a label counts as seen
@@ -86,3 +86,36 @@ def start_projector(
     projector.linear_2.weight.normal_(0, 0.02, generator=generator)
     projector.linear_2.weight[:, : len(readers)] = torch.stack(vectors, 1)
     projector.linear_2.bias.zero_()
+
+
+@torch.no_grad()
+def add_places(projector: nn.Module, dense: DenseTower, pixels: torch.Tensor, labels: torch.Tensor) -> None:
+    """Lets a trained projector pass on where things are: adds two directions, x and y of the object at a patch.
+
+    The tower knows them, but as long as no answer needs them the projector loses them, and then no gradient asks for
+    them. Two hidden units of opposite sign pass a number through the GELU unchanged; those four that matter least are
+    given up. pixels: [B, 3, 96, 96]; labels: uint8 [B, 144, len(LABELS)], from which the places are fitted.
+    """
+    generator = torch.Generator().manual_seed(1)
+    features = dense(pixels)[0].flatten(0, 1)
+    own = torch.arange(GRID**2).repeat(len(labels))
+    places = []  # of the object at the patch, and where there is none of the patch itself
+    for name, patch in (("column", own % GRID), ("row", own // GRID)):
+        label = labels[..., LABELS.index(name)].flatten().long()
+        places.append(torch.where((label == 0) | (label == IGNORE), patch, label - 1).float())
+    target = torch.stack(places, 1)
+    target = (target - target.mean(0)) / target.std(0)
+    inputs = torch.cat([features, torch.ones(len(features), 1)], 1)
+    shown = (labels[..., LABELS.index("column")].flatten() % IGNORE > 0).float()[:, None]
+    weighted = inputs * (shown + 0.05)
+    ridge = torch.eye(inputs.shape[1])
+    solution = torch.linalg.solve(weighted.T @ inputs + ridge, weighted.T @ target)  # [width + 1, 2]
+    hidden = projector.act(projector.linear_1(features))
+    least = (hidden.std(0) * projector.linear_2.weight.norm(dim=0)).argsort()[:4]
+    strength = projector.linear_2(hidden).square().mean().sqrt() / 2
+    directions = strength * torch.randn(2, projector.linear_2.out_features, generator=generator)
+    signs = torch.tensor([1.0, -1.0])[:, None, None]
+    projector.linear_1.weight[least] = (signs * solution[:-1].T).flatten(0, 1)
+    projector.linear_1.bias[least] = (signs * solution[-1:].T).flatten()
+    projector.linear_2.bias += projector.linear_2.weight[:, least] @ hidden[:, least].mean(0)
+    projector.linear_2.weight[:, least] = (signs * directions).flatten(0, 1).T

@@ -28,7 +28,7 @@ from dyvte_engine.training.nano.model import (
 )
 from dyvte_engine.training.nano.packing import encode
 from dyvte_engine.training.nano.pool import load_pool, pool_questions
-from dyvte_engine.training.nano.projector import start_projector
+from dyvte_engine.training.nano.projector import add_places, start_projector
 from dyvte_engine.training.nano.questions import ASKED, WEIGHTS
 from dyvte_engine.training.nano.scenes import IGNORE, MAX_SHAPES, STYLES, sample_scene
 from dyvte_engine.training.nano.tower import DenseTower, train_tower
@@ -102,6 +102,8 @@ def run_joint(args: argparse.Namespace) -> None:
     start_projector(model.model.multi_modal_projector, dense, shown, tokenizer, embeddings)
     for checkpoint in args.begin:
         begin_from(checkpoint, model, dense)
+    if args.places:
+        add_places(model.model.multi_modal_projector, dense, shown, torch.from_numpy(np.array(labels[:512])))
     dense.requires_grad_(not args.freeze_tower)
     for module in (model, dense):
         module.to(args.device, getattr(torch, args.dtype))
@@ -171,6 +173,7 @@ def main() -> None:
         "--begin", type=Path, nargs="+", default=(), help="joint checkpoints whose weights to begin from, in this order"
     )
     parser.add_argument("--word-share", type=float, help="share of pictures with a printed word (tower)")
+    parser.add_argument("--places", action="store_true", help="give the projector each object's place first (joint)")
     parser.add_argument("--decoder", type=Path, help="an earlier joint checkpoint whose decoder to begin from (joint)")
     parser.add_argument(
         "--tower", type=Path, help="tower checkpoint to begin from (joint); default OUT/tower.safetensors"
