@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import breakdown, curves, document, growth, kernels, policies, workload
+from benchmarks import breakdown, curves, document, growth, kernels, policies, versus, workload
 from benchmarks.kernel_cases import SIZES, Inputs, TooLarge
 from tests import tiny
 
@@ -162,3 +162,26 @@ def test_page_is_made_of_the_results(out, tmp_path, compared):
     again = tmp_path / "again"
     document.main(["--results", str(tmp_path / "benchmarks"), "--docs", str(again)])
     assert (again / "benchmarks.md").read_text() == text
+
+
+def test_versus_runs_what_it_can_and_says_what_it_cannot(checkpoint, out, tmp_path):
+    """Both workers that need no other environment; the third's package index cannot be reached."""
+    broken = ["--build", str(tmp_path / "file")]
+    (tmp_path / "file").write_text("a file where the folder should be")
+    data = run(versus, out, "--model", checkpoint, "--new-tokens", "3", "--rounds", "3", "--seconds", "0", *broken)
+    assert list(data["engines"]) == ["transformers", "this engine, KeepAll"]
+    assert list(data["missing"]) == ["OpenVINO GenAI"]
+    assert "venv" in data["missing"]["OpenVINO GenAI"]
+    assert all(e["same_text"] == 1.0 and e["first"]["n"] == 3 for e in data["engines"].values())
+    assert "not measured" in versus.tables(data)[0].rows[-1][1]
+
+
+def test_versus_arithmetic():
+    def answers(first, whole, text):
+        return [{"first": {"seconds": first}, "whole": {"seconds": whole, "text": text}}] * 2
+
+    found = versus.figures(answers(0.1, 0.3, "b"), answers(0.2, 1.0, "a"), new_tokens=5)
+    assert found["per_token"]["median"] == pytest.approx(0.05)
+    assert found["speedup"]["per_token"]["median"] == pytest.approx(4)
+    assert found["speedup"]["first"]["median"] == pytest.approx(2)
+    assert found["same_text"] == 0.0

@@ -1,0 +1,238 @@
+"""The same checkpoint and questions on other engines, each in its own process: transformers and OpenVINO GenAI, on CPU.
+
+OpenVINO gets an environment of its own, made on the first call in `build/versus` (it needs a package index); the model
+is exported there. Every request has another picture, so prefix caches do not help. The first token's time is that of
+a request for one token. `python -m benchmarks.versus --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks import workload
+from benchmarks.common import Data, header, options, paired_ratio, rounds_within, spread
+from benchmarks.report import COLORS, Sheet, finish, milliseconds, new_figure, scaled
+from dyvte_engine import NANO_HEADS
+from dyvte_engine.assets import resolve_model
+
+ROOT = Path(__file__).parent.parent
+BASE = "transformers"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One engine: the Python it runs in, the worker's name for it, its model folder and option."""
+
+    python: Path
+    engine: str
+    folder: Path
+    option: str
+
+
+class Unavailable(Exception):
+    """An engine cannot be had here; the message says why."""
+
+
+def command(*words: Any, seconds: float = 1800) -> None:
+    """Run to the end. Raises Unavailable with the last lines it printed when it fails."""
+    call = [str(w) for w in words]
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{' '.join(call[-4:])}: not done after {seconds:.0f} s") from None
+    if done.returncode:
+        said = [x for x in (done.stderr + done.stdout).strip().splitlines() if x.strip()]
+        raise Unavailable(f"{' '.join(call[-4:])}: {' / '.join(said[-2:])}"[:400])
+
+
+def openvino(folder: Path, build: Path) -> tuple[Path, Path]:
+    """The Python of OpenVINO's environment and the exported model; both made if they are not there."""
+    python, exported = build / "env/bin/python", build / f"{folder.name}-openvino"
+    if not (build / "env/complete").is_file():
+        command(sys.executable, "-m", "venv", "--clear", build / "env")
+        command(python, "-m", "pip", "install", "-q", "optimum-intel[openvino]", "openvino-genai")
+        # It comes as a dependency, built for another torch than the one installed, and breaks importing transformers.
+        command(python, "-m", "pip", "uninstall", "-q", "-y", "torchvision")
+        (build / "env/complete").touch()
+    newest = max(p.stat().st_mtime for p in folder.iterdir())
+    if not (exported / "complete").is_file() or (exported / "complete").stat().st_mtime < newest:
+        task = ("--task", "image-text-to-text", "--weight-format", "fp32")
+        command(build / "env/bin/optimum-cli", "export", "openvino", "--model", folder, *task, exported)
+        # Its export writes what transformers 5 reads; GenAI looks for the size of a picture in the older file.
+        shutil.copy(folder / "preprocessor_config.json", exported)
+        (exported / "complete").touch()
+    return python, exported
+
+
+def sides(model: str, build: Path) -> tuple[dict[str, Side], dict[str, str]]:
+    """All engines that can be had, and why the others cannot."""
+    folder, here = Path(resolve_model(model)), Path(sys.executable)
+    found = {
+        BASE: Side(here, "transformers", folder, ""),
+        "this engine, KeepAll": Side(here, "dyvte", folder, "keep-all"),
+    }
+    if model == "nano":
+        found["this engine, DyVTE"] = Side(here, "dyvte", folder, f"dynamic:{NANO_HEADS}")
+    try:
+        python, exported = openvino(folder, build)
+    except Unavailable as e:
+        return found, {"OpenVINO GenAI": str(e)}
+    found["OpenVINO GenAI, float32"] = Side(python, "openvino", exported, "f32")
+    found["OpenVINO GenAI, its default"] = Side(python, "openvino", exported, "default")
+    return found, {}
+
+
+class Worker:
+    """A process that answers one request at a time."""
+
+    def __init__(self, side: Side, threads: int, log: Path):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if side.engine == "dyvte":
+            environment["PYTHONPATH"] = str(ROOT)
+        self.log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [side.python, ROOT / "benchmarks/versus_worker.py", side.engine, side.folder, side.option],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
+        self._read()
+
+    def ask(self, request: Data) -> Data:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Data:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise Unavailable(" / ".join(self.log.read_text().strip().splitlines()[-2:])[:400])
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def started(
+    found: dict[str, Side], missing: dict[str, str], threads: int, first: Sequence[Data], logs: Path
+) -> dict[str, Worker]:
+    """A worker for each engine that starts and answers the `first` requests; the others are noted in `missing`."""
+    workers = {}
+    for number, (name, side) in enumerate(found.items()):
+        try:
+            worker = Worker(side, threads, logs / f"{number}.log")
+            for request in first:
+                worker.ask(request)
+            workers[name] = worker
+        except Unavailable as e:
+            missing[name] = str(e)
+    if BASE not in workers:
+        raise Unavailable(f"{BASE}, which all are compared with: {missing[BASE]}")
+    return workers
+
+
+def _requests(args: argparse.Namespace, folder: Path) -> list[list[Data]]:
+    """For each round (and two to warm up) a request for one token and one for a whole answer, each with its picture."""
+    out = []
+    texts, pictures = workload.questions("nano", 2 * (args.rounds + 2))
+    for index, (text, (picture,)) in enumerate(zip(texts, pictures, strict=True)):
+        path = folder / f"{index}.png"
+        picture.save(path)
+        out.append({"picture": str(path), "text": text, "new_tokens": args.new_tokens if index % 2 else 1})
+    return [out[i : i + 2] for i in range(0, len(out), 2)]
+
+
+def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
+    data = header("versus", args, argv)
+    found, missing = sides(args.model, args.build)
+    taken: dict[str, list[Data]] = {name: [] for name in found}
+    with tempfile.TemporaryDirectory() as folder:
+        requests = _requests(args, Path(folder))
+        workers = started(found, missing, data["machine"]["threads"], requests[0] + requests[1], Path(folder))
+        for number in rounds_within(args.seconds, least=3, most=args.rounds):
+            for name, worker in workers.items():
+                first, whole = (worker.ask(request) for request in requests[number + 2])
+                taken[name].append({"first": first, "whole": whole})
+        for worker in workers.values():
+            worker.close()
+    data["missing"] = missing
+    data["engines"] = {name: figures(taken[name], taken[BASE], args.new_tokens) for name in workers}
+    return data
+
+
+def figures(answers: Sequence[Data], base: Sequence[Data], new_tokens: int) -> Data:
+    """Spread of first token, whole answer and each token between, and the ratios to transformers."""
+
+    def values(found: Sequence[Data]) -> dict[str, list[float]]:
+        first, whole = ([a[part]["seconds"] for a in found] for part in ("first", "whole"))
+        steps = [(w - f) / (new_tokens - 1) for f, w in zip(first, whole, strict=True)]
+        return {"first": first, "per_token": steps, "whole": whole}
+
+    mine, theirs = values(answers), values(base)
+    same = sum(a["whole"]["text"].strip() == b["whole"]["text"].strip() for a, b in zip(answers, base, strict=True))
+    return {
+        **{part: spread(v) for part, v in mine.items()},
+        "speedup": {part: paired_ratio(theirs[part], v) for part, v in mine.items()},
+        "same_text": same / len(answers),
+    }
+
+
+def tables(data: Data) -> list[Sheet]:
+    parts = {"first": "first token", "per_token": "per token", "whole": "whole answer"}
+    columns = ["engine", *(f"{p}, ms" for p in parts.values()), *(f"{p} x" for p in parts.values()), "same text"]
+    rows = []
+    for name, e in data["engines"].items():
+        ratios = [scaled(e["speedup"][p], digits=2) for p in parts]
+        rows.append([name, *(milliseconds(e[p]) for p in parts), *ratios, f"{100 * e['same_text']:.0f} %"])
+    rows += [[name, f"not measured: {why}", *[""] * 6] for name, why in data["missing"].items()]
+    n = data["args"]["new_tokens"]
+    note = f"{n} tokens each; x: times faster than {BASE}, question by question; same text: as {BASE} wrote it"
+    return [Sheet(f"{data['args']['model']} on other engines, batch 1, CPU", columns, rows, note)]
+
+
+def figure(data: Data) -> Figure:
+    fig, axes = new_figure(7.5, 2.6)
+    axis, names = axes[0][0], list(data["engines"])[::-1]
+    first = [1e3 * data["engines"][n]["first"]["median"] for n in names]
+    whole = [1e3 * data["engines"][n]["whole"]["median"] for n in names]
+    axis.barh(names, first, label="first token", color=COLORS[0])
+    axis.barh(names, [w - f for w, f in zip(whole, first, strict=True)], left=first, label="the rest", color=COLORS[3])
+    axis.set_xlabel(f"ms for {data['args']['new_tokens']} tokens", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=7)
+    return fig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = options(__doc__, "versus")
+    parser.set_defaults(device="cpu")
+    parser.add_argument("--model", default="nano", help="nano or a checkpoint folder")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=40, help="at most so many questions")
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--build", type=Path, default=ROOT / "build/versus")
+    args = parser.parse_args(argv)
+    finish(measure(args, argv), args.out, args.name, tables, figure)
+
+
+if __name__ == "__main__":
+    main()
