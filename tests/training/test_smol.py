@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model, LlamaConfig, PreTrainedTokenizerFast
 
-from dyvte_engine import Engine, FixedExit
+from dyvte_engine import Engine, FixedExit, KeepAll
 from dyvte_engine.errors import InvalidArgumentError
 from dyvte_engine.eval import emoji_sets as sets
 from dyvte_engine.eval import load_tasks, metrics
@@ -129,12 +129,12 @@ def test_stages_train_their_parts_and_the_loss_falls(untrained, tmp_path):
     align.run(lines.append)
     changed = {n.partition(".")[0] for n, p in align.parameters.items() if not torch.equal(p, before[n])}
     assert changed == {"projector"} and '"step": 1' in lines[-1]
-    joint = train.Trainer(copy.deepcopy(model), processor, tmp_path, settings(steps=40))
+    joint = train.Trainer(copy.deepcopy(model), processor, tmp_path, settings(steps=20))
     assert joint.step == 0
     for name, p in joint.parameters.items():
         assert torch.allclose(p, align.parameters[name], atol=1e-2)  # went on from bfloat16
     batch = data.Steps(processor, 0, 9)[0]
-    losses = [joint.train_step(batch) for _ in range(30)]
+    losses = [joint.train_step(batch) for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1
     changed = {n.partition(".")[0] for n, p in joint.parameters.items() if not torch.equal(p, before[n])}
     assert changed == {"projector", "tower", "lora"}
@@ -162,6 +162,28 @@ def test_assembled_model_is_the_trained_one_and_runs(untrained, tmp_path):
     samples = load_tasks(["seed"], n=4, source="emoji")[0].samples
     answers = answer_all(engine, samples, FixedExit(1), "fixed:1")
     assert [a.exit_layer for a in answers] == [1] * 4
+    s, hf = samples[0], engine.model.hf
+    engine.policy = KeepAll()
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s.prompt}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(images=[s.picture], text=[prompt], return_tensors="pt", add_special_tokens=False)
+    expected = hf.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert engine.generate(s.prompt, s.picture, max_new_tokens=12).token_ids == expected.tolist()
+
+
+def test_loss_is_transformers_own(untrained, tmp_path):
+    model, processor = untrained
+    trainer = train.Trainer(copy.deepcopy(model), processor, tmp_path, settings())
+    batch = data.Steps(processor, 0, 9)[1]
+    torch.manual_seed(3)
+    pixels = (trainer.painter(batch.layouts).float() / 255 - trainer.mean) / trainer.std
+    inputs = dict(input_ids=batch.ids, attention_mask=batch.mask, pixel_values=pixels, labels=batch.labels)
+    with torch.no_grad():
+        expected = trainer.model(**inputs).loss.item()
+    torch.manual_seed(3)
+    assert trainer.train_step(batch) == pytest.approx(expected, rel=1e-5)
 
 
 def exported(tower, path):

@@ -112,13 +112,14 @@ class Trainer:
             group["lr"] = group["rate"] * self._pace()
         pictures = self.painter(batch.layouts).float().div(255)
         pixels = (pictures - self.mean) / self.std
+        ids, mask, labels = (t.to(self.device) for t in (batch.ids, batch.mask, batch.labels))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.model(
-                input_ids=batch.ids.to(self.device),
-                attention_mask=batch.mask.to(self.device),
-                pixel_values=pixels,
-                labels=batch.labels.to(self.device),
-            ).loss
+            hidden = self.model.model(input_ids=ids, attention_mask=mask, pixel_values=pixels).last_hidden_state
+            told = (
+                labels[:, 1:] != -100
+            )  # only where an answer's token comes next: a vocabulary of logits a row is much
+            logits = self.model.lm_head(hidden[:, :-1][told])
+        loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][told])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.active.values(), 1.0)
         self.optimizer.step()
