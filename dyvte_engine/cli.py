@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .convert import convert
 from .errors import DyvteError
 from .eval.cli import evaluate, sweep
 from .training.cli import add_commands
@@ -18,6 +19,7 @@ from .training.cli import add_commands
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inference with dynamic visual-token exit.")
 app.command("eval")(evaluate)
 app.command()(sweep)
+app.command()(convert)
 add_commands(app)
 _err = Console(stderr=True)
 

@@ -1,0 +1,23 @@
+"""`dyvte-engine convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of LLaVA-1.5 as its authors store it.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write, as transformers stores it.")],
+    vision_tower: Annotated[
+        Path | None, typer.Option(help="Folder of the CLIP model, where the checkpoint holds no vision tower.")
+    ] = None,
+    unpickle: Annotated[bool, typer.Option(help="Also read .bin files, with torch's restricted unpickler.")] = False,
+) -> None:
+    """Write a checkpoint in its authors' layout as the engine reads it."""
+    from .models.original import convert as run
+
+    run(source, target, vision_tower, unpickle)
+    typer.echo(f"{target} written")

@@ -1,0 +1,71 @@
+"""Writes docs/families.md from what the tests of this folder say: `python -m tests.families.table`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from dyvte_engine.models.families import REFUSED
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+HEAD = """# Families
+
+What runs on which `model_type` of transformers. Every cell is the result of tests in `tests/families`: a random tiny
+model of the family against transformers' own code (its `generate`, and its own layers under 4-D masks). "refused" is a
+typed error with a reason; "-" has no test. Written by `python -m tests.families.table` with torch {torch} and
+transformers {transformers}; the same tests pass on the oldest supported releases (`make compat`).
+
+Nothing here says how well the answers of a real checkpoint stand an exit: measure that (`dyvte-engine eval`, `sweep`).
+"""
+
+
+class Recorder:
+    """A pytest plugin: the outcome of every test that carries a feature and a family."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, tuple[str, str, str]] = {}
+        self.cells: dict[tuple[str, str], str] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            mark, call = item.get_closest_marker("feature"), getattr(item, "callspec", None)
+            if mark is not None and call is not None:
+                word = "refused" if mark.kwargs.get("refused") else "yes"
+                self.places[item.nodeid] = call.params["family"], mark.args[0], word
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.nodeid not in self.places or (report.when != "call" and report.passed):
+            return
+        family, feature, word = self.places[report.nodeid]
+        cell = (family, feature)
+        if not report.passed:
+            self.cells[cell] = "**fails**"
+        else:
+            self.cells.setdefault(cell, word)
+
+    def page(self) -> str:
+        families = list(dict.fromkeys(family for family, _, _ in self.places.values()))
+        features = list(dict.fromkeys(feature for _, feature, _ in self.places.values()))
+        rows = [["feature", *families], ["---"] * (len(families) + 1)]
+        rows += [[feature, *(self.cells.get((f, feature), "-") for f in families)] for feature in features]
+        table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        refused = "\n".join(f"- `{name}`: {why}." for name, why in REFUSED.items())
+        head = HEAD.format(torch=torch.__version__.split("+")[0], transformers=transformers.__version__)
+        return f"{head}\n{table}\n\nRefused when they are loaded, because\n\n{refused}\n"
+
+
+def main() -> int:
+    recorder = Recorder()
+    status = pytest.main(["-q", "-p", "no:cacheprovider", str(Path(__file__).parent)], plugins=[recorder])
+    PAGE.write_text(recorder.page())
+    print(f"{PAGE} written")
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
