@@ -151,14 +151,15 @@ def started(
 
 
 def _requests(args: argparse.Namespace, folder: Path) -> list[list[Data]]:
-    """For each round (and two to warm up) a request for one token and one for a whole answer, each with its picture."""
+    """For each round (and two to warm up) requests for one token, for many, and for an answer that ends by itself."""
     out = []
-    texts, pictures = workload.questions("nano", 2 * (args.rounds + 2))
+    texts, pictures = workload.questions("nano", 3 * (args.rounds + 2))
     for index, (text, (picture,)) in enumerate(zip(texts, pictures, strict=True)):
         path = folder / f"{index}.png"
         picture.save(path)
-        out.append({"picture": str(path), "text": text, "new_tokens": args.new_tokens if index % 2 else 1})
-    return [out[i : i + 2] for i in range(0, len(out), 2)]
+        tokens = (1, args.new_tokens, 24)[index % 3]
+        out.append({"picture": str(path), "text": text, "new_tokens": tokens, "ends": index % 3 == 2})
+    return [out[i : i + 3] for i in range(0, len(out), 3)]
 
 
 def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
@@ -170,8 +171,8 @@ def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
         workers = started(found, missing, data["machine"]["threads"], requests[0] + requests[1], Path(folder))
         for number in rounds_within(args.seconds, least=3, most=args.rounds):
             for name, worker in workers.items():
-                first, whole = (worker.ask(request) for request in requests[number + 2])
-                taken[name].append({"first": first, "whole": whole})
+                first, whole, ended = (worker.ask(request) for request in requests[number + 2])
+                taken[name].append({"first": first, "whole": whole, "ended": ended})
         for worker in workers.values():
             worker.close()
     data["missing"] = missing
@@ -188,7 +189,7 @@ def figures(answers: Sequence[Data], base: Sequence[Data], new_tokens: int) -> D
         return {"first": first, "per_token": steps, "whole": whole}
 
     mine, theirs = values(answers), values(base)
-    same = sum(a["whole"]["text"].strip() == b["whole"]["text"].strip() for a, b in zip(answers, base, strict=True))
+    same = sum(a["ended"]["text"].strip() == b["ended"]["text"].strip() for a, b in zip(answers, base, strict=True))
     return {
         **{part: spread(v) for part, v in mine.items()},
         "speedup": {part: paired_ratio(theirs[part], v) for part, v in mine.items()},
@@ -198,14 +199,16 @@ def figures(answers: Sequence[Data], base: Sequence[Data], new_tokens: int) -> D
 
 def tables(data: Data) -> list[Sheet]:
     parts = {"first": "first token", "per_token": "per token", "whole": "whole answer"}
-    columns = ["engine", *(f"{p}, ms" for p in parts.values()), *(f"{p} x" for p in parts.values()), "same text"]
+    columns = ["engine", *(f"{p}, ms" for p in parts.values()), *(f"{p} x" for p in parts.values()), "same answer"]
     rows = []
     for name, e in data["engines"].items():
         ratios = [scaled(e["speedup"][p], digits=2) for p in parts]
         rows.append([name, *(milliseconds(e[p]) for p in parts), *ratios, f"{100 * e['same_text']:.0f} %"])
     rows += [[name, f"not measured: {why}", *[""] * 6] for name, why in data["missing"].items()]
     n = data["args"]["new_tokens"]
-    note = f"{n} tokens each; x: times faster than {BASE}, question by question; same text: as {BASE} wrote it"
+    note = (
+        f"{n} tokens; x: times faster than {BASE}, question by question; same answer: as {BASE} gave, let end by itself"
+    )
     return [Sheet(f"{data['args']['model']} on other engines, batch 1, CPU", columns, rows, note)]
 
 

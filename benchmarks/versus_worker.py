@@ -20,10 +20,10 @@ class Dyvte:
         from dyvte_engine.policies import parse
 
         self.engine = Engine.from_pretrained(folder, dtype="float32", device="cpu", policy=parse(option), max_batch=1)
-        self.engine.model.hf.generation_config.eos_token_id = self.engine.model.shape.vocab_size  # never comes
 
-    def run(self, picture, text, new_tokens):
-        return self.engine.generate(text, picture, max_new_tokens=new_tokens, do_sample=False).text
+    def run(self, picture, text, new_tokens, ends):
+        options = {} if ends else {"eos_token_id": self.engine.model.shape.vocab_size}  # a token that never comes
+        return self.engine.generate(text, picture, max_new_tokens=new_tokens, do_sample=False, **options).text
 
 
 class Transformers:
@@ -35,14 +35,14 @@ class Transformers:
 
         cls = transformers.AutoModelForImageTextToText
         self.model = cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-        self.model.generation_config.eos_token_id = self.model.config.get_text_config().vocab_size
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
 
-    def run(self, picture, text, new_tokens):
+    def run(self, picture, text, new_tokens, ends):
+        options = {} if ends else {"eos_token_id": self.model.config.get_text_config().vocab_size}
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         inputs = self.processor(text=[prompt], images=[picture], return_tensors="pt", add_special_tokens=False)
-        out = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        out = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **options)
         return self.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -58,9 +58,9 @@ class OpenVino:
         settings = {} if option == "default" else {"INFERENCE_PRECISION_HINT": option}
         self.pipeline = openvino_genai.VLMPipeline(folder, "CPU", **settings)
 
-    def run(self, picture, text, new_tokens):
+    def run(self, picture, text, new_tokens, ends):
         config = self.genai.GenerationConfig()
-        config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens, True, False
+        config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens, not ends, False
         pixels = self.openvino.Tensor(self.numpy.array(picture)[None])
         return self.pipeline.generate(text, images=[pixels], generation_config=config).texts[0]
 
@@ -79,7 +79,7 @@ def main():
         request = json.loads(line)
         picture = Image.open(request["picture"]).convert("RGB")
         start = time.perf_counter()
-        text = engine.run(picture, request["text"], request["new_tokens"])
+        text = engine.run(picture, request["text"], request["new_tokens"], request["ends"])
         print(json.dumps({"seconds": time.perf_counter() - start, "text": text}), file=answers, flush=True)
 
 

@@ -178,7 +178,7 @@ def test_versus_runs_what_it_can_and_says_what_it_cannot(checkpoint, out, tmp_pa
 
 def test_versus_arithmetic():
     def answers(first, whole, text):
-        return [{"first": {"seconds": first}, "whole": {"seconds": whole, "text": text}}] * 2
+        return [{"first": {"seconds": first}, "whole": {"seconds": whole}, "ended": {"text": text}}] * 2
 
     found = versus.figures(answers(0.1, 0.3, "b"), answers(0.2, 1.0, "a"), new_tokens=5)
     assert found["per_token"]["median"] == pytest.approx(0.05)
