@@ -18,7 +18,7 @@ DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
-.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat heads bench bench-docs gpu-bench gpu-check doctor clean distclean FORCE
+.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat heads nano-results smol bench bench-docs gpu-bench gpu-check doctor clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -101,6 +101,22 @@ heads: build ## nano's exit heads, light and the paper's: labels, training, the 
 	$(VENV)/bin/dyvte-engine train-heads $(HEADS)/labels --kind paper --out $(HEADS)/paper.safetensors
 	$(VENV)/bin/dyvte-engine eval nano --limit 100 --answers $(HEADS)/answers.jsonl --out $(HEADS)/tasks.json \
 		--policy keep-all --policy light=dynamic:$(HEADS)/light.safetensors --policy paper=dynamic:$(HEADS)/paper.safetensors
+
+nano-results: build ## nano on the nine tasks under the heads of `make heads`, and the accuracy/FLOPs curve; into docs/
+	$(VENV)/bin/dyvte-engine eval nano --limit 200 --answers $(HEADS)/results.jsonl --page docs/nano-tasks.md \
+		--policy keep-all --policy light=dynamic:$(HEADS)/light.safetensors --policy paper=dynamic:$(HEADS)/paper.safetensors
+	$(VENV)/bin/dyvte-engine sweep nano --limit 48 --batch 32 --answers $(HEADS)/results.jsonl \
+		--heads light=$(HEADS)/light.safetensors --heads paper=$(HEADS)/paper.safetensors \
+		--out docs/nano-curve.json --plot docs/nano-curve.png --page docs/nano-curve.md
+
+SMOL ?= --batch 128 --workers 12
+SMOL_EVAL ?= --limit 300
+smol: build ## trains smol (needs one GPU for about 20 minutes; docs/smol.md); in outputs/smol
+	$(PY) -m dyvte_engine.training.smol.train --stage align --steps 1000 --minutes 4 $(SMOL) --out outputs/smol
+	$(PY) -m dyvte_engine.training.smol.train --stage joint --steps 6000 --minutes 9.5 $(SMOL) --out outputs/smol
+	$(PY) -m dyvte_engine.training.smol.train --stage joint --steps 6000 --minutes 9.5 $(SMOL) --out outputs/smol
+	$(PY) -m dyvte_engine.training.smol.train --stage assemble --out outputs/smol
+	$(VENV)/bin/dyvte-engine eval outputs/smol/model --source emoji --max-len 1024 --policy keep-all $(SMOL_EVAL)
 
 bench-docs: $(VENV)/.built ## docs/benchmarks.md and its plots from the results in outputs/benchmarks
 	$(BENCH).document --results outputs/benchmarks

@@ -200,7 +200,7 @@ def sweep(
     report["model"] = _identity_of(engine)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        out.write_text(json.dumps(report) + "\n")
     if plot:
         draw(report, plot)
     text = written(report, plot.name if plot else "", " ".join(["dyvte-engine", *sys.argv[1:]]))

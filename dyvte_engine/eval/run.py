@@ -56,7 +56,9 @@ class AnswerFile:
             path.write_text(json.dumps(header) + "\n")
         lines = path.read_text().split("\n")
         if json.loads(lines[0]) != header:
-            raise InvalidArgumentError(f"answers: {path} holds answers of another model ({lines[0]}); this is {model}")
+            raise InvalidArgumentError(
+                f"answers: {path} is of another model ({lines[0]}; this is {model}); name a new file"
+            )
         if lines[-1]:
             path.write_text("\n".join([*lines[:-1], ""]))
         for line in lines[1:-1]:

@@ -253,7 +253,7 @@ def sweep_report(
 ) -> dict[str, Any]:
     """All of it as one JSON-able record; "by_task" repeats curve and fixed layers for each task alone."""
     names = [str(name) for name in dict.fromkeys(o.tasks)]
-    return {
+    whole = {
         "samples": len(o.samples),
         "tasks": names,
         "fixed": fixed(o),
@@ -265,6 +265,16 @@ def sweep_report(
         },
         "by_task": {name: _alone(o, name) for name in names},
     }
+    return _rounded(whole)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits: the record is read by people and kept in a repository."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
 def _alone(o: Outcomes, task: str) -> dict[str, Any]:
