@@ -24,6 +24,7 @@ from .ref import (
     decode_attention_ref,
     exit_head_ref,
     kv_compact_ref,
+    linear_ref,
     rms_norm_ref,
     rope_append_ref,
     silu_mul_ref,
@@ -31,6 +32,7 @@ from .ref import (
 )
 
 __all__ = [
+    "FEW_ROWS",
     "LAST_TEXT",
     "LAST_VISUAL",
     "MEAN_TEXT",
@@ -46,6 +48,8 @@ __all__ = [
     "exit_head_ref",
     "kv_compact_",
     "kv_compact_ref",
+    "linear",
+    "linear_ref",
     "load_library",
     "rms_norm",
     "rms_norm_ref",
@@ -85,6 +89,9 @@ except ImportError as error:
         f"dyvte_engine._C does not load: {error}; build it for this Python with `make build` (or `pip install -e .`)"
     ) from error
 
+FEW_ROWS = 8
+"""Up to here `linear` is faster than torch's own, in every dtype."""
+
 PageAllocator = _C.PageAllocator
 
 _exit_head = torch.ops.dyvte.exit_head.default
@@ -94,6 +101,7 @@ _token_score = torch.ops.dyvte.token_score.default
 _decode_attention = torch.ops.dyvte.decode_attention.default
 _add_rms_norm = torch.ops.dyvte.add_rms_norm_.default
 _rms_norm = torch.ops.dyvte.rms_norm.default
+_linear = torch.ops.dyvte.linear.default
 _silu_mul = torch.ops.dyvte.silu_mul.default
 
 
@@ -233,6 +241,14 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return _silu_mul(gate_up)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [N, k] times weight [n, k] transposed, plus bias [n]: [N, n]. CPU only; meant for at most FEW_ROWS rows.
+
+    The weight is read once for all rows, as fast as memory gives it; from some dozen rows on torch's own product wins.
+    """
+    return _linear(x, weight, bias)
+
+
 # --- fake kernels: shapes and dtypes only, for torch.compile and opcheck ----------------------------------------------
 
 
@@ -267,3 +283,8 @@ def _(x: Tensor, *_: Any) -> Tensor:
 @torch.library.register_fake("dyvte::silu_mul")
 def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@torch.library.register_fake("dyvte::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])

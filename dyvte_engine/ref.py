@@ -140,6 +140,11 @@ def add_rms_norm_ref(residual: Tensor, x: Tensor, weight: Tensor, eps: float) ->
     return rms_norm_ref(residual, weight, eps)
 
 
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = x.float() @ weight.float().T
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
 def silu_mul_ref(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)

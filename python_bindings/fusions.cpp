@@ -1,3 +1,4 @@
+#include "dyvte/linear.h"
 #include "dyvte/rms_norm.h"
 #include "dyvte/silu_mul.h"
 #include "launch.h"
@@ -99,6 +100,40 @@ Tensor silu_mul(const Tensor& gate_up) {
   Tensor out = empty({p.rows, p.m}, v.dtype, v);
   p.out = out.data_ptr();
   if (p.rows * p.m > 0) DYVTE_LAUNCH(v, p, silu_mul);
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  constexpr const char* op = "linear";
+  const View vx(op, "x", x), w(op, "weight", weight);
+  if (vx.on_cuda()) fail(op, ": x must be on the CPU; torch.nn.functional.linear serves CUDA");
+  LinearParams p{};
+  p.dtype = data_type(vx);
+  check_shape(vx, {-1, -1}, "[N, k]");
+  p.rows = vx.size[0];
+  p.k = vx.size[1];
+  check_shape(w, {-1, p.k}, "[n, k]");
+  p.n = w.size[0];
+  for (const View* t : {&vx, &w}) check_dense(*t, 1);
+  check_like(w, vx);
+  check_device(vx, {&w});
+  p.x = vx.data;
+  p.x_stride = vx.row_stride();
+  p.weight = w.data;
+  p.weight_stride = w.row_stride();
+  if (bias) {
+    const View b(op, "bias", *bias);
+    check_shape(b, {p.n}, "[n]");
+    check_dense(b);
+    check_like(b, vx);
+    check_device(vx, {&b});
+    p.bias = b.data;
+  }
+  Tensor out = empty({p.rows, p.n}, vx.dtype, vx);
+  p.out = out.data_ptr();
+  const Scratch scratch(linear_cpu_scratch(p), vx);
+  p.scratch = scratch.data();
+  if (p.rows * p.n > 0) check_status(op, linear_cpu(p, torch_parallel_for));
   return out;
 }
 

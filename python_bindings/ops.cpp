@@ -20,6 +20,7 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
   m.def("add_rms_norm_(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 
 namespace {
@@ -35,6 +36,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("silu_mul", TORCH_BOX(&silu_mul));
+  m.impl("linear", TORCH_BOX(&linear));
 }
 
 }  // namespace

@@ -25,5 +25,6 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_p
 Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor silu_mul(const Tensor& gate_up);
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 
 }  // namespace dyvte::bind

@@ -1,6 +1,7 @@
 // Each CPU kernel exists once per instruction set; the first call picks one.
 #include "dyvte/decode_attention.h"
 #include "dyvte/exit_head.h"
+#include "dyvte/linear.h"
 #include "dyvte/rms_norm.h"
 #include "dyvte/rope_append.h"
 #include "dyvte/silu_mul.h"
@@ -34,6 +35,7 @@ DYVTE_KERNEL(exit_head_cpu, ExitHeadParams)
 DYVTE_KERNEL(rope_append_cpu, RopeAppendParams)
 DYVTE_KERNEL(token_score_cpu, TokenScoreParams)
 DYVTE_KERNEL(decode_attention_cpu, DecodeAttentionParams)
+DYVTE_KERNEL(linear_cpu, LinearParams)
 DYVTE_KERNEL(rms_norm_cpu, RmsNormParams)
 DYVTE_KERNEL(silu_mul_cpu, SiluMulParams)
 

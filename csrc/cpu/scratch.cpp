@@ -2,6 +2,7 @@
 #include "cpu_sizes.h"
 #include "dyvte/decode_attention.h"
 #include "dyvte/exit_head.h"
+#include "dyvte/linear.h"
 #include "dyvte/token_score.h"
 
 namespace dyvte {
@@ -15,5 +16,8 @@ int64_t decode_attention_cpu_scratch(const DecodeAttentionParams& p) {
 
 // Per K/V head: a row of double sums and kScoreRows rows of scores, each as long as all keys together.
 int64_t token_score_cpu_scratch(const TokenScoreParams& p) { return p.heads_kv * (2 + kScoreRows) * p.rows_k; }
+
+// x as floats, when it is not already.
+int64_t linear_cpu_scratch(const LinearParams& p) { return p.dtype == DType::f32 ? 0 : p.rows * p.k; }
 
 }  // namespace dyvte

@@ -10,6 +10,7 @@
 #include "dyvte/decode_attention.h"
 #include "dyvte/exit_head.h"
 #include "dyvte/kv_compact.h"
+#include "dyvte/linear.h"
 #include "dyvte/rms_norm.h"
 #include "dyvte/rope_append.h"
 #include "dyvte/silu_mul.h"
@@ -25,6 +26,7 @@
   Status decode_attention_cpu(const DecodeAttentionParams&, ParallelFor); \
   Status rms_norm_cpu(const RmsNormParams&, ParallelFor);                 \
   Status silu_mul_cpu(const SiluMulParams&, ParallelFor);                 \
+  Status linear_cpu(const LinearParams&, ParallelFor);                    \
   }
 
 DYVTE_TEST_ISA(generic)
@@ -45,6 +47,7 @@ struct Implementation {
   Status (*decode_attention)(const DecodeAttentionParams&, ParallelFor);
   Status (*rms_norm)(const RmsNormParams&, ParallelFor);
   Status (*silu_mul)(const SiluMulParams&, ParallelFor);
+  Status (*linear)(const LinearParams&, ParallelFor);  // CPU only
 };
 
 template <class Params, Status (*kernel)(const Params&, void*)>
@@ -55,7 +58,7 @@ Status on_cuda(const Params& p, ParallelFor) {
 #define DYVTE_TEST_CPU(isa)                                                                      \
   Implementation {                                                                               \
     #isa, false, isa::exit_head_cpu, kv_compact_cpu, isa::rope_append_cpu, isa::token_score_cpu, \
-        isa::decode_attention_cpu, isa::rms_norm_cpu, isa::silu_mul_cpu                          \
+        isa::decode_attention_cpu, isa::rms_norm_cpu, isa::silu_mul_cpu, isa::linear_cpu         \
   }
 
 inline std::vector<Implementation> implementations() {
@@ -67,7 +70,7 @@ inline std::vector<Implementation> implementations() {
   all.push_back({"cuda", true, on_cuda<ExitHeadParams, exit_head_cuda>, on_cuda<KvCompactParams, kv_compact_cuda>,
                  on_cuda<RopeAppendParams, rope_append_cuda>, on_cuda<TokenScoreParams, token_score_cuda>,
                  on_cuda<DecodeAttentionParams, decode_attention_cuda>, on_cuda<RmsNormParams, rms_norm_cuda>,
-                 on_cuda<SiluMulParams, silu_mul_cuda>});
+                 on_cuda<SiluMulParams, silu_mul_cuda>, nullptr});
   return all;
 }
 

@@ -29,6 +29,25 @@ void silu_mul(DType dtype, int64_t rows, int64_t m, int64_t extra, int64_t shift
   });
 }
 
+void linear(DType dtype, int64_t rows, int64_t n, int64_t k, int64_t shift) {
+  const Values x(dtype, rows * (k + shift), shift), weight(dtype, n * (k + 3 * shift), shift), bias(dtype, n, shift);
+  for (int64_t i = 0; i < weight.size(); ++i) weight.set(i, weight.get(i) / std::sqrt(static_cast<float>(k)));
+  compare(label("linear", dtype, {rows, n, k, shift}), rounding(dtype), [&](const Implementation& with) {
+    const Values out(dtype, rows * n, shift);
+    out.fill(NAN);
+    LinearParams p{
+        x.data(),      weight.data(), shift ? bias.data() : nullptr, out.data(), nullptr, rows, n, k, k + shift,
+        k + 3 * shift, dtype};
+    const Array<float> scratch(linear_cpu_scratch(p));
+    p.scratch = scratch.data();
+    // No CUDA kernel: the generic one stands in.
+    check((with.linear ? with.linear : generic::linear_cpu)(p, threaded_for), "linear");
+    std::vector<float> result;
+    out.append_to(result);
+    return result;
+  });
+}
+
 void rms_norm(DType dtype, int64_t outer, int64_t inner, int64_t d, int64_t shift, bool add) {
   const int64_t row = inner * d + 8 + shift;
   const Values x(dtype, outer * row, shift), weight(dtype, d, shift), start(dtype, outer * row, shift);
@@ -264,6 +283,7 @@ void movement_and_fusions(DType dtype, int64_t shift) {
     rms_norm(dtype, pick(1, 5), 1, d, shift, true);
     rms_norm(dtype, pick(1, 9), 3, d, shift, false);
   }
+  for (int64_t k : {1, 7, 83, 64, 769}) linear(dtype, pick(1, 9), pick(1, 200), k, shift);
   kv_compact(dtype, 4, 16, 2, 64, shift);
   kv_compact(dtype, 3, 301, 1, 83, shift);
   kv_compact(dtype, 7, 1, 3, 7, shift);

@@ -1,0 +1,100 @@
+#include "dyvte/linear.h"
+
+#include "simd.h"
+
+namespace dyvte {
+namespace DYVTE_ISA {
+namespace {
+
+constexpr int kSums = kLanes == 16 ? 16 : 8;  // vector registers that hold running sums
+constexpr int kStreams = 4;                   // weight rows read side by side
+constexpr int kUnit = 16;                     // columns added up at a time
+constexpr int64_t kAhead = 2048;              // bytes from a weight in use to the one asked of memory
+constexpr int64_t kMinWeights = 32768;        // of one thread's share
+
+// All rows of x times some rows of the weight, each of which is read from memory once. The weight rows read side by
+// side are far apart: every stream then runs through memory page after page, which is what hardware prefetchers follow.
+template <class T>
+struct Product {
+  const LinearParams& p;
+  const float* x;  // [rows, k], row stride x_stride
+  int64_t x_stride;
+
+  // R rows of x from `first`, C rows of the weight: `row` and those `apart` further on.
+  template <int R, int C>
+  void tile(int64_t first, int64_t row, int64_t apart) const {
+    constexpr int kLine = 64 / sizeof(T);  // columns of a cache line
+    const float* a = x + first * x_stride;
+    const T* w[C];
+    for (int c = 0; c < C; ++c) w[c] = static_cast<const T*>(p.weight) + (row + c * apart) * p.weight_stride;
+    Vec sum[C * R] = {};
+    // J vectors of each row; their products are added up first, so that narrow vectors round no more often than wide
+    // ones.
+    auto add = [&](int64_t i, auto vectors) {
+      constexpr int J = decltype(vectors)::value;
+      Vec v[R * J];
+      for (int r = 0; r < R; ++r) {
+        for (int j = 0; j < J; ++j) v[r * J + j] = load(a + r * x_stride + i + j * kLanes);
+      }
+      for (int c = 0; c < C; ++c) {
+        Vec y[J];
+        for (int j = 0; j < J; ++j) y[j] = load(w[c] + i + j * kLanes);
+        for (int r = 0; r < R; ++r) {
+          Vec part = v[r * J] * y[0];
+          for (int j = 1; j < J; ++j) part += v[r * J + j] * y[j];
+          sum[c * R + r] += part;
+        }
+      }
+    };
+    int64_t i = 0;
+    for (; i + kLine <= p.k; i += kLine) {
+      for (int c = 0; c < C; ++c) __builtin_prefetch(reinterpret_cast<const char*>(w[c] + i) + kAhead);
+      for (int j = 0; j < kLine; j += kUnit) add(i + j, std::integral_constant<int, kUnit / kLanes>());
+    }
+    for (; i + kLanes <= p.k; i += kLanes) add(i, std::integral_constant<int, 1>());
+    for (int c = 0; c < C; ++c) {
+      for (int r = 0; r < R; ++r) {
+        float total = hsum(sum[c * R + r]);
+        for (int64_t j = i; j < p.k; ++j) total += a[r * x_stride + j] * to_float(w[c][j]);
+        if (p.bias) total += to_float(static_cast<const T*>(p.bias)[row + c * apart]);
+        from_float(total, static_cast<T*>(p.out) + (first + r) * p.n + row + c * apart);
+      }
+    }
+  }
+
+  // Rows of x from `first` on: as many as fit the registers at a time, then the rest.
+  template <int R, int C>
+  void rows(int64_t first, int64_t row, int64_t apart) const {
+    for (; first + R <= p.rows; first += R) tile<R, C>(first, row, apart);
+    if constexpr (R > 1) rows<R / 2, C>(first, row, apart);
+  }
+
+  void run(int64_t begin, int64_t end) const {
+    const int64_t apart = (end - begin) / kStreams;
+    for (int64_t i = 0; i < apart; ++i) rows<kSums / kStreams, kStreams>(0, begin + i, apart);
+    for (int64_t row = begin + kStreams * apart; row < end; ++row) rows<kSums / kStreams, 1>(0, row, 0);
+  }
+};
+
+}  // namespace
+
+Status linear_cpu(const LinearParams& p, ParallelFor parallel_for) {
+  by_dtype(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Product<T> product{p, static_cast<const float*>(p.x), p.x_stride};
+    if constexpr (!std::is_same_v<T, float>) {
+      const T* from = static_cast<const T*>(p.x);
+      for (int64_t r = 0; r < p.rows; ++r) {
+        for (int64_t i = 0; i < p.k; ++i) p.scratch[r * p.k + i] = to_float(from[r * p.x_stride + i]);
+      }
+      product.x = p.scratch;
+      product.x_stride = p.k;
+    }
+    parallel(parallel_for, p.n, max64(1, kMinWeights / max64(1, p.k)),
+             [&](int64_t begin, int64_t end) { product.run(begin, end); });
+  });
+  return nullptr;
+}
+
+}  // namespace DYVTE_ISA
+}  // namespace dyvte
