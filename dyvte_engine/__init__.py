@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import hf
     from .assets import EXAMPLES, NANO, NANO_HEADS
     from .config import EngineConfig
     from .engine import Engine
@@ -82,6 +83,7 @@ __all__ = [
     "VisionZip",
     "VisualTokenPolicy",
     "compose",
+    "hf",
     "search_vtw",
 ]
 
@@ -90,6 +92,8 @@ _HOMES = ("errors", "assets", "config", "exit_head", "policies", "generation", "
 
 def __getattr__(name: str) -> Any:
     """Names are looked up at first use: the doctor must start where torch or the native library is missing."""
+    if name == "hf":
+        return importlib.import_module(".hf", __name__)
     if name in __all__:
         for home in _HOMES:
             module = importlib.import_module(f".{home}", __name__)

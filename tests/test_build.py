@@ -37,6 +37,12 @@ def test_one_version():
     assert ops.build_info()["version"] == declared
 
 
+def test_every_public_name_is_there_at_first_use():
+    """In a fresh interpreter, so that no other test has imported the submodules."""
+    code = "import dyvte_engine as d\nassert d.hf.generate and [getattr(d, name) for name in d.__all__]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_ops_passes_on_what_the_python_module_says():
     assert ops.build_info() == _C.build_info()
 
