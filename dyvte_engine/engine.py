@@ -203,7 +203,8 @@ class Engine:
         Args:
             inputs_embeds: [n, d] of one sequence, or a list of such; moved to the engine's device and dtype.
             visual_mask: bool [n] for each, true at visual tokens; each unbroken stretch counts as one picture.
-            position_ids: integer [n] for each, ascending and below `max_len`; default 0..n-1.
+            position_ids: integer [n] for each, ascending and below `max_len`; default 0..n-1. For models whose
+                positions have three axes (Qwen-VL) also [3, n].
 
         Returns:
             A `Running` batch: `.logits`, `.step(tokens)`, `.exit_layers`; close it (or use `with`) to free its cache.
@@ -224,14 +225,12 @@ class Engine:
         for e, m, p in zip(embeds, masks, positions, strict=True):
             self._check_entry(e, m, p)
         device = self.config.device
-        return self.prefill_prepared(
-            [
-                PreparedPrompt(
-                    e.to(device, self.config.dtype), m.cpu(), p.to(device, torch.int32), pictures=runs(m.cpu())
-                )
-                for e, m, p in zip(embeds, masks, positions, strict=True)
-            ]
-        )
+        prompts = []
+        for e, m, p in zip(embeds, masks, positions, strict=True):
+            plain, rotations = self.model.place(p.to(device))
+            entering = e.to(device, self.config.dtype)
+            prompts.append(PreparedPrompt(entering, m.cpu(), plain, runs(m.cpu()), rotations))
+        return self.prefill_prepared(prompts)
 
     def _check_entry(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> None:
         n = len(embeds)
@@ -247,11 +246,15 @@ class Engine:
             )
         if mask.dtype != torch.bool or mask.shape != (n,):
             raise InvalidArgumentError(f"visual_mask is {mask.dtype} {list(mask.shape)}; accepted: bool [{n}]")
-        if positions.is_floating_point() or positions.shape != (n,):
+        axes = self.model.family.axes
+        shapes = [(n,)] if axes == 1 else [(n,), (axes, n)]
+        if positions.is_floating_point() or positions.shape not in shapes:
+            accepted = "integer " + " or ".join(str(list(shape)) for shape in shapes)
             raise InvalidArgumentError(
-                f"position_ids is {positions.dtype} {list(positions.shape)}; accepted: integer [{n}]"
+                f"position_ids is {positions.dtype} {list(positions.shape)}; accepted: {accepted}"
             )
-        if positions[0] < 0 or positions[-1] >= self.max_len or (positions.diff() <= 0).any():
+        ascends = positions.dim() == 2 or not (positions.diff() <= 0).any()
+        if positions.min() < 0 or positions.max() >= self.max_len or not ascends:
             raise InvalidArgumentError(f"position_ids must ascend within 0 to {self.max_len - 1} (max_len - 1)")
 
     @torch.inference_mode()

@@ -36,6 +36,8 @@ def as_batch(prompts: Any, images: Any) -> tuple[list[Prompt], list[list[Image.I
             raise InvalidArgumentError(
                 "each of prompts must be a string or a non-empty list of messages (dicts with role and content)"
             )
+    if any(p.get("type") == "video" for prompt in batch for p in _parts(prompt)):
+        raise PromptError("a message holds a video; accepted: pictures (hf.enable takes videos, in generate)")
     given = [_given_images(i) or _message_images(p) for p, i in zip(batch, images, strict=True)]
     return batch, [[load_image(i) for i in row] for row in given]
 
@@ -52,11 +54,15 @@ def _given_images(images: Any) -> list[Any]:
 
 def _message_images(prompt: Prompt) -> list[Any]:
     """Pictures written into a conversation's content as {"type": "image", "image" or "path": ...}."""
+    found = [p.get("image", p.get("path")) for p in _parts(prompt) if p.get("type") == "image"]
+    return [f for f in found if f is not None]
+
+
+def _parts(prompt: Prompt) -> list[dict[str, Any]]:
+    """The typed parts of a conversation's messages."""
     if isinstance(prompt, str):
         return []
-    parts = [p for m in prompt if not isinstance(m.get("content"), str) for p in m.get("content") or []]
-    found = [p.get("image", p.get("path")) for p in parts if p.get("type") == "image"]
-    return [f for f in found if f is not None]
+    return [p for m in prompt if not isinstance(m.get("content"), str) for p in m.get("content") or []]
 
 
 def render(prompt: Prompt, n_images: int, processor: Any, chat: bool = True) -> str:

@@ -179,7 +179,6 @@ class VisionLanguageModel:
                 entry = self._run_to_entry(inputs)
             kept = seen[0]
         positions = self._positions(entry, len(lengths))
-        turns = None if positions.dim() == 2 else [rotations(self.language_model, p) for p in positions.unbind(1)]
         added = _additions(entry)
         out = []
         for b, length in enumerate(lengths):
@@ -187,14 +186,14 @@ class VisionLanguageModel:
             if kept < full:  # the first rows of each picture, which padding follows
                 rows = rows[~(visual[b] & ((visual[b].cumsum(0) - 1) % full >= kept))[:length]]
             n, index, marks = len(rows), rows.to(self.device), visual[b, rows]
-            plain = positions[b, :n] if turns is None else self._one_axis(positions[:, b, :n])
+            plain, turns = self.place(positions[..., b, :n])
             same = self.family.same_rows and n_images > 0
             prepared = PreparedPrompt(
                 inputs_embeds=entry["inputs_embeds"][b, index],
                 visual=marks,
-                positions=plain.to(torch.int32),
+                positions=plain,
                 pictures=[kept] * (int(marks.sum()) // kept) if same else runs(marks),
-                rotations=None if turns is None else turns[b][:n],
+                rotations=turns,
                 additions=tuple(a[b, index] for a in added),
             )
             out.append(prepared)
@@ -234,15 +233,18 @@ class VisionLanguageModel:
             handle.remove()
         raise ModelError(f"{self.name}: the forward never reached its language_model")
 
-    def _one_axis(self, positions: Tensor) -> Tensor:
-        """[3, n] -> [n]: one of the axes, but at the end the position that the next token follows.
+    def place(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """positions [n], or [3, n] -> a `PreparedPrompt`'s `positions` and `rotations`.
 
-        This is the largest of all; transformers 5 goes on from the last row, which differs after slow videos.
+        The next token follows the largest of three axes; transformers 5 goes on from those of the last row, which
+        differs after slow videos.
         """
-        plain = positions[0].clone()
+        if positions.dim() == 1:
+            return positions.to(torch.int32), None
+        plain = positions[0].to(torch.int32, copy=True)
         from_last = hasattr(self.hf, "_prepare_position_ids_for_generation")
         plain[-1] = (positions[:, -1] if from_last else positions).max()
-        return plain
+        return plain, rotations(self.language_model, positions)
 
     def _positions(self, entry: dict[str, Any], batch: int) -> Tensor:
         """[B, n], or [3, B, n] where they have several axes."""

@@ -16,6 +16,7 @@ from dyvte_engine import (
     ExitHeads,
     FastV,
     FixedExit,
+    InvalidArgumentError,
     KeepAll,
     ModelError,
     Random,
@@ -169,3 +170,19 @@ def test_policies_in_the_tower_refused(family, pair, policy):
 def test_renumbering_needs_one_axis(family, pair):
     with pytest.raises(ModelError, match="positions of 3 axes"):
         pair[0].policy = PyramidDrop(renumber=True)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_lower_entry_takes_positions_of_three_axes(family, pair):
+    engine, hf = pair
+    texts, images = zoo.prompts(family, seed=65, n=3, images=(1, 2))
+    for words, pictures in zip(texts, images):
+        entry = oracle.enter(hf, zoo.encode(family, words, pictures))
+        with engine.prefill(entry.embeds, entry.visual, entry.positions) as running:
+            want, _ = oracle.run(hf, entry, [], lambda at: None)
+            torch.testing.assert_close(running.logits[0], want, rtol=1e-4, atol=1e-4)
+            assert running.positions.tolist() == [entry.next_position]
+            want, _ = oracle.run(hf, entry, [7], lambda at: None)
+            torch.testing.assert_close(running.step([7])[0], want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InvalidArgumentError, match=r"accepted: integer \[\d+\] or \[3, \d+\]"):
+        engine.prefill(entry.embeds, entry.visual, entry.positions[:2])
