@@ -60,6 +60,7 @@ def page(report: dict[str, Any], picture: str, command: str) -> str:
     ]
     for name, heads in report["heads"].items():
         lines += ["", f"## {name}", "", *_heads_table(heads, divisor, letter), "", *_verdict(heads)]
+        lines += ["", *_by_task(heads, len(report["fixed"]))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -93,6 +94,29 @@ def _heads_table(heads: dict[str, Any], divisor: float, letter: str) -> list[str
             + " | ".join(differences)
             + f" | {'-' if area is None else f'{area:.2f}'} |"
         )
+    return lines
+
+
+def _by_task(heads: dict[str, Any], num_layers: int) -> list[str]:
+    """Where the same FLOPs go: some fixed layers, and DyVTE at no more FLOPs, task by task."""
+    chosen = [
+        c for c in heads["against_fixed"] if c["layer"] in range(num_layers // 4, num_layers - 1, num_layers // 6)
+    ]
+    if not chosen:
+        return []
+    lines = [
+        "Task by task, same answers and score (DyVTE / fixed), and DyVTE's mean exit layer there:",
+        "",
+        "| task | " + " | ".join(f"layer {c['layer']}: same | score | exit" for c in chosen) + " |",
+        "| --- " * (1 + 3 * len(chosen)) + "|",
+    ]
+    for task in chosen[0]["by_task"]:
+        cells = []
+        for c in chosen:
+            t = c["by_task"][task]
+            cells += [f"{100 * t[key]:.0f} / {100 * t[f'{key}_fixed']:.0f}" for key in ("same", "credit")]
+            cells.append(f"{t['exit_layer']:.1f}")
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return lines
 
 

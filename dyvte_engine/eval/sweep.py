@@ -166,7 +166,8 @@ def oracle(o: Outcomes) -> dict[str, float]:
 def against_fixed(o: Outcomes, name: str) -> list[dict[str, Any]]:
     """DyVTE less the fixed exit, at each layer, never with more FLOPs.
 
-    "credit" and "same" are differences with a 95 % interval: samples resampled in pairs within each task.
+    "credit" and "same" are differences with a 95 % interval: samples resampled in pairs within each task. "by_task"
+    has DyVTE's mean exit layer in each task, and what it and the fixed layer keep there.
     """
     layers = {float(t): exit_layers(o.p[name], t) for t in thresholds(o.p[name])}
     cost = {t: point(o, chosen)["flops"] for t, chosen in layers.items()}
@@ -181,8 +182,18 @@ def against_fixed(o: Outcomes, name: str) -> list[dict[str, Any]]:
             values = getattr(o, key).astype(float)
             difference = values[rows, layers[t]] - values[:, layer]
             entry[key] = {"difference": float(o.weights @ difference), "ci95": _paired(difference, o.tasks)}
+        entry["by_task"] = {str(task): _of_task(o, o.tasks == task, layers[t], layer) for task in np.unique(o.tasks)}
         compared.append(entry)
     return compared
+
+
+def _of_task(o: Outcomes, rows: np.ndarray, layers: np.ndarray, layer: int) -> dict[str, float]:
+    chosen = np.flatnonzero(rows), layers[rows]
+    return {
+        "exit_layer": float(layers[rows].mean()),
+        **{key: float(getattr(o, key)[chosen].mean()) for key in ("credit", "same")},
+        **{f"{key}_fixed": float(getattr(o, key)[rows, layer].mean()) for key in ("credit", "same")},
+    }
 
 
 def _paired(difference: np.ndarray, tasks: np.ndarray) -> list[float]:

@@ -94,6 +94,9 @@ def test_perfect_heads_beat_every_fixed_layer_and_useless_ones_none():
     assert abs(sweep.separation(useless, "h")[2] - 0.5) < 0.1
     for c in sweep.against_fixed(perfect, "h"):
         assert c["flops"] <= c["flops_fixed"] + 1e-6
+        alone = c["by_task"]["t"]
+        assert alone["same_fixed"] == pytest.approx(same[:, c["layer"]].mean())
+        assert alone["same"] - alone["same_fixed"] == pytest.approx(c["same"]["difference"])
 
 
 def test_separation_by_definition():
