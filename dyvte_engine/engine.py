@@ -309,11 +309,10 @@ class Engine:
         loop = TokenLoop(requests, config, self.model.processor.tokenizer, seeds, self.config.device)
         tower = self.model.hf.config.vision_config
         picture_flops = vision_flops(tower, self.policy.tower_merges), vision_flops(tower)
+        passes = [self.model.tower_passes(i) for i in inputs]
         with self.prefill_prepared(prepared) as running:
             figures = [
-                PrefillFigures.of(
-                    running, b, len(r.ids), *(self.model.tower_passes(inputs[b]) * f for f in picture_flops)
-                )
+                PrefillFigures.of(running, b, len(r.ids), *(passes[b] * f for f in picture_flops))
                 for b, r in enumerate(requests)
             ]
             for b, token, text in loop.run(running):

@@ -125,7 +125,9 @@ class VisionLanguageModel:
         pixels = prompt.inputs.get("pixel_values")
         if pixels is None or not self.family.tiles:
             return 0
-        return int(pixels.flatten(0, -4).flatten(1).any(dim=1).sum())  # all zero: filled up by the processor
+        if pixels.dim() == 4:
+            return len(pixels)
+        return int(pixels.flatten(0, -4).flatten(1).any(dim=1).sum())  # tiles all zero fill the shorter pictures up
 
     def tokenize(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> list[TokenizedPrompt]:
         """Run the processor on each text (image marks inside) with its PIL pictures."""

@@ -115,3 +115,18 @@ def test_videos_in_messages_are_refused():
     message = {"role": "user", "content": [{"type": "video", "path": "a.mp4"}, {"type": "text", "text": "w1"}]}
     with pytest.raises(PromptError, match="holds a video"):
         as_batch([message], None)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "idefics3", "mistral3", "qwen2_vl"])
+def test_tower_passes_are_what_the_tower_sees(family):
+    """Counted at the tower's own patch embedding; towers that take any size count as none."""
+    loaded = VisionLanguageModel(zoo.model(family), zoo.processor(family), family, 256)
+    texts, images = zoo.prompts(family, seed=110, n=3, images=(2,))
+    prompts = loaded.tokenize(texts, images)
+    seen = []
+    convolution = next(m for m in loaded.hf.model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d))
+    handle = convolution.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    loaded.prepare(prompts)
+    handle.remove()
+    counted = sum(loaded.tower_passes(p) for p in prompts)
+    assert counted == (sum(seen) if loaded.family.tiles else 0)
