@@ -73,7 +73,7 @@ def options(description: str | None, name: str) -> argparse.ArgumentParser:
 def header(benchmark: str, args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
     """What stands at the head of every JSON: the command, the machine, and its physical limits, measured now."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    shown = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    shown = {k: _from_here(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     return {
         "benchmark": benchmark,
         "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *(sys.argv[1:] if argv is None else argv)]),
@@ -82,6 +82,12 @@ def header(benchmark: str, args: argparse.Namespace, argv: Sequence[str] | None)
         "args": shown,
         "limits": vars(Limits.measured(device, dtype)),
     }
+
+
+def _from_here(path: Path) -> str:
+    """As a user of this repository would write it."""
+    root = Path(__file__).resolve().parent.parent
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def wait_for(device: torch.device) -> None:

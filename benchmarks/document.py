@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept.mkdir(parents=True, exist_ok=True)
     for path in sorted(args.results.glob("*.json")):
         data = json.loads(path.read_text())
-        if data["benchmark"] not in ORDER:
-            print(f"{path}: left out, {data['benchmark']!r} has no page")
+        if data.get("benchmark") not in ORDER:
+            print(f"{path}: left out, no benchmark of this page")
             continue
         if args.results.resolve() != kept.resolve():
             (kept / path.name).write_text(path.read_text())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,61 +21,78 @@ from benchmarks.common import Data, Limits, header, options, paired_ratio, peak_
 from benchmarks.report import COLORS, Sheet, finish, milliseconds, new_figure, number, percent, scaled
 from dyvte_engine import Engine
 
-Runs = dict[str, list[workload.Timeline]]
+Runs = dict[str, list[tuple[workload.Timeline, Any]]]
 SHORT = 16  # tokens up to which a run belongs to the many short ones
+POOL = 12  # batches of questions, one a round: where an exit comes depends on the question
 
 
-def run_rounds(calls: dict[str, Callable[[int], Any]], new_tokens: int, seconds: float, least: int) -> Runs:
-    """Timelines of every call, one each a round."""
+def run_rounds(
+    calls: dict[str, workload.Call], pool: Sequence[workload.Request], new_tokens: int, seconds: float, least: int
+) -> Runs:
+    """What every call gave, one each a round."""
     runs: Runs = {name: [] for name in calls}
-    for _ in rounds_within(seconds, least):
+    for number_ in rounds_within(seconds, least):
         for name, call in calls.items():
-            runs[name].append(call(new_tokens)[0])
+            runs[name].append(call(pool[number_ % len(pool)], new_tokens))
     return runs
 
 
-def warm_up(calls: dict[str, Callable[[int], Any]], device: torch.device) -> tuple[dict[str, Any], dict[str, int]]:
-    """One first token each: what every call gave, and the memory it took; calls that do not fit are left out."""
-    outputs: dict[str, Any] = {}
+def warm_up(calls: dict[str, workload.Call], request: workload.Request) -> dict[str, int]:
+    """The memory that every call takes for one token; calls that do not fit are taken out."""
     peaks: dict[str, int] = {}
     for name in list(calls):
         try:
-            calls[name](2)
-            peaks[name] = peak_bytes(lambda name=name: outputs.update({name: calls[name](1)[1]}), device)
+            calls[name](request, 2)
+            outputs: list[Any] = []
+            run = functools.partial(lambda call, found: found.append(call(request, 1)[1]), calls[name], outputs)
+            peaks[name] = peak_bytes(run, request.engine.config.device)
+            # The engine's K/V pages come from a pool that was there before the request.
+            peaks[name] += sum(r.stats.kv_bytes for r in outputs[0]) if isinstance(outputs[0], list) else 0
         except torch.cuda.OutOfMemoryError:
             del calls[name]
         gc.collect()
-    return outputs, peaks
+    return peaks
 
 
 def measure_batch(engine: Engine, args: argparse.Namespace, model: str, batch: int, limits: Limits) -> list[Data]:
     """One entry a method, for one batch size."""
-    texts, pictures = workload.questions(model, batch)
-    request = workload.Request(engine, texts, pictures)
+    pool = workload.requests(engine, model, batch, POOL)
     bound = {name: p.bind(engine.model) for name, p in workload.methods(engine, model).items()}
-    merges = {name: p.tower_merges for name, p in bound.items()}
-    calls = workload.runners(request, bound)
+    calls = workload.runners(bound)
     wanted = list(calls)
-    outputs, peaks = warm_up(calls, engine.config.device)
+    peaks = warm_up(calls, pool[0])
     most = max(args.new_tokens)
     short = min(most, SHORT)
-    runs = run_rounds(calls, short, args.seconds, least=3)
+    runs = run_rounds(calls, pool, short, args.seconds, least=3)
     if most > short:
-        for name, lines in run_rounds(calls, most, args.seconds, least=1).items():
-            runs[name] += lines
-    keep_all = outputs["KeepAll"]
+        for name, found in run_rounds(calls, pool, most, args.seconds, least=1).items():
+            runs[name] += found
+    pictures = sum(map(len, pool[0].pictures))
     entries = []
     for name in wanted:
         entry: Data = {"model": model, "batch": batch, "method": name}
         if name in calls:
-            results = outputs[name] if name in bound else keep_all
-            work = _work(engine, results, sum(map(len, pictures)), merges.get(name, ()), most)
-            entry |= _times(runs[name], runs[workload.HF], args.new_tokens) | _memory(outputs[name], peaks[name])
+            # transformers does the work of KeepAll; its cache is padded to the longest prompt
+            results = [r for _, r in runs[name if name in bound else "KeepAll"]]
+            merges = bound[name].tower_merges if name in bound else ()
+            work = mean_work([request_work(engine, r, pictures, merges, most) for r in results])
+            entry |= _times([line for line, _ in runs[name]], [line for line, _ in runs[workload.HF]], args.new_tokens)
             entry |= _against_limits(entry, work, limits)
-            entry["exit_layer"] = _mean([r.stats.exit_layer for r in results]) if name in bound else None
+            held = [sum(s.stats.kv_bytes for s in r) if name in bound else padded_cache(engine, r) for r in results]
+            entry |= {"kv_bytes": statistics.fmean(held), "peak_bytes": peaks[name]}
+            exits = [s.stats.exit_layer for r in results for s in r if s.stats.exit_layer is not None]
+            entry["exit_layer"] = statistics.fmean(exits) if exits and name in bound else None
+            entry["exited"] = len(exits) / sum(map(len, results)) if name in bound else None
             entry["prefill_gflops"] = work["prefill"].flops / 1e9 / batch
         entries.append(entry)
     return entries
+
+
+def padded_cache(engine: Engine, results: Sequence[Any]) -> int:
+    """Bytes of transformers' K/V cache after the prompts: every one as long as the longest."""
+    longest = max(max(r.stats.tokens_per_layer) for r in results)
+    shape = engine.model.shape
+    return len(results) * longest * shape.num_layers * shape.kv_bytes_per_row * engine.config.dtype.itemsize
 
 
 def _times(lines: Sequence[workload.Timeline], base: Sequence[workload.Timeline], new_tokens: Sequence[int]) -> Data:
@@ -96,18 +114,10 @@ def _times(lines: Sequence[workload.Timeline], base: Sequence[workload.Timeline]
     }
 
 
-def _memory(output: Any, peak: int) -> Data:
-    """K/V bytes of the prompt; the engine's pages come from a pool that was there before the request."""
-    if isinstance(output, list):
-        held = sum(r.stats.kv_bytes for r in output)
-        return {"kv_bytes": held, "peak_bytes": peak + held}
-    layers = output.past_key_values.layers
-    return {"kv_bytes": sum(x.keys.nbytes + x.values.nbytes for x in layers), "peak_bytes": peak}
-
-
-def _work(
+def request_work(
     engine: Engine, results: Sequence[Any], pictures: int, merges: Sequence[int], new_tokens: int
 ) -> dict[str, roofline.Work]:
+    """What one batch's passes are at least, by the rows each layer saw."""
     rows = [r.stats.tokens_per_layer for r in results]
     middle = [[n + new_tokens // 2 for n in row] for row in rows]  # the mean length while decoding
     return {
@@ -117,6 +127,14 @@ def _work(
     }
 
 
+def mean_work(works: Sequence[dict[str, roofline.Work]]) -> dict[str, roofline.Work]:
+    def mean(part: str) -> roofline.Work:
+        found = [w[part] for w in works]
+        return roofline.Work(statistics.fmean(w.flops for w in found), statistics.fmean(w.bytes for w in found))
+
+    return {part: mean(part) for part in works[0]}
+
+
 def _against_limits(entry: Data, work: dict[str, roofline.Work], limits: Limits) -> Data:
     least = {part: w.seconds(limits) for part, w in work.items()}
     measured = {part: entry[part]["median"] if entry[part] else None for part in least}
@@ -124,11 +142,6 @@ def _against_limits(entry: Data, work: dict[str, roofline.Work], limits: Limits)
         "roofline": least,
         "share": {part: roofline.share(seconds, measured[part]) for part, seconds in least.items()},
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    there = [v for v in values if v is not None]
-    return sum(there) / len(there) if there else None
 
 
 def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
@@ -151,7 +164,14 @@ def tables(data: Data) -> list[Sheet]:
         parts = ["processor", "vision", "prefill", "per_token"]
         columns = ["method", *(p.replace("_", " ") for p in parts), *(f"{n} new" for n in counts), "exit after"]
         rows = [_times_row(c, parts, counts) for c in cases]
-        sheets.append(Sheet(f"Time in ms, {where}", columns, rows, "median (quartiles); `n new`: call to nth token"))
+        sheets.append(
+            Sheet(
+                f"Time in ms, {where}",
+                columns,
+                rows,
+                "median (quartiles); `n new`: call to nth token; exit: mean layer (share of the answers)",
+            )
+        )
         columns = ["method", "prefill x", "per token x", *(f"{n} new x" for n in counts)]
         rows = [_ratios_row(c, counts) for c in cases]
         note = f"how many times faster than {workload.HF}, round by round"
@@ -167,7 +187,14 @@ def _times_row(c: Data, parts: Sequence[str], counts: Sequence[int]) -> list[str
     if "prefill" not in c:
         return [c["method"], "out of memory", *[""] * (len(parts) + len(counts))]
     until = [milliseconds(c["until"].get(str(n))) for n in counts]
-    return [c["method"], *(milliseconds(c[p]) for p in parts), *until, number(c["exit_layer"])]
+    return [c["method"], *(milliseconds(c[p]) for p in parts), *until, _exits(c)]
+
+
+def _exits(c: Data) -> str:
+    """Mean layer of those that left, and how many did where not all."""
+    if c["exit_layer"] is None:
+        return ""
+    return number(c["exit_layer"]) + ("" if c["exited"] == 1 else f" ({percent(c['exited'])})")
 
 
 def _ratios_row(c: Data, counts: Sequence[int]) -> list[str]:

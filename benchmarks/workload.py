@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -233,7 +232,6 @@ class Request:
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 streamer=streamer,
-                return_dict_in_generate=True,
             )
         line.tokens = streamer.times[1:]
         return line, out
@@ -252,10 +250,23 @@ def _attention(model: Any, kind: str) -> Iterator[None]:
         model.set_attn_implementation("sdpa")  # the engine's own calls of the tower
 
 
-def runners(request: Request, named: dict[str, VisualTokenPolicy]) -> dict[str, Callable[[int], tuple[Timeline, Any]]]:
-    """Everything to compare, as calls that take the number of new tokens."""
-    calls: dict[str, Callable[[int], tuple[Timeline, Any]]] = {
-        HF_EAGER: functools.partial(request.run_hf, "eager"),
-        HF: functools.partial(request.run_hf, "sdpa"),
-    }
-    return calls | {name: functools.partial(request.run, policy) for name, policy in named.items()}
+Call = Callable[[Request, int], tuple[Timeline, Any]]
+
+
+def runners(named: dict[str, VisualTokenPolicy]) -> dict[str, Call]:
+    """Everything to compare, as calls that take a request and the number of new tokens; policies are bound already."""
+
+    def hf(attention: str) -> Call:
+        return lambda request, new_tokens: request.run_hf(attention, new_tokens)
+
+    def ours(policy: VisualTokenPolicy) -> Call:
+        return lambda request, new_tokens: request.run(policy, new_tokens)
+
+    return {HF_EAGER: hf("eager"), HF: hf("sdpa")} | {name: ours(policy) for name, policy in named.items()}
+
+
+def requests(engine: Engine, model: str, batch: int, n: int) -> list[Request]:
+    """n batches of questions, no question twice."""
+    texts, pictures = questions(model, n * batch)
+    parts = [slice(i * batch, (i + 1) * batch) for i in range(n)]
+    return [Request(engine, texts[p], pictures[p]) for p in parts]
