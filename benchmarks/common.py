@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import os
 import platform
@@ -21,8 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 
 import dyvte_engine
 
@@ -204,13 +201,3 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
     return int(max(held, default=0))
-
-
-def save_and_show(name: str, columns: list[str], rows: list[list[str]], data: Data, out: Path) -> None:
-    """Print the table, write `<out>/<name>.json`."""
-    table = Table(*columns, title=name)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=180).print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
