@@ -63,9 +63,9 @@ def measure_batch(engine: Engine, args: argparse.Namespace, model: str, batch: i
     peaks = warm_up(calls, pool[0])
     most = max(args.new_tokens)
     short = min(most, SHORT)
-    runs = run_rounds(calls, pool, short, args.seconds, least=3)
+    runs = run_rounds(calls, pool, short, args.seconds, args.least)
     if most > short:
-        for name, found in run_rounds(calls, pool, most, args.seconds, least=1).items():
+        for name, found in run_rounds(calls, pool, most, args.seconds, args.least).items():
             runs[name] += found
     pictures = sum(map(len, pool[0].pictures))
     entries = []
@@ -251,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[1, 3, 16, 128])
     parser.add_argument("--seconds", type=float, default=20.0, help="for the short and for the long runs of a batch")
+    parser.add_argument("--least", type=int, default=3, help="rounds of either, however long they take")
     args = parser.parse_args(argv)
     args.new_tokens = sorted({1, *args.new_tokens})
     finish(measure(args, argv), args.out, args.name, tables, figure)
