@@ -24,6 +24,7 @@ from ..segments import runs
 from .decoder import Decoder
 from .families import family_of, join, visual_ids
 from .rotary import rotations
+from .vila import is_vila, load_vila
 from .vision import VisionTower, padded_features
 
 if TYPE_CHECKING:
@@ -284,6 +285,9 @@ def load_model(
 
     name = str(path)
     try:
+        if is_vila(name):
+            hf_model, processor = load_vila(name, dtype)
+            return VisionLanguageModel(hf_model.to(device), processor, name, max_len)
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         cls = getattr(transformers, family_of(config, name).model_class)
         hf_model = cls.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)

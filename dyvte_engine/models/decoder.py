@@ -36,7 +36,7 @@ def _fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [N, k] -> [N, n]. A few rows on a CPU are bound by reading the weight, which the own kernel does faster."""
-    few = x.device.type == "cpu" and len(x) <= ops.FEW_ROWS
+    few = x.device.type == "cpu" and len(x) <= ops.few_rows(x.dtype)
     return ops.linear(x, weight, bias) if few else F.linear(x, weight, bias)
 
 

@@ -95,7 +95,11 @@ def _read_config(source: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise ModelError(f"{source}/config.json cannot be read: {e}") from e
     if "llm_cfg" in config or "mm_vision_tower" not in config:
-        layout = "VILA's layout" if "llm_cfg" in config else "no LLaVA layout (mm_vision_tower is missing)"
+        layout = (
+            "VILA's layout, which needs no conversion"
+            if "llm_cfg" in config
+            else "no LLaVA layout (mm_vision_tower is missing)"
+        )
         raise ModelError(f"{source} has {layout}; accepted: LLaVA-1.5 as its authors store it")
     accepted = {
         "mm_projector_type": ("mlp2x_gelu",),

@@ -38,6 +38,10 @@ class VisionTower:
     def of(cls, hf_model: Any) -> VisionTower:
         """The tower of a LLaVA-like model. Raises ModelError when it is built in another way."""
         config, tower = hf_model.config, hf_model.model.vision_tower
+        if getattr(hf_model.model.multi_modal_projector, "needs_grid", False):
+            raise ModelError(
+                "the projector joins neighbouring patches; policies in the tower would break up their grid"
+            )
         blocks = next((m for m in tower.modules() if isinstance(m, nn.ModuleList) and _are_blocks(m)), None)
         if blocks is None:
             raise ModelError(f"the vision tower {type(tower).__name__} has no blocks with {', '.join(_BLOCK_PARTS)}")

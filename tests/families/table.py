@@ -24,6 +24,19 @@ Nothing here says how well the answers of a real checkpoint stand an exit: measu
 """
 
 
+TAIL = """## Layouts of their authors
+
+| checkpoint | way |
+| --- | --- |
+| LLaVA-1.5 (`mm_vision_tower` in config.json) | `dyvte-engine convert SOURCE TARGET`; `.bin` needs `--unpickle` |
+| VILA-1.5 (`llm`, `vision_tower` with SigLIP, `mm_projector` with `mlp_downsample`) | `Engine.from_pretrained(FOLDER)` |
+| vision code that lives elsewhere (EAGLE) | `Engine.prefill(inputs_embeds, visual_mask)` beside that code |
+| LLaVA with InternViT-6B | refused: that tower is not known |
+
+Both loaders are tested on synthetic checkpoints written in these layouts; no published one was at hand.
+"""
+
+
 class Recorder:
     """A pytest plugin: the outcome of every test that carries a feature and a family."""
 
@@ -56,7 +69,7 @@ class Recorder:
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         refused = "\n".join(f"- `{name}`: {why}." for name, why in REFUSED.items())
         head = HEAD.format(torch=torch.__version__.split("+")[0], transformers=transformers.__version__)
-        return f"{head}\n{table}\n\nRefused when they are loaded, because\n\n{refused}\n"
+        return f"{head}\n{table}\n\nRefused when they are loaded, because\n\n{refused}\n\n{TAIL}"
 
 
 def main() -> int:

@@ -74,6 +74,11 @@ def write(folder, model, weights=None, pickled=False, **changes):
         torch.save(weights, folder / "pytorch_model-00001-of-00001.bin")
     else:
         save_file(weights, folder / "model.safetensors")
+    return write_tokenizer(folder)
+
+
+def write_tokenizer(folder):
+    """As the authors have it: no mark for pictures yet."""
     vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS))])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
