@@ -32,7 +32,6 @@ from .ref import (
 )
 
 __all__ = [
-    "FEW_ROWS",
     "LAST_TEXT",
     "LAST_VISUAL",
     "MEAN_TEXT",
@@ -46,6 +45,7 @@ __all__ = [
     "decode_attention_ref",
     "exit_head",
     "exit_head_ref",
+    "few_rows",
     "kv_compact_",
     "kv_compact_ref",
     "linear",
@@ -88,9 +88,6 @@ except ImportError as error:
     raise NativeLibraryError(
         f"dyvte_engine._C does not load: {error}; build it for this Python with `make build` (or `pip install -e .`)"
     ) from error
-
-FEW_ROWS = 8
-"""Up to here `linear` is faster than torch's own, in every dtype."""
 
 PageAllocator = _C.PageAllocator
 
@@ -241,8 +238,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return _silu_mul(gate_up)
 
 
+def few_rows(dtype: torch.dtype) -> int:
+    """Up to so many rows `linear` is faster than torch's own (measured where that has matrix units for 16 bits)."""
+    return 16 if dtype == torch.float32 else 10
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [N, k] times weight [n, k] transposed, plus bias [n]: [N, n]. CPU only; meant for at most FEW_ROWS rows.
+    """x [N, k] times weight [n, k] transposed, plus bias [n]: [N, n]. CPU only; meant for at most `few_rows` rows.
 
     The weight is read once for all rows, as fast as memory gives it; from some dozen rows on torch's own product wins.
     """
