@@ -29,7 +29,7 @@ TAIL = """## Layouts of their authors
 | checkpoint | way |
 | --- | --- |
 | LLaVA-1.5 (`mm_vision_tower` in config.json) | `dyvte-engine convert SOURCE TARGET`; `.bin` needs `--unpickle` |
-| VILA-1.5 (`llm`, `vision_tower` with SigLIP, `mm_projector` with `mlp_downsample`) | `Engine.from_pretrained(FOLDER)` |
+| VILA-1.5 (`llm`, SigLIP in `vision_tower`, `mlp_downsample` in `mm_projector`) | `Engine.from_pretrained(FOLDER)` |
 | vision code that lives elsewhere (EAGLE) | `Engine.prefill(inputs_embeds, visual_mask)` beside that code |
 | LLaVA with InternViT-6B | refused: that tower is not known |
 

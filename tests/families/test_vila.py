@@ -34,7 +34,7 @@ def write(folder, **changes):
         zoo.tower("siglip_vision_model", image_size=SIDE, vision_use_head=False)
     ).eval()
     torch.nn.init.normal_(tower.get_input_embeddings().weight, std=0.5)
-    for name, weight in tower.named_parameters():
+    for weight in tower.parameters():
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=0.5)
     llm.save_pretrained(folder / "llm")
