@@ -63,7 +63,7 @@ class Engine:
         drop_early_kv: bool = False,
         trust_remote_code: bool = False,
     ) -> Engine:
-        """Load a LLaVA-family checkpoint: a folder, a hub id, or "nano", the model that comes with the package.
+        """Load a checkpoint (docs/families.md): a folder, a hub id, or "nano", the model that comes with the package.
 
         Args:
             policy: when visual tokens leave; default `KeepAll()`.
