@@ -18,7 +18,7 @@ void check_ranges(const View& text_ranges, int64_t rows) {
 
 void take_states(int64_t states, ExitHeadParams& p) {
   if (states < 1 || states > kAllStates) fail(kOp, ": states must be a bit mask in 1..", kAllStates, ", got ", states);
-  p.states = static_cast<int32_t>(states);
+  p.states = static_cast<int16_t>(states);
   for (int32_t bit = 1; bit <= kLastText; bit *= 2) p.n_states += (p.states & bit) != 0;
 }
 

@@ -233,7 +233,7 @@ void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t sta
   p.batch = batch;
   p.d = d;
   p.inner = inner;
-  p.states = states;
+  p.states = static_cast<int16_t>(states);
   for (int32_t bit = 1; bit <= kLastText; bit *= 2) p.n_states += (states & bit) != 0;
   p.hidden_stride = d + 8 * shift;
   p.threshold = 0.5f;

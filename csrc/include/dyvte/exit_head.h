@@ -19,7 +19,7 @@ struct ExitHeadParams {
   bool* exit;                  // [batch]
   float* scratch;              // exit_head_*_scratch() floats, 16-byte aligned
   int64_t d, hidden_stride, inner, batch;
-  int32_t states, n_states;  // bit mask of StateBit and its population count
+  int16_t states, n_states;  // bit mask of StateBit and its population count; beyond 128 bytes nvcc spills registers
   float threshold;
   float rms_eps;  // negative: no normalisation
   DType dtype;
