@@ -112,8 +112,8 @@ def add_places(projector: nn.Module, dense: DenseTower, pixels: torch.Tensor, la
     solution = torch.linalg.solve(weighted.T @ inputs + ridge, weighted.T @ target)  # [width + 1, 2]
     hidden = projector.act(projector.linear_1(features))
     least = (hidden.std(0) * projector.linear_2.weight.norm(dim=0)).argsort()[:4]
-    strength = projector.linear_2(hidden).square().mean().sqrt() / 2
-    directions = strength * torch.randn(2, projector.linear_2.out_features, generator=generator)
+    visual = projector.linear_2(hidden)
+    directions = visual.square().mean().sqrt() / 2 * torch.randn(2, visual.shape[-1], generator=generator)
     signs = torch.tensor([1.0, -1.0])[:, None, None]
     projector.linear_1.weight[least] = (signs * solution[:-1].T).flatten(0, 1)
     projector.linear_1.bias[least] = (signs * solution[-1:].T).flatten()
