@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from dyvte_engine import FixedExit, InvalidArgumentError, KeepAll, ModelError, Random, ToMe, hf
-from tests.families import oracle, zoo
+from tests.families import oracle, videos, zoo
 from tests.families.test_families import each_family
 
 _pairs: dict[str, tuple] = {}
@@ -45,11 +45,11 @@ def test_generate_is_generate(family, pair):
 
 
 @pytest.mark.feature("video frames, through transformers' generate")
-@pytest.mark.parametrize("family", zoo.VIDEOS)
+@pytest.mark.parametrize("family", videos.VIDEOS)
 def test_video_frames_are_visual_rows(family, pair):
     model, twin, state = pair
     for seed in range(3):
-        inputs = zoo.video(family, seed)
+        inputs = videos.video(family, seed)
         assert oracle.generate(model, inputs, 6) == oracle.generate(twin, inputs, 6)
         state.policy = FixedExit(1)
         entry = oracle.enter(twin, inputs)
