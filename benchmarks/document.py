@@ -33,6 +33,8 @@ given layer; nano is the trained model that comes with the package.
 def page(results: Sequence[tuple[str, Data]]) -> str:
     """Markdown of all results, (file name, data) each."""
     parts = [INTRO]
+    if not any("gpu" in data["machine"] for _, data in results):
+        parts.append("No result of a GPU is recorded yet.")
     for name, data in sorted(results, key=lambda r: (ORDER.index(r[1]["benchmark"]), r[0])):
         module = importlib.import_module(f"benchmarks.{data['benchmark']}")
         summary = (module.__doc__ or "").strip().splitlines()[0]

@@ -207,3 +207,9 @@ def test_versus_arithmetic():
     assert found["speedup"]["per_token"]["median"] == pytest.approx(4)
     assert found["speedup"]["first"]["median"] == pytest.approx(2)
     assert found["same_text"] == 0.0
+
+
+def test_the_page_in_the_repository_is_that_of_its_results():
+    results = [(p.stem, json.loads(p.read_text())) for p in sorted((document.DOCS / "benchmarks").glob("*.json"))]
+    assert results
+    assert (document.DOCS / "benchmarks.md").read_text() == document.page(results)
