@@ -36,16 +36,21 @@ class Releases:
 ENVIRONMENTS = (
     Releases("floor", "torch==2.11.0", "transformers==4.57.*", ("tests",)),
     Releases(
-        "newest", "torch", "transformers<6", ("tests/ops", "tests/test_doctor.py", "tests/engine/test_keep_all.py")
+        "newest",
+        "torch",
+        "transformers<6",
+        ("tests/ops", "tests/test_doctor.py", "tests/engine/test_keep_all.py", "tests/families"),
     ),
 )
 
 
 def other_requirements() -> list[str]:
-    """What the installed package declares, for use and for training, without torch and transformers; and pytest."""
+    """What the installed package declares, for use and for what tests use, without torch and transformers; and pytest."""
     declared = map(Requirement, importlib.metadata.requires("dyvte-engine") or [])
-    wanted = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": "train"})]
-    return [f"{r.name}{r.specifier}" for r in wanted if r.name not in ("torch", "transformers")] + ["pytest"]
+    extras = ("train", "eval", "smol")
+    wanted = [r for r in declared if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras)]
+    left_out = ("torch", "transformers", "dyvte-engine")
+    return [f"{r.name}{r.specifier}" for r in wanted if r.name not in left_out] + ["pytest"]
 
 
 def environment(releases: Releases) -> Path:
