@@ -45,7 +45,7 @@ ENVIRONMENTS = (
 
 
 def other_requirements() -> list[str]:
-    """What the installed package declares, for use and for what tests use, without torch and transformers; and pytest."""
+    """What the installed package declares, for use and for the tests, without torch and transformers; and pytest."""
     declared = map(Requirement, importlib.metadata.requires("dyvte-engine") or [])
     extras = ("train", "eval", "smol")
     wanted = [r for r in declared if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras)]
