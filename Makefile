@@ -103,11 +103,11 @@ heads: build ## nano's exit heads, light and the paper's: labels, training, the 
 	$(VENV)/bin/dyvte-engine eval nano --limit 100 --answers $(HEADS)/answers.jsonl --out $(HEADS)/tasks.json \
 		--policy keep-all --policy light=dynamic:$(HEADS)/light.safetensors --policy paper=dynamic:$(HEADS)/paper.safetensors
 
-nano-results: build ## nano on the nine tasks under the heads of `make heads`, and the accuracy/FLOPs curve; into docs/
-	$(VENV)/bin/dyvte-engine eval nano --limit 200 --answers $(HEADS)/results.jsonl --page docs/nano-tasks.md \
-		--policy keep-all --policy light=dynamic:$(HEADS)/light.safetensors --policy paper=dynamic:$(HEADS)/paper.safetensors
+nano-results: build ## nano on the nine tasks under its own heads and those of `make heads`, and the accuracy/FLOPs curve; into docs/
+	$(VENV)/bin/dyvte-engine eval nano --limit 200 --batch 32 --answers $(HEADS)/results.jsonl --page docs/nano-tasks.md --policy keep-all \
+		--policy own=auto --policy light=dynamic:$(HEADS)/light.safetensors --policy paper=dynamic:$(HEADS)/paper.safetensors
 	$(VENV)/bin/dyvte-engine sweep nano --limit 48 --batch 32 --answers $(HEADS)/results.jsonl \
-		--heads light=$(HEADS)/light.safetensors --heads paper=$(HEADS)/paper.safetensors \
+		--heads own=dyvte_engine/assets/nano/exit_heads.safetensors --heads light=$(HEADS)/light.safetensors \
 		--out docs/nano-curve.json --plot docs/nano-curve.png --page docs/nano-curve.md
 
 SMOL ?= --batch 128 --workers 12
