@@ -86,7 +86,12 @@ class Pack:
 
     def turns(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
         """A table of rotations and the rows' int32 [N] numbers in it; `cos_sin` is the decoder's, by position."""
-        return (cos_sin, self.positions) if self.rotations is None else (self.rotations, self.source.to(torch.int32))
+        return (cos_sin, self.positions) if self.rotations is None else (self.rotations, self._entry_rows)
+
+    @cached_property
+    def _entry_rows(self) -> Tensor:
+        """`source` as the kernels take it; made once for all layers that see these rows."""
+        return self.source.to(torch.int32)
 
     @cached_property
     def visual_rows(self) -> Tensor:

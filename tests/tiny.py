@@ -26,28 +26,31 @@ DECODERS = {
 }
 
 
-def processor(vision: str = "clip") -> transformers.LlavaProcessor:
-    specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    vocab = {
-        w: i for i, w in enumerate([*specials, "user", "assistant", ":", "abcdef", *(f"w{i}" for i in range(WORDS))])
-    }
+def tokenizer(specials: list[str], words: list[str]) -> transformers.PreTrainedTokenizerFast:
+    """One token a word; `specials` begin with <pad>, <s>, </s>, <unk>."""
+    vocab = {w: i for i, w in enumerate([*specials, *words])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_input_names=["input_ids", "attention_mask"],
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=specials[4:],
     )
+
+
+def processor(vision: str = "clip") -> transformers.LlavaProcessor:
+    specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    words = ["user", "assistant", ":", "abcdef", *(f"w{i}" for i in range(WORDS))]
     clip = vision == "clip"
     return transformers.LlavaProcessor(
         image_processor=transformers.CLIPImageProcessor(
             size={"height": 28, "width": 28}, do_center_crop=False, crop_size={"height": 28, "width": 28}
         ),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer(specials, words),
         patch_size=7,
         vision_feature_select_strategy="default" if clip else "full",
         num_additional_image_tokens=1 if clip else 0,

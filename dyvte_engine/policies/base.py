@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from .. import ops
 from ..segments import Pack
 
 if TYPE_CHECKING:
@@ -44,6 +46,21 @@ class LayerState:
     def scale(self) -> float:
         """Multiplies q k^T."""
         return self.decoder.scale
+
+
+def visual_attention(pack: Pack, q: Tensor, k: Tensor, scale: float, cu_q: Tensor | None = None) -> Sequence[Tensor]:
+    """What each visual row gets of its sequence's attention, mean over heads and queries: f32 [n_visual] a sequence.
+
+    q [B, Hq, D] of the last rows, or [Nq, Hq, D] with offsets `cu_q` int32 [B + 1]; k [N, Hkv, D]; both rotated.
+    """
+    cu = pack.lengths.cu
+    one_each = torch.arange(len(cu), dtype=torch.int32, device=cu.device) if cu_q is None else cu_q
+    return ops.token_score(q, k, one_each, cu, scale)[pack.visual_rows].split(pack.n_visual)
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Ascending int64 numbers of the `count` highest scores; of all where there are fewer."""
+    return scores.topk(min(count, len(scores))).indices.sort().values
 
 
 class VisualTokenPolicy:

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
 from ..calibration import Calibration
 from ..errors import CalibrationError, HeadsError, InvalidArgumentError
 from ..exit_head import ExitHeads
-from .base import Decision, LayerState, VisualTokenPolicy
+from .base import Decision, LayerState, VisualTokenPolicy, highest, visual_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +129,9 @@ class DynamicExit(VisualTokenPolicy):
         return [bool(fire and n) for fire, n in zip(fires, state.pack.n_visual, strict=True)]
 
     def _best(self, state: LayerState, leaves: list[bool]) -> Decision:
-        pack, cu = state.pack, state.pack.lengths.cu
-        one_each = torch.arange(len(cu), dtype=torch.int32, device=cu.device)
-        scores = ops.token_score(state.q[pack.last_rows], state.k, one_each, cu, state.scale)
-        visual = scores[pack.visual_rows].split(pack.n_visual)
-        return [
-            s.topk(min(self.keep, len(s))).indices.sort().values if leave else None
-            for s, leave in zip(visual, leaves, strict=True)
-        ]
+        pack = state.pack
+        visual = visual_attention(pack, state.q[pack.last_rows], state.k, state.scale)
+        return [highest(s, self.keep) if leave else None for s, leave in zip(visual, leaves, strict=True)]
 
 
 def _calibrated_for(calibration: Calibration | None, options: dict[str, Any], path: str | Path) -> Calibration:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from .. import ops
 from ..errors import InvalidArgumentError
-from .base import Decision, LayerState, VisualTokenPolicy
+from .base import Decision, LayerState, VisualTokenPolicy, highest, visual_attention
 
 
 @dataclass(frozen=True)
@@ -38,11 +35,9 @@ class FastV(VisualTokenPolicy):
         return {self.k - 1}
 
     def decide(self, state: LayerState) -> Decision:
-        pack, cu = state.pack, state.pack.lengths.cu
+        pack = state.pack
         if self.queries == "all":
-            scores = ops.token_score(state.q, state.k, cu, cu, state.scale)
+            visual = visual_attention(pack, state.q, state.k, state.scale, pack.lengths.cu)
         else:
-            one_each = torch.arange(len(cu), dtype=torch.int32, device=cu.device)
-            scores = ops.token_score(state.q[pack.last_rows], state.k, one_each, cu, state.scale)
-        visual = scores[pack.visual_rows].split(pack.n_visual)
-        return [s.topk(len(s) - int(len(s) * self.r)).indices.sort().values for s in visual]
+            visual = visual_attention(pack, state.q[pack.last_rows], state.k, state.scale)
+        return [highest(s, len(s) - int(len(s) * self.r)) for s in visual]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .. import ops
 from ..errors import InvalidArgumentError
-from .base import Decision, LayerState, VisualTokenPolicy
+from .base import Decision, LayerState, VisualTokenPolicy, highest, visual_attention
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,8 @@ class PyramidDrop(VisualTokenPolicy):
         q, k = following.project_qk(x, pack.last_rows)
         table, at = pack.turns(decoder.cos_sin)
         q, k = decoder.rotate(q, table[at[pack.last_rows]]), decoder.rotate(k, table[at])
-        one_each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
-        scores = ops.token_score(q, k, one_each, pack.lengths.cu, state.scale)
-        visual = scores[pack.visual_rows].split(pack.n_visual)
-        kept = [min(int(n * share), len(s)) for n, s in zip(pack.n_entered, visual, strict=True)]
-        return [s.topk(n).indices.sort().values for n, s in zip(kept, visual, strict=True)]
+        visual = visual_attention(pack, q, k, state.scale)
+        return [highest(s, int(n * share)) for n, s in zip(pack.n_entered, visual, strict=True)]
 
     def renumbers(self, layer: int, num_layers: int) -> bool:
         return self.renumber

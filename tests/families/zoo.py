@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tests import tiny
 
 WORDS = 100
 LAYERS = 4
@@ -64,21 +65,10 @@ def tower(model_type: str, **options: Any) -> Any:
 
 def tokenizer(**named: str) -> Any:
     """Words and special tokens; `named` are what a family's processor asks its tokenizer for, as attributes."""
-    vocab = {w: i for i, w in enumerate([*SPECIALS, *EXTRA, *(f"w{i}" for i in range(WORDS))])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    built = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_input_names=["input_ids", "attention_mask"],
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=[*SPECIALS[4:], *EXTRA],
-    )
+    built = tiny.tokenizer([*SPECIALS, *EXTRA], [f"w{i}" for i in range(WORDS)])
     for name, token in named.items():
         setattr(built, name, token)
-        setattr(built, f"{name}_id", vocab[token])
+        setattr(built, f"{name}_id", built.convert_tokens_to_ids(token))
     return built
 
 
