@@ -81,7 +81,9 @@ def test_policies_times_and_ratios(compared):
         for part in ("processor", "vision", "prefill", "per_token", "prefill_speedup", "per_token_speedup"):
             check_spread(c[part])
         assert list(c["until"]) == ["1", "3", "20"]
-        assert c["until"]["1"]["median"] < c["until"]["3"]["median"] < c["until"]["20"]["median"]
+        # 1 and 3 come from the same runs, so their order holds on any machine; 20 comes from others
+        assert c["until"]["1"]["median"] < c["until"]["3"]["median"]
+        check_spread(c["until"]["20"])
         assert c["until"]["1"]["n"] == 4 and c["until"]["20"]["n"] == 2  # two short runs and two long ones
         if c["method"] == workload.HF:
             assert all(ratio["median"] == 1.0 for ratio in c["speedup"].values())
