@@ -118,6 +118,7 @@ def policy_for(text: str, model: str) -> Any:
 def _show(stats: Any) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     left = "stayed to the end" if stats.exit_layer is None else f"left after layer {stats.exit_layer}"
+    left = "left before layer 0" if stats.exit_layer == -1 else left
     layers = len(stats.tokens_per_layer)
     table.add_row("visual tokens", f"{stats.visual_tokens} ({left} of {layers})" if stats.visual_tokens else "none")
     table.add_row("text tokens", f"{stats.text_tokens} + {stats.new_tokens} new")

@@ -13,6 +13,7 @@ from torch import Tensor
 from .assets import resolve_model
 from .attention import choose_backend
 from .config import EngineConfig
+from .decode import DecodeGraphs
 from .errors import DeviceError, InvalidArgumentError, PromptError
 from .flops import vision_flops
 from .generation import GenerationResult, PrefillFigures, Request, Running, StreamChunk, TokenLoop
@@ -22,7 +23,7 @@ from .models.adapters import load_model
 from .models.presets import preset
 from .models.random_model import byte_processor, random_model
 from .policies import KeepAll, VisualTokenPolicy
-from .prefill import prefill
+from .prefill import Watch, prefill
 from .prompts import as_batch, is_single, render
 from .sampling import merge_config
 from .segments import Pack, runs
@@ -47,6 +48,8 @@ class Engine:
         )
         pages = shape.num_layers * config.max_batch * -(-self.max_len // config.page_size)
         self.pool = PagePool(shape, pages, config.page_size, config.dtype, config.device)
+        graphs = config.device.type == "cuda" and config.cuda_graphs
+        self._graphs = DecodeGraphs(model.decoder, self.pool) if graphs else None
         self.policy = policy or KeepAll()
 
     @classmethod
@@ -61,6 +64,7 @@ class Engine:
         max_len: int | None = None,
         page_size: int = 16,
         drop_early_kv: bool = False,
+        cuda_graphs: bool = True,
         trust_remote_code: bool = False,
     ) -> Engine:
         """Load a checkpoint (docs/families.md): a folder, a hub id, or "nano", the model that comes with the package.
@@ -74,13 +78,14 @@ class Engine:
                 max_len defaults to the model's positions, at most 4096.
             page_size: rows of one K/V page.
             drop_early_kv: after the prefill, take the rows that left out of the earlier layers' K/V too.
+            cuda_graphs: on CUDA, decode with graphs, captured at the first use of each batch size and length bucket.
 
         Raises:
             ModelError, DeviceError, HeadsError, InvalidArgumentError: each with the argument and what is accepted.
         """
         target = _resolve_device(device)
         config = EngineConfig(
-            target, _resolve_dtype(dtype, target), attn_backend, max_batch, max_len, page_size, drop_early_kv
+            target, _resolve_dtype(dtype, target), attn_backend, max_batch, max_len, page_size, drop_early_kv, cuda_graphs
         )
         return cls(load_model(resolve_model(model), config.dtype, target, max_len, trust_remote_code), config, policy)
 
@@ -98,6 +103,7 @@ class Engine:
         max_len: int | None = None,
         page_size: int = 16,
         drop_early_kv: bool = False,
+        cuda_graphs: bool = True,
     ) -> Engine:
         """A model of a given size with random weights, made on the device; nothing is downloaded.
 
@@ -117,7 +123,7 @@ class Engine:
             raise InvalidArgumentError(f"weights is {weights!r}; accepted: 'random' (from_pretrained loads real ones)")
         target = _resolve_device(device)
         options = EngineConfig(
-            target, _resolve_dtype(dtype, target), attn_backend, max_batch, max_len, page_size, drop_early_kv
+            target, _resolve_dtype(dtype, target), attn_backend, max_batch, max_len, page_size, drop_early_kv, cuda_graphs
         )
         name, hf_config = (config, preset(config)) if isinstance(config, str) else ("random", config)
         hf_model = random_model(hf_config, seed, options.dtype, target)
@@ -257,9 +263,17 @@ class Engine:
         if positions.min() < 0 or positions.max() >= self.max_len or not ascends:
             raise InvalidArgumentError(f"position_ids must ascend within 0 to {self.max_len - 1} (max_len - 1)")
 
+    def prepare(self, prompts: Any, images: Any, chat: bool = True) -> list[PreparedPrompt]:
+        """Each prompt at the decoder's entry, for `prefill_prepared`; arguments as in `generate`."""
+        batch, pictures = as_batch(prompts, images)
+        texts = [render(p, len(i), self.model.processor, chat) for p, i in zip(batch, pictures, strict=True)]
+        inputs, size = self.model.tokenize(texts, pictures), self.config.max_batch
+        parts = [self.model.prepare(inputs[i : i + size], self.policy) for i in range(0, len(inputs), size)]
+        return [prompt for part in parts for prompt in part]
+
     @torch.inference_mode()
-    def prefill_prepared(self, prompts: Sequence[PreparedPrompt]) -> Running:
-        """As `prefill`, of what the model's `prepare` gave: at most `max_batch` prompts."""
+    def prefill_prepared(self, prompts: Sequence[PreparedPrompt], watch: Watch | None = None) -> Running:
+        """As `prefill`, of what `prepare` gave: at most `max_batch` prompts. `watch` sees every layer's attention."""
         prompts = reduce_pictures(self.policy, prompts)
         cache = KVCache(self.pool, self.model.shape.num_layers, len(prompts), self.max_len)
         try:
@@ -271,8 +285,9 @@ class Engine:
                 _pack(prompts, self.model.decoder.cos_sin),
                 self.policy,
                 self.config.drop_early_kv,
+                watch,
             )
-            return Running(self.model.decoder, cache, done)
+            return Running(self.model.decoder, cache, done, self._graphs)
         except BaseException:
             cache.close()
             raise

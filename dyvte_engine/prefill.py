@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from .models.decoder import Decoder, DecoderLayer
 from .policies import LayerState, VisualTokenPolicy
 from .segments import Pack
 
+# Called in every layer with its number, the rotated q [N, Hq, D] and k [N, Hkv, D] of all its rows, and their pack.
+Watch = Callable[[int, Tensor, Tensor, Pack], None]
+
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
@@ -23,7 +26,8 @@ class Prefilled:
 
     Attributes:
         hidden: [B, d], the last row of each sequence after the final norm.
-        exit_layers: layer after which the last visual token left, None if some stayed or there were none.
+        exit_layers: layer after which the last visual token left (-1: before the first), None if some stayed or there
+            were none.
         rows: [L][B], rows each layer computed.
         next_positions: int32 [L, B], where the next token stands in each layer: alike, unless a policy renumbered.
     """
@@ -42,11 +46,12 @@ def prefill(
     pack: Pack,
     policy: VisualTokenPolicy,
     drop_early_kv: bool = False,
+    watch: Watch | None = None,
 ) -> Prefilled:
     """Run packed prompts through all layers and fill an empty cache.
 
     inputs_embeds [N, d] with its `pack`. With `drop_early_kv` the rows that left are afterwards compacted out of the
-    earlier layers' K/V too, so that decoding no longer attends to them anywhere.
+    earlier layers' K/V too, so that decoding no longer attends to them anywhere. `watch` sees every layer's attention.
     """
     num_layers = decoder.shape.num_layers
     ask = policy.layers(num_layers) if any(pack.n_visual) else set()
@@ -58,6 +63,9 @@ def prefill(
     memory: dict[VisualTokenPolicy, Any] = {}
     only_last = False
     hidden = inputs_embeds.clone()
+    if -1 in ask:
+        none = hidden.new_empty(0, 0, 0)
+        pack, hidden = _leave(policy, LayerState(-1, decoder, hidden, none, none, pack, memory), exit_layers)
     x = ops.rms_norm(hidden, decoder.layers[0].input_norm, decoder.eps)
     for number, layer in enumerate(decoder.layers):
         packs.append(pack)
@@ -65,6 +73,8 @@ def prefill(
         plain = not asked and number >= len(pack.additions)
         only_last = number == num_layers - 1 and plain  # its other rows would feed nothing but the cache
         q, k, attended = _attention(decoder, layer, number, attend, cache, x, pack, only_last)
+        if watch is not None:
+            watch(number, q, k, pack)
         if only_last:
             hidden = hidden[pack.last_rows]
         x = ops.add_rms_norm_(hidden, layer.project_out(attended), layer.post_norm, layer.eps)
@@ -75,20 +85,28 @@ def prefill(
         hidden += out
         if number < len(pack.additions):
             hidden += pack.additions[number][pack.source]
-        dropped = pack.drop(policy.decide(LayerState(number, decoder, hidden, q, k, pack, memory))) if asked else None
-        if dropped is not None:
-            before, (pack, index) = pack, dropped
-            hidden = hidden[index]
-            for b, (old, new) in enumerate(zip(before.n_visual, pack.n_visual, strict=True)):
-                exit_layers[b] = number if old and not new else exit_layers[b]
-            if policy.renumbers(number, num_layers):
-                pack = pack.renumbered([o != n for o, n in zip(before.n_visual, pack.n_visual, strict=True)])
+        if asked:
+            pack, hidden = _leave(policy, LayerState(number, decoder, hidden, q, k, pack, memory), exit_layers)
         x = ops.rms_norm(hidden, norms[number], decoder.eps)
     last = x if only_last else x[pack.last_rows]
     rows = [list(row) for row in cache.host_lens]
     if drop_early_kv:
         _compact_early_layers(cache, packs, pack)
     return Prefilled(last, exit_layers, rows, torch.stack([p.next_positions for p in packs]))
+
+
+def _leave(policy: VisualTokenPolicy, state: LayerState, exit_layers: list[int | None]) -> tuple[Pack, Tensor]:
+    """Ask the policy; the pack and the rows that stay. Writes into `exit_layers` whose last visual token left."""
+    before, layer = state.pack, state.layer
+    dropped = before.drop(policy.decide(state))
+    if dropped is None:
+        return before, state.hidden
+    pack, index = dropped
+    for b, (old, new) in enumerate(zip(before.n_visual, pack.n_visual, strict=True)):
+        exit_layers[b] = layer if old and not new else exit_layers[b]
+    if policy.renumbers(layer, state.num_layers):
+        pack = pack.renumbered([o != n for o, n in zip(before.n_visual, pack.n_visual, strict=True)])
+    return pack, state.hidden[index]
 
 
 def _attention(

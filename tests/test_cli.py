@@ -50,7 +50,7 @@ def test_one_question_streams_its_answer(checkpoint, tmp_path, run):
     ("args", "words"),
     [
         (("--prompt", "w1", "--image", "/nowhere/x.png"), "image file not found: /nowhere/x.png"),
-        (("--prompt", "w1", "--policy", "fixed:9"), "FixedExit layer is 9; accepted: 0 to 3"),
+        (("--prompt", "w1", "--policy", "fixed:9"), "FixedExit layer is 9; accepted: -1 to 3"),
         (("--prompt", "w1", "--policy", "maybe"), "policy 'maybe' is not understood"),
         (("--prompt", "w1", "--device", "cuda:77"), "device 'cuda:77' is not there"),
         (("--prompt", "w1", "--model", "/nowhere/model"), "cannot load /nowhere/model"),

@@ -98,7 +98,10 @@ class VisualTokenPolicy:
         return features
 
     def layers(self, num_layers: int) -> set[int]:
-        """Layers after which `decide` is called (0-based; "after l" means layers 0..l see what leaves)."""
+        """Layers after which `decide` is called (0-based; "after l" means layers 0..l see what leaves).
+
+        -1 is before the first layer, where there are no queries and keys yet; positions stay those of the prompt.
+        """
         return set()
 
     def decide(self, state: LayerState) -> Decision:

@@ -16,13 +16,14 @@ class KeepAll(VisualTokenPolicy):
 
 @dataclass(frozen=True)
 class FixedExit(VisualTokenPolicy):
-    """All visual tokens leave after `layer`. VTW "entering layer K" (peers.md) is `FixedExit(K - 1)`."""
+    """All visual tokens leave after `layer`; -1: before the first. VTW "entering layer K" is `FixedExit(K - 1)`."""
 
     layer: int
 
     def bind(self, model: Any) -> VisualTokenPolicy:
-        if not 0 <= self.layer < model.shape.num_layers:
-            raise InvalidArgumentError(f"FixedExit layer is {self.layer}; accepted: 0 to {model.shape.num_layers - 1}")
+        last = model.shape.num_layers - 1
+        if not -1 <= self.layer <= last:
+            raise InvalidArgumentError(f"FixedExit layer is {self.layer}; accepted: -1 to {last}")
         return self
 
     def layers(self, num_layers: int) -> set[int]:

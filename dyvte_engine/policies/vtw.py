@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
-from ..prompts import as_batch, render
 from .base import VisualTokenPolicy
 from .fixed import FixedExit, KeepAll
 
@@ -45,7 +44,8 @@ def search_vtw(
         raise InvalidArgumentError(f"first is {first}, eta {eta}; accepted: first 1 to {layers}, eta >= 0")
     before = engine.policy
     try:
-        inputs = list(_prepared(engine, prompts, images, chat))
+        engine.policy = KeepAll()  # the pictures pass the tower once, as they are
+        inputs = engine.prepare(prompts, images, chat)
         full = _log_probabilities(engine, inputs, KeepAll())
         for k in range(first, layers):
             withdrawn = _log_probabilities(engine, inputs, FixedExit(k - 1))
@@ -55,15 +55,6 @@ def search_vtw(
         return FixedExit(layers - 1)
     finally:
         engine.policy = before
-
-
-def _prepared(engine: Engine, prompts: Any, images: Any, chat: bool) -> Iterator[PreparedPrompt]:
-    """Each sample at the decoder's entry; the pictures pass the tower once."""
-    batch, pictures = as_batch(prompts, images)
-    texts = [render(p, len(i), engine.model.processor, chat) for p, i in zip(batch, pictures, strict=True)]
-    inputs = engine.model.tokenize(texts, pictures)
-    for start in range(0, len(inputs), engine.config.max_batch):
-        yield from engine.model.prepare(inputs[start : start + engine.config.max_batch])
 
 
 def _log_probabilities(engine: Engine, inputs: Sequence[PreparedPrompt], policy: VisualTokenPolicy) -> Tensor:

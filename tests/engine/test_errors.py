@@ -195,7 +195,7 @@ def test_heads_of_another_model_run_with_a_warning(engine, tmp_path):
 
 
 def test_policies(engine):
-    for bad in (FixedExit(4), FixedExit(-1), FastV(4, 0.5)):
+    for bad in (FixedExit(4), FixedExit(-2), FastV(4, 0.5)):
         with pytest.raises(InvalidArgumentError, match="accepted"):
             engine.policy = bad
     for bad in ("keep-all:3", "fixed", "fixed:x", "fastv:2,0.5,1", "dynamic", "fastv:0", "fastv:2,1.5", "nonsense", ""):

@@ -21,7 +21,7 @@ def answers(engine, texts, images, n=6):
 
 
 @pytest.mark.parametrize(("decoder", "vision"), [("llama", "clip"), ("qwen2", "siglip"), ("qwen3", "clip")])
-@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("layer", range(-1, LAYERS))
 def test_fixed_exit_equals_a_masked_model(decoder, vision, layer):
     engine, hf = build(decoder, vision, policy=FixedExit(layer))
     texts, images = tiny.prompts(seed=layer, n=6)
@@ -34,7 +34,7 @@ def test_fixed_exit_equals_a_masked_model(decoder, vision, layer):
         assert result.stats.exit_layer == (layer if leaves else None)
 
 
-@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("layer", range(-1, LAYERS))
 def test_fixed_exit_logits(layer):
     engine, hf = build(policy=FixedExit(layer))
     texts, images = tiny.prompts(seed=20 + layer, n=4, images=(1, 2, 3))
