@@ -9,10 +9,12 @@ import typer
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of LLaVA-1.5 as its authors store it.")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder of LLaVA-1.5 or InternVL-Chat-ViT-6B-Vicuna as its authors store it.")
+    ],
     target: Annotated[Path, typer.Argument(help="Folder to write, as transformers stores it.")],
     vision_tower: Annotated[
-        Path | None, typer.Option(help="Folder of the CLIP model, where the checkpoint holds no vision tower.")
+        Path | None, typer.Option(help="Folder of its vision model, where the checkpoint holds no vision tower.")
     ] = None,
     unpickle: Annotated[bool, typer.Option(help="Also read .bin files, with torch's restricted unpickler.")] = False,
 ) -> None:

@@ -99,8 +99,16 @@ def vision_flops(config: Any, merges: Sequence[int] = ()) -> float:
 
     `merges` as in `tower_flops`.
     """
-    if getattr(config, "image_size", None) is None or not isinstance(getattr(config, "patch_size", None), int):
+    image, patch = _side(getattr(config, "image_size", None)), _side(getattr(config, "patch_size", None))
+    if image is None or patch is None:
         return 0.0
-    tokens = (config.image_size // config.patch_size) ** 2 + (config.model_type in ("clip_vision_model", "dinov2"))
+    tokens = (image // patch) ** 2 + (config.model_type in ("clip_vision_model", "dinov2", "internvl_vision"))
     width = getattr(config, "intermediate_size", None) or int(config.mlp_ratio * config.hidden_size)  # DINOv2: a ratio
     return tower_flops(tokens, config.hidden_size, width, config.num_hidden_layers, merges)
+
+
+def _side(size: Any) -> int | None:
+    """Of a square, given as one number or two; None for anything else."""
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    return size if isinstance(size, int) else None

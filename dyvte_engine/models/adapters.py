@@ -23,6 +23,7 @@ from ..errors import ModelError, PromptError
 from ..segments import runs
 from .decoder import Decoder
 from .families import family_of, join, visual_ids
+from .intern_vit import tell_states
 from .rotary import rotations
 from .vila import is_vila, load_vila
 from .vision import VisionTower, padded_features
@@ -84,6 +85,7 @@ class VisionLanguageModel:
         config = hf_model.config
         self.family = family_of(config, name)
         _check_finite(hf_model)
+        tell_states(hf_model)
         self.hf = hf_model.eval().requires_grad_(False)
         self.processor = processor
         self.name = name

@@ -1,7 +1,8 @@
 """LLaVA-1.5 in its authors' own layout -> the layout that transformers and the engine read.
 
 The authors' `config.json` is Llama's with `mm_*` entries, the decoder lies under `model.`, the projector under
-`model.mm_projector`, the tower (where it is stored at all) under `model.vision_tower.vision_tower`.
+`model.mm_projector`, the tower (where it is stored at all) under `model.vision_tower.vision_tower`. The tower is CLIP's,
+or InternViT-6B (InternVL-Chat-ViT-6B-Vicuna), which models/intern_vit.py knows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from . import intern_vit
 
 _PROJECTOR, _TOWER, _DECODER, _HEAD = "model.mm_projector.", "model.vision_tower.vision_tower.", "model.", "lm_head."
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # old releases stored these too
@@ -46,7 +48,7 @@ def convert(
     """Write the checkpoint folder `source` (LLaVA-1.5, authors' layout) to `target` as transformers stores it.
 
     Args:
-        vision_tower: folder of the CLIP model named by `mm_vision_tower`, where the checkpoint does not hold its own.
+        vision_tower: folder of the model named by `mm_vision_tower`, where the checkpoint does not hold its own.
         unpickle: also read `.bin` files, with torch's restricted unpickler (`weights_only`).
 
     Raises:
@@ -63,6 +65,8 @@ def convert(
             given = f"{source} holds no vision tower"
             raise ModelError(f"{given}; give the folder of {config['mm_vision_tower']} as vision_tower")
         parts["tower"] = _tower_weights(Path(vision_tower), unpickle)
+    if tower.model_type == "internvl_vision":
+        parts["tower"] = intern_vit.renamed(parts["tower"], tower)
     processor, ids = _processor(source, config, tower)
     rows = -(-max(ids["rows"], len(parts["decoder"]["embed_tokens.weight"])) // _MULTIPLE) * _MULTIPLE
     for name, part in (("embed_tokens.weight", "decoder"), ("weight", "head")):
@@ -75,7 +79,7 @@ def convert(
         image_token_index=ids["image"],
         vision_feature_layer=config["mm_vision_select_layer"],
         vision_feature_select_strategy="default",
-        image_seq_length=(tower.image_size // tower.patch_size) ** 2,
+        image_seq_length=(_side(tower.image_size) // _side(tower.patch_size)) ** 2,
     )
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(llava)
@@ -149,9 +153,16 @@ def _split(weights: Iterator[tuple[str, Tensor]]) -> dict[str, dict[str, Tensor]
     return parts
 
 
+def _side(size: Any) -> int:
+    """Of a square, which some configs give as two numbers."""
+    return int(size if isinstance(size, int) else size[0])
+
+
 def _tower_config(config: dict[str, Any], folder: str | Path | None) -> Any:
     import transformers
 
+    if intern_vit.is_intern_vit(config["mm_vision_tower"]):
+        return intern_vit.config_for(config["mm_vision_tower"], folder)
     if folder is not None:
         clip = transformers.AutoConfig.from_pretrained(folder)
         return getattr(clip, "vision_config", clip)
@@ -178,18 +189,19 @@ def _processor(source: Path, config: dict[str, Any], tower: Any) -> tuple[Any, d
     tokenizer.add_tokens([transformers.AddedToken("<image>", special=True, normalized=False)])
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    side = tower.image_size
+    side = _side(tower.image_size)
+    colours = (intern_vit.MEAN, intern_vit.STD) if tower.model_type == "internvl_vision" else (_CLIP_MEAN, _CLIP_STD)
     pictures = _image_processor_class()(
         do_pad=config["image_aspect_ratio"] == "pad",
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
-        image_mean=_CLIP_MEAN,
-        image_std=_CLIP_STD,
+        image_mean=colours[0],
+        image_std=colours[1],
     )
     processor = transformers.LlavaProcessor(
         pictures,
         tokenizer,
-        patch_size=tower.patch_size,
+        patch_size=_side(tower.patch_size),
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,

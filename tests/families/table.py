@@ -29,11 +29,11 @@ TAIL = """## Layouts of their authors
 | checkpoint | way |
 | --- | --- |
 | LLaVA-1.5 (`mm_vision_tower` in config.json) | `dyvte-engine convert SOURCE TARGET`; `.bin` needs `--unpickle` |
+| InternVL-Chat-ViT-6B-Vicuna (the same, with InternViT-6B as the tower) | likewise |
 | VILA-1.5 (`llm`, SigLIP in `vision_tower`, `mlp_downsample` in `mm_projector`) | `Engine.from_pretrained(FOLDER)` |
 | vision code that lives elsewhere (EAGLE) | `Engine.prefill(inputs_embeds, visual_mask)` beside that code |
-| LLaVA with InternViT-6B | refused: that tower is not known |
 
-Both loaders are tested on synthetic checkpoints written in these layouts; no published one was at hand.
+The loaders are tested on synthetic checkpoints written in these layouts; no published one was at hand.
 """
 
 

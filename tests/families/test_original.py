@@ -170,8 +170,8 @@ def test_what_is_not_converted(tmp_path):
     no_tower = {n: w for n, w in weights.items() if "vision_tower" not in n}
     with pytest.raises(ModelError, match="holds no vision tower; give the folder of openai"):
         convert(write(tmp_path / "bare", model, no_tower), tmp_path / "out")
-    with pytest.raises(ModelError, match=r"mm_vision_tower is 'OpenGVLab/InternViT-6B.*give its folder"):
-        convert(write(tmp_path / "vit", model, mm_vision_tower="OpenGVLab/InternViT-6B-224px"), tmp_path / "out")
+    with pytest.raises(ModelError, match=r"mm_vision_tower is 'google/siglip.*give its folder"):
+        convert(write(tmp_path / "vit", model, mm_vision_tower="google/siglip-so400m"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     convert(write(tmp_path / "bin", model, pickled=True), tmp_path / "unpickled", clip, unpickle=True)
     assert (tmp_path / "unpickled" / "model.safetensors").exists()

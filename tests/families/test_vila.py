@@ -81,7 +81,7 @@ def test_it_loads_whole_and_answers(tmp_path):
         entry = oracle.Entry(embeds, visual, torch.arange(len(ids)), len(ids), [])
         engine.policy = FixedExit(layer)
         got = engine.generate(question, picture, chat=False, max_new_tokens=6).token_ids
-        assert got == oracle.greedy(_as_llava(llm), entry, oracle.fixed(layer), 6)[0]
+        assert got == oracle.greedy(as_llava(llm), entry, oracle.fixed(layer), 6)[0]
         seen.add(tuple(got))
     assert len(seen) > 2
     assert engine.generate("w1", picture, max_new_tokens=1).stats.visual_tokens == 9
@@ -89,7 +89,7 @@ def test_it_loads_whole_and_answers(tmp_path):
         engine.policy = VisionZip(5, 2)
 
 
-def _as_llava(llm):
+def as_llava(llm):
     """What the oracle asks of a vision-language model, answered by the language model alone."""
     return SimpleNamespace(
         model=SimpleNamespace(language_model=llm.model),
