@@ -86,6 +86,7 @@ class EngineConfig:
     max_len: int | None = None
     page_size: int = 16
     drop_early_kv: bool = False
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_len", "page_size"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from .assets import resolve_model
 from .attention import choose_backend
 from .config import EngineConfig
+from .decode import DecodeGraphs
 from .errors import DeviceError, InvalidArgumentError, PromptError
 from .flops import vision_flops
 from .generation import GenerationResult, PrefillFigures, Request, Running, StreamChunk, TokenLoop
@@ -47,6 +48,8 @@ class Engine:
         )
         pages = shape.num_layers * config.max_batch * -(-self.max_len // config.page_size)
         self.pool = PagePool(shape, pages, config.page_size, config.dtype, config.device)
+        graphs = config.device.type == "cuda" and config.cuda_graphs
+        self._graphs = DecodeGraphs(model.decoder, self.pool) if graphs else None
         self.policy = policy or KeepAll()
 
     @classmethod
@@ -61,6 +64,7 @@ class Engine:
         max_len: int | None = None,
         page_size: int = 16,
         drop_early_kv: bool = False,
+        cuda_graphs: bool = True,
         trust_remote_code: bool = False,
     ) -> Engine:
         """Load a checkpoint (docs/families.md): a folder, a hub id, or "nano", the model that comes with the package.
@@ -74,15 +78,14 @@ class Engine:
                 max_len defaults to the model's positions, at most 4096.
             page_size: rows of one K/V page.
             drop_early_kv: after the prefill, take the rows that left out of the earlier layers' K/V too.
+            cuda_graphs: on CUDA, decode with graphs, captured at the first use of each batch size and length bucket.
 
         Raises:
             ModelError, DeviceError, HeadsError, InvalidArgumentError: each with the argument and what is accepted.
         """
-        target = _resolve_device(device)
-        config = EngineConfig(
-            target, _resolve_dtype(dtype, target), attn_backend, max_batch, max_len, page_size, drop_early_kv
-        )
-        return cls(load_model(resolve_model(model), config.dtype, target, max_len, trust_remote_code), config, policy)
+        config = _options(device, dtype, attn_backend, max_batch, max_len, page_size, drop_early_kv, cuda_graphs)
+        loaded = load_model(resolve_model(model), config.dtype, config.device, max_len, trust_remote_code)
+        return cls(loaded, config, policy)
 
     @classmethod
     def from_config(
@@ -98,6 +101,7 @@ class Engine:
         max_len: int | None = None,
         page_size: int = 16,
         drop_early_kv: bool = False,
+        cuda_graphs: bool = True,
     ) -> Engine:
         """A model of a given size with random weights, made on the device; nothing is downloaded.
 
@@ -115,12 +119,9 @@ class Engine:
         """
         if weights != "random":
             raise InvalidArgumentError(f"weights is {weights!r}; accepted: 'random' (from_pretrained loads real ones)")
-        target = _resolve_device(device)
-        options = EngineConfig(
-            target, _resolve_dtype(dtype, target), attn_backend, max_batch, max_len, page_size, drop_early_kv
-        )
+        options = _options(device, dtype, attn_backend, max_batch, max_len, page_size, drop_early_kv, cuda_graphs)
         name, hf_config = (config, preset(config)) if isinstance(config, str) else ("random", config)
-        hf_model = random_model(hf_config, seed, options.dtype, target)
+        hf_model = random_model(hf_config, seed, options.dtype, options.device)
         model = VisionLanguageModel(hf_model, byte_processor(hf_config), f"{name} (random weights)", max_len)
         return cls(model, options, policy)
 
@@ -281,7 +282,7 @@ class Engine:
                 self.config.drop_early_kv,
                 watch,
             )
-            return Running(self.model.decoder, cache, done)
+            return Running(self.model.decoder, cache, done, self._graphs)
         except BaseException:
             cache.close()
             raise
@@ -344,6 +345,11 @@ def _pack(prompts: Sequence[PreparedPrompt], cos_sin: Tensor) -> Pack:
 
 def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _options(device: str | torch.device, dtype: str | torch.dtype, *others: Any) -> EngineConfig:
+    target = _resolve_device(device)
+    return EngineConfig(target, _resolve_dtype(dtype, target), *others)
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from .decode import decode_step
+from .decode import DecodeGraphs, decode_step
 from .flops import paper_flops, true_flops
 from .kv_cache import KVCache
 from .models import Decoder
@@ -74,31 +74,41 @@ class StreamChunk:
 class Running:
     """A prefilled batch that can be stepped; `logits` f32 [B, vocab] are those of the next token."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, prefilled: Prefilled):
-        self.decoder, self.cache = decoder, cache
+    def __init__(self, decoder: Decoder, cache: KVCache, prefilled: Prefilled, graphs: DecodeGraphs | None = None):
+        self.decoder, self.cache, self._graphs = decoder, cache, graphs
         self.exit_layers, self.rows = prefilled.exit_layers, prefilled.rows
-        self._positions = prefilled.next_positions  # int32 [L, B]
         self.logits = decoder.logits(prefilled.hidden)
 
     @property
     def positions(self) -> Tensor:
         """int32 [B], the next token's position in the first layer; in all layers, unless a policy renumbered."""
-        return self._positions[0]
+        return self.cache.positions[0]
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to every sequence; returns (and keeps) the next logits."""
-        ids = torch.tensor(tokens, device=self._positions.device)
-        self.logits = decode_step(self.decoder, self.cache, ids, self._positions)
-        self._positions = self._positions + 1
+    def step(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """Append one token to every sequence; returns (and keeps) the next logits.
+
+        tokens: B numbers, or int64 [B] on the device: then nothing waits for the device.
+
+        Raises:
+            CacheError: the pool is out of pages.
+        """
+        cache = self.cache
+        ids = torch.as_tensor(tokens, dtype=torch.int64, device=cache.lens.device)
+        cache.reserve_next()
+        if self._graphs is None:
+            state = cache.positions, cache.block_table, cache.lens
+            self.logits = decode_step(self.decoder, cache.pool, ids, *state)
+        else:
+            self.logits = self._graphs.step(cache, ids)
+        cache.host_lens += 1
         return self.logits
 
     @torch.inference_mode()
     def select(self, keep: Sequence[int]) -> None:
         """Go on with the sequences listed; the others give their memory back."""
         self.cache.select(keep)
-        index = torch.tensor(list(keep), device=self._positions.device)
-        self._positions, self.logits = self._positions[:, index], self.logits[index]
+        self.logits = self.logits[torch.tensor(list(keep), device=self.logits.device)]
 
     @torch.inference_mode()
     def close(self) -> None:
@@ -189,19 +199,22 @@ class TokenLoop:
     def run(self, running: Running) -> Iterator[tuple[int, int, str]]:
         """Yield (sequence, token, new text) until every sequence has finished; finished ones leave the batch."""
         active = list(range(len(self.sequences)))
-        while True:
+        queued = running.logits.is_cuda
+        while active:
             tokens = self.sampler(running.logits, active, [self.sequences[s].ids for s in active])
-            for s, token in zip(active, tokens, strict=True):
-                yield s, token, self._accept(self.sequences[s], token)
+            came = list(zip(active, tokens.tolist(), strict=True))
+            for s, token in came:
+                self._accept(self.sequences[s], token)
             stay = [i for i, s in enumerate(active) if self.sequences[s].finish_reason is None]
-            if not stay:
-                return
-            if len(stay) < len(active):
-                running.select(stay)
+            if queued:  # the device is at work on the next token while this one becomes text
+                _go_on(running, tokens, stay)
+            for s, token in came:
+                yield s, token, self._new_text(self.sequences[s])
+            if not queued:
+                _go_on(running, tokens, stay)
             active = [active[i] for i in stay]
-            running.step([tokens[i] for i in stay])
 
-    def _accept(self, s: Request, token: int) -> str:
+    def _accept(self, s: Request, token: int) -> None:
         s.last_at = time.perf_counter()
         s.first_at = s.first_at or s.last_at
         s.ids.append(token)
@@ -212,7 +225,6 @@ class TokenLoop:
             s.finish_reason = "stop_string"
         elif len(s.new) >= s.max_new_tokens:
             s.finish_reason = "length"
-        return self._new_text(s)
 
     def _new_text(self, s: Request) -> str:
         """What the newest token adds; an unfinished multi-byte character waits for its rest."""
@@ -221,3 +233,12 @@ class TokenLoop:
             return ""
         added, s.text = text[len(s.text) :], text
         return added
+
+
+def _go_on(running: Running, tokens: Tensor, stay: list[int]) -> None:
+    """The next step, of the sequences that stay; none, if none does."""
+    if stay and len(stay) < len(tokens):
+        running.select(stay)
+        tokens = tokens[torch.tensor(stay, device=tokens.device)]
+    if stay:
+        running.step(tokens)

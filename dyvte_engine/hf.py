@@ -64,7 +64,8 @@ def enable(model: Any, policy: VisualTokenPolicy | None = None, **options: Any) 
 
     Args:
         policy: when visual tokens leave; default `KeepAll()`. To be changed at the returned object.
-        **options: max_batch, max_len, page_size, attn_backend, drop_early_kv, as in `Engine.from_pretrained`.
+        **options: max_batch, max_len, page_size, attn_backend, drop_early_kv, cuda_graphs: as in
+            `Engine.from_pretrained`.
 
     The model's weights are used where they are, in eval mode and without gradients; move it before, not after.
 
@@ -215,7 +216,7 @@ def _decode(running: Running, ids: Tensor, processors: Any, criteria: Any, confi
         if len(stay) < len(active):
             running.select(stay)
             active = [active[i] for i in stay]
-        logits[active] = running.step(tokens[active].tolist())
+        logits[active] = running.step(tokens[active])
     if streamer is not None:
         streamer.end()
     return _result(ids, kept, config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,10 +42,18 @@ class PagePool:
         return self.allocator.used_count * self.page_bytes
 
 
-class KVCache:
-    """Pages and lengths of one running batch.
+def upload(target: Tensor, host: Tensor) -> None:
+    """Copy to the device without waiting for it: from pinned memory, which torch keeps until the copy is done."""
+    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
 
-    `block_table` int32 [L, B, M] and `lens` int32 [L, B] live on the device; `host_lens` [L][B] mirrors `lens`.
+
+class KVCache:
+    """Pages, lengths and next positions of one running batch.
+
+    On the device, and replaced as a whole by `select` or by whoever moves them (`decode.DecodeGraphs`):
+        block_table: int32 [L, B, M], the pages of each layer's sequences.
+        lens: int32 [L, B], rows in use; `host_lens`, a numpy array, mirrors it.
+        positions: int32 [L, B], where the next token stands in each layer: alike, unless a policy renumbered.
     """
 
     def __init__(self, pool: PagePool, num_layers: int, batch: int, max_len: int):
@@ -53,7 +62,8 @@ class KVCache:
         self._host_table = torch.zeros(num_layers, batch, -(-max_len // pool.page_size), dtype=torch.int32)
         self.block_table = self._host_table.to(device, copy=True)
         self.lens = torch.zeros(num_layers, batch, dtype=torch.int32, device=device)
-        self.host_lens = [[0] * batch for _ in range(num_layers)]
+        self.positions = torch.zeros_like(self.lens)
+        self.host_lens = np.zeros((num_layers, batch), dtype=np.int64)
         self._pages: list[list[list[int]]] = [[[] for _ in range(batch)] for _ in range(num_layers)]
 
     def reserve(self, layer: int, rows: Sequence[int]) -> None:
@@ -63,7 +73,7 @@ class KVCache:
             CacheError: the pool is out of pages.
         """
         self._take(layer, rows)
-        self.block_table[layer].copy_(self._host_table[layer])
+        upload(self.block_table[layer], self._host_table[layer])
 
     def _take(self, layer: int, rows: Sequence[int]) -> None:
         for held, table, n in zip(self._pages[layer], self._host_table[layer], rows, strict=True):
@@ -76,27 +86,21 @@ class KVCache:
     def set_lens(self, layer: int, rows: Tensor, host_rows: Sequence[int]) -> None:
         """`layer` now holds `rows` int32 [B] rows (the same numbers in `host_rows`)."""
         self.lens[layer].copy_(rows)
-        self.host_lens[layer] = list(host_rows)
-
-    def advance(self) -> None:
-        """One row was written at every layer of every sequence."""
-        self.lens += 1
-        self.host_lens = [[n + 1 for n in row] for row in self.host_lens]
+        self.host_lens[layer] = host_rows
 
     def reserve_next(self) -> None:
         """Room for one more row everywhere; touches the device only when a page is full."""
-        size = self.pool.page_size
-        full = [layer for layer, row in enumerate(self.host_lens) if any(n % size == 0 for n in row)]
+        full = (self.host_lens % self.pool.page_size == 0).any(axis=1).nonzero()[0].tolist()
         for layer in full:
-            self._take(layer, [n + 1 for n in self.host_lens[layer]])
+            self._take(layer, (self.host_lens[layer] + 1).tolist())
         if full:
-            self.block_table.copy_(self._host_table)
+            upload(self.block_table, self._host_table)
 
     def compact(self, layers: int, keep: Tensor, keep_cu: Tensor, kept: list[list[int]]) -> None:
         """Keep the listed rows of layers 0..layers-1 (arguments as `ops.kv_compact_`), give emptied pages back."""
         ops.kv_compact_(self.pool.k, self.pool.v, self.block_table[:layers], self.lens[:layers], keep, keep_cu)
         for layer, row in enumerate(kept):
-            self.host_lens[layer] = list(row)
+            self.host_lens[layer] = row
             for b, n in enumerate(row):
                 held = self._pages[layer][b]
                 used = -(-n // self.pool.page_size)
@@ -110,11 +114,17 @@ class KVCache:
             for b in gone:
                 self.pool.allocator.free(pages[b])
             self._pages[layer] = [pages[b] for b in keep]
-            self.host_lens[layer] = [self.host_lens[layer][b] for b in keep]
         index = torch.tensor(list(keep), dtype=torch.long, device=self.lens.device)
+        self.host_lens = self.host_lens[:, list(keep)]
         self._host_table = self._host_table[:, list(keep)]
         self.block_table = self.block_table.index_select(1, index)
         self.lens = self.lens.index_select(1, index)
+        self.positions = self.positions.index_select(1, index)
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest sequence in any layer."""
+        return int(self.host_lens.max(initial=0))
 
     @property
     def bytes_held(self) -> int:

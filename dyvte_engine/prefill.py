@@ -29,13 +29,11 @@ class Prefilled:
         exit_layers: layer after which the last visual token left (-1: before the first), None if some stayed or there
             were none.
         rows: [L][B], rows each layer computed.
-        next_positions: int32 [L, B], where the next token stands in each layer: alike, unless a policy renumbered.
     """
 
     hidden: Tensor
     exit_layers: list[int | None]
     rows: list[list[int]]
-    next_positions: Tensor
 
 
 def prefill(
@@ -89,10 +87,11 @@ def prefill(
             pack, hidden = _leave(policy, LayerState(number, decoder, hidden, q, k, pack, memory), exit_layers)
         x = ops.rms_norm(hidden, norms[number], decoder.eps)
     last = x if only_last else x[pack.last_rows]
-    rows = [list(row) for row in cache.host_lens]
+    rows = cache.host_lens.tolist()
     if drop_early_kv:
         _compact_early_layers(cache, packs, pack)
-    return Prefilled(last, exit_layers, rows, torch.stack([p.next_positions for p in packs]))
+    torch.stack([p.next_positions for p in packs], out=cache.positions)
+    return Prefilled(last, exit_layers, rows)
 
 
 def _leave(policy: VisualTokenPolicy, state: LayerState, exit_layers: list[int | None]) -> tuple[Pack, Tensor]:

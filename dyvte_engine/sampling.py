@@ -72,10 +72,10 @@ class Sampler:
         self.chains = [_processors(config, len(ids), list(eos), device) for ids in prompts]
         self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
 
-    def __call__(self, logits: Tensor, sequences: Sequence[int], ids: Sequence[list[int]]) -> list[int]:
-        """logits f32 [B, vocab] of the sequences numbered `sequences`, whose ids so far are `ids` -> B tokens."""
+    def __call__(self, logits: Tensor, sequences: Sequence[int], ids: Sequence[list[int]]) -> Tensor:
+        """logits f32 [B, vocab] of the sequences numbered `sequences`, whose ids so far are `ids` -> int64 [B]."""
         if self.greedy and not any(self.chains[s] for s in sequences):
-            return logits.argmax(-1).tolist()
+            return logits.argmax(-1)
         chosen = []
         for row, s, so_far in zip(logits, sequences, ids, strict=True):
             scores = self.chains[s](torch.tensor([so_far], device=row.device), row[None].clone())[0]
@@ -83,7 +83,7 @@ class Sampler:
                 chosen.append(scores.argmax())
             else:
                 chosen.append(torch.multinomial(scores.softmax(-1), 1, generator=self.generators[s])[0])
-        return torch.stack(chosen).tolist()
+        return torch.stack(chosen)
 
 
 def _processors(config: Any, prompt_len: int, eos: list[int], device: torch.device) -> Any:

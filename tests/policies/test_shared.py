@@ -103,7 +103,7 @@ def test_early_kv_can_go_and_every_page_comes_back(name):
     engine, _ = build(policy=POLICIES[name][0], drop_early_kv=True)
     texts, images = tiny.prompts(seed=10, n=5)
     with prefill(engine, texts, images) as running:
-        assert all(layer == running.cache.host_lens[0] for layer in running.cache.host_lens)
+        assert (running.cache.host_lens == running.cache.host_lens[0]).all()
     assert engine.pool.bytes_held == 0
     chunks = engine.stream(texts, images, chat=False, max_new_tokens=5)
     next(chunks)
