@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidArgumentError
 from ..training.nano.scenes import SIZE
+from .lines import LineFile
 from .task import CHOICE, DESCRIBE, FORMS, READ, SENTENCE, SHORT, STATEMENT, YES_NO, Sample
 
 if TYPE_CHECKING:
@@ -42,33 +41,17 @@ def known_forms(model: Any) -> tuple[str, ...]:
 
 
 class AnswerFile:
-    """Answers on disk, one JSON line each after a first line that names the model.
-
-    A last line that a kill cut off is dropped.
-    """
+    """Answers on disk, one JSON line each after a first line that names the model."""
 
     def __init__(self, path: Path, model: str):
-        self.path = path
+        self._lines = LineFile(path, {"model_fingerprint": model}, "answers")
         self.known: dict[tuple[str, str], Answer] = {}
-        header = {"model_fingerprint": model}
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n")
-        lines = path.read_text().split("\n")
-        if json.loads(lines[0]) != header:
-            raise InvalidArgumentError(
-                f"answers: {path} is of another model ({lines[0]}; this is {model}); name a new file"
-            )
-        if lines[-1]:
-            path.write_text("\n".join([*lines[:-1], ""]))
-        for line in lines[1:-1]:
-            entry = json.loads(line)
-            policy = entry.pop("policy")
-            self.known[policy, entry["key"]] = Answer(**entry)
+        for entry in self._lines.entries:
+            of = {k: v for k, v in entry.items() if k != "policy"}
+            self.known[entry["policy"], entry["key"]] = Answer(**of)
 
     def add(self, policy: str, answers: Sequence[Answer]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps({"policy": policy, **asdict(a)}) + "\n" for a in answers)
+        self._lines.add([{"policy": policy, **asdict(a)} for a in answers])
         self.known.update({(policy, a.key): a for a in answers})
 
 
