@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class _Home:
     block_table: Tensor
     lens: Tensor
     positions: Tensor
-    tenant: weakref.ref[KVCache] | None = None
+    tenant: weakref.ref[KVCache] | None = field(default=None, init=False)
 
     def admit(self, cache: KVCache) -> None:
         """`cache` keeps its device state here from now on; one that still does takes its own along."""

@@ -17,6 +17,7 @@ from .kv_cache import KVCache
 from .models import Decoder
 from .prefill import Prefilled
 from .sampling import Sampler
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Running:
     def select(self, keep: Sequence[int]) -> None:
         """Go on with the sequences listed; the others give their memory back."""
         self.cache.select(keep)
-        self.logits = self.logits[torch.tensor(list(keep), device=self.logits.device)]
+        self.logits = self.logits[to_device(list(keep), self.logits.device, torch.int64)]
 
     @torch.inference_mode()
     def close(self) -> None:
@@ -239,6 +240,6 @@ def _go_on(running: Running, tokens: Tensor, stay: list[int]) -> None:
     """The next step, of the sequences that stay; none, if none does."""
     if stay and len(stay) < len(tokens):
         running.select(stay)
-        tokens = tokens[torch.tensor(stay, device=tokens.device)]
+        tokens = tokens[to_device(stay, tokens.device, torch.int64)]
     if stay:
         running.step(tokens)

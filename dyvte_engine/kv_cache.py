@@ -16,6 +16,7 @@ from torch import Tensor
 from . import ops
 from .config import DecoderShape
 from .errors import CacheError
+from .transfer import to_device, upload
 
 
 class PagePool:
@@ -42,11 +43,6 @@ class PagePool:
         return self.allocator.used_count * self.page_bytes
 
 
-def upload(target: Tensor, host: Tensor) -> None:
-    """Copy to the device without waiting for it: from pinned memory, which torch keeps until the copy is done."""
-    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
-
-
 class KVCache:
     """Pages, lengths and next positions of one running batch.
 
@@ -60,7 +56,7 @@ class KVCache:
         self.pool = pool
         device = pool.k.device
         self._host_table = torch.zeros(num_layers, batch, -(-max_len // pool.page_size), dtype=torch.int32)
-        self.block_table = self._host_table.to(device, copy=True)
+        self.block_table = torch.zeros(self._host_table.shape, dtype=torch.int32, device=device)
         self.lens = torch.zeros(num_layers, batch, dtype=torch.int32, device=device)
         self.positions = torch.zeros_like(self.lens)
         self.host_lens = np.zeros((num_layers, batch), dtype=np.int64)
@@ -114,7 +110,7 @@ class KVCache:
             for b in gone:
                 self.pool.allocator.free(pages[b])
             self._pages[layer] = [pages[b] for b in keep]
-        index = torch.tensor(list(keep), dtype=torch.long, device=self.lens.device)
+        index = to_device(list(keep), self.lens.device, torch.int64)
         self.host_lens = self.host_lens[:, list(keep)]
         self._host_table = self._host_table[:, list(keep)]
         self.block_table = self.block_table.index_select(1, index)

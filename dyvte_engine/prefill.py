@@ -12,8 +12,8 @@ from torch import Tensor
 from . import ops
 from .attention import AttentionFn
 from .kv_cache import KVCache
-from .models.decoder import Decoder, DecoderLayer
-from .policies import LayerState, VisualTokenPolicy
+from .models.decoder import Decoder
+from .policies import Decision, LayerState, VisualTokenPolicy
 from .segments import Pack
 
 # Called in every layer with its number, the rotated q [N, Hq, D] and k [N, Hkv, D] of all its rows, and their pack.
@@ -59,18 +59,25 @@ def prefill(
     packs: list[Pack] = []
     exit_layers: list[int | None] = [None] * len(pack.n_visual)
     memory: dict[VisualTokenPolicy, Any] = {}
-    only_last = False
+    only_last, pending = False, None  # a decision still to be read, and what it was asked about
     hidden = inputs_embeds.clone()
     if -1 in ask:
         none = hidden.new_empty(0, 0, 0)
-        pack, hidden = _leave(policy, LayerState(-1, decoder, hidden, none, none, pack, memory), exit_layers)
+        state = LayerState(-1, decoder, hidden, none, none, pack, memory)
+        pack, stay = _leave(policy, state, policy.decide(state), exit_layers)
+        hidden = hidden[stay]
     x = ops.rms_norm(hidden, decoder.layers[0].input_norm, decoder.eps)
     for number, layer in enumerate(decoder.layers):
+        q, k, v = layer.project_qkv(x)
+        if pending is not None:
+            pack, stay = _leave(policy, *pending, exit_layers)
+            hidden, q, k, v = (rows[stay] for rows in (hidden, q, k, v))
+            pending = None
         packs.append(pack)
         asked = number in ask and any(pack.n_visual)
         plain = not asked and number >= len(pack.additions)
         only_last = number == num_layers - 1 and plain  # its other rows would feed nothing but the cache
-        q, k, attended = _attention(decoder, layer, number, attend, cache, x, pack, only_last)
+        attended = _attention(decoder, number, attend, cache, q, k, v, pack, only_last)
         if watch is not None:
             watch(number, q, k, pack)
         if only_last:
@@ -84,8 +91,17 @@ def prefill(
         if number < len(pack.additions):
             hidden += pack.additions[number][pack.source]
         if asked:
-            pack, hidden = _leave(policy, LayerState(number, decoder, hidden, q, k, pack, memory), exit_layers)
+            state = LayerState(number, decoder, hidden, q, k, pack, memory)
+            decision = policy.decide(state)
+            if callable(decision):
+                pending = state, decision
+            else:
+                pack, stay = _leave(policy, state, decision, exit_layers)
+                hidden = hidden[stay]
         x = ops.rms_norm(hidden, norms[number], decoder.eps)
+    if pending is not None:
+        pack, stay = _leave(policy, *pending, exit_layers)
+        x = x[stay]
     last = x if only_last else x[pack.last_rows]
     rows = cache.host_lens.tolist()
     if drop_early_kv:
@@ -94,32 +110,40 @@ def prefill(
     return Prefilled(last, exit_layers, rows)
 
 
-def _leave(policy: VisualTokenPolicy, state: LayerState, exit_layers: list[int | None]) -> tuple[Pack, Tensor]:
-    """Ask the policy; the pack and the rows that stay. Writes into `exit_layers` whose last visual token left."""
+def _leave(
+    policy: VisualTokenPolicy,
+    state: LayerState,
+    decision: Decision | Callable[[], Decision],
+    exit_layers: list[int | None],
+) -> tuple[Pack, Tensor | slice]:
+    """The pack and an index of the rows that stay. Writes into `exit_layers` whose last visual token left."""
     before, layer = state.pack, state.layer
-    dropped = before.drop(policy.decide(state))
+    dropped = before.drop(decision() if callable(decision) else decision)
     if dropped is None:
-        return before, state.hidden
-    pack, index = dropped
+        return before, slice(None)
+    pack, stay = dropped
     for b, (old, new) in enumerate(zip(before.n_visual, pack.n_visual, strict=True)):
         exit_layers[b] = layer if old and not new else exit_layers[b]
     if policy.renumbers(layer, state.num_layers):
         pack = pack.renumbered([o != n for o, n in zip(before.n_visual, pack.n_visual, strict=True)])
-    return pack, state.hidden[index]
+    return pack, stay
 
 
 def _attention(
     decoder: Decoder,
-    layer: DecoderLayer,
     number: int,
     attend: AttentionFn,
     cache: KVCache,
-    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     pack: Pack,
     only_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, d] -> rotated q and k, attended rows ([B, Hq, D] if `only_last`, else [N, Hq, D]); K/V enter the cache."""
-    q, k, v = layer.project_qkv(x)
+) -> Tensor:
+    """q [N, Hq, D], k and v [N, Hkv, D] of a layer -> attended rows, like q, or [B, Hq, D] if `only_last`.
+
+    q and k are rotated in place; k and v enter the cache.
+    """
     pool, lengths = cache.pool, pack.lengths
     cache.reserve(number, lengths.host)
     table, lens = cache.block_table[number], cache.lens[number]
@@ -127,8 +151,8 @@ def _attention(
     ops.rope_append_(q, k, v, cos_sin, positions, lengths.cu, pool.k, pool.v, table, lens)
     cache.set_lens(number, pack.row_counts, lengths.host)
     if only_last:
-        return q, k, ops.decode_attention(q[pack.last_rows], pool.k, pool.v, table, lens, decoder.scale)
-    return q, k, attend(q, k, v, lengths, decoder.scale)
+        return ops.decode_attention(q[pack.last_rows], pool.k, pool.v, table, lens, decoder.scale)
+    return attend(q, k, v, lengths, decoder.scale)
 
 
 def _compact_early_layers(cache: KVCache, packs: Sequence[Pack], final: Pack) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention import Lengths
+from .transfer import to_device
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -21,7 +22,7 @@ def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
     out = [0]
     for n in lengths:
         out.append(out[-1] + n)
-    return torch.tensor(out, dtype=torch.int32, device=device)
+    return to_device(out, device, torch.int32)
 
 
 def runs(visual: Tensor) -> list[int]:
@@ -107,7 +108,7 @@ class Pack:
     def text_ranges(self) -> Tensor:
         """int32 [B, 2], first row and end of each sequence's T."""
         ends = self.lengths.cu[1:]
-        return torch.stack((ends - torch.tensor(self.n_tail, dtype=torch.int32, device=ends.device), ends), dim=1)
+        return torch.stack((ends - to_device(self.n_tail, ends.device, torch.int32), ends), dim=1)
 
     @cached_property
     def row_counts(self) -> Tensor:
@@ -128,7 +129,7 @@ class Pack:
         """The same rows, those of the sequences told at positions 0, 1, 2, ..."""
         total, counts = sum(self.lengths.host), self.row_counts.long()
         first = torch.repeat_interleave(self.lengths.cu[:-1], counts, output_size=total)
-        chosen = torch.repeat_interleave(torch.tensor(which, device=first.device), counts, output_size=total)
+        chosen = torch.repeat_interleave(to_device(which, first.device, torch.bool), counts, output_size=total)
         numbers = torch.arange(total, dtype=torch.int32, device=first.device) - first
         return replace(self, positions=torch.where(chosen, numbers, self.positions))
 

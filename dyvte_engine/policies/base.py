@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from ..models.decoder import Decoder
     from ..models.vision import VisionTower
 
-Decision = Sequence[
-    Tensor | None
-]  # per sequence: None (all stay) or ascending int64 numbers of the visual rows that stay
+# per sequence: None (all stay) or ascending int64 numbers of the visual rows that stay
+Decision = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +103,12 @@ class VisualTokenPolicy:
         """
         return set()
 
-    def decide(self, state: LayerState) -> Decision:
-        """Which visual tokens stay from here on, for each sequence."""
+    def decide(self, state: LayerState) -> Decision | Callable[[], Decision]:
+        """Which visual tokens stay from here on, for each sequence.
+
+        Where that must be read from a device: a function that gives it. It is called when the next layer's projections
+        are queued, so that the device has work while the host waits.
+        """
         raise NotImplementedError
 
     def renumbers(self, layer: int, num_layers: int) -> bool:

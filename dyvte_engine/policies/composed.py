@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,21 +58,27 @@ class Composed(VisualTokenPolicy):
     def layers(self, num_layers: int) -> set[int]:
         return set().union(*(part.layers(num_layers) for part in self.parts))
 
-    def decide(self, state: LayerState) -> Decision:
-        merged: list[Tensor | None] = [None] * len(state.pack.n_visual)
-        for part in self.parts:
-            if state.layer not in part.layers(state.num_layers):
-                continue
-            for b, keep in enumerate(part.decide(state)):
-                before = merged[b]
-                if before is None or keep is None:
-                    merged[b] = before if keep is None else keep
-                else:
-                    merged[b] = keep[torch.isin(keep, before)]
-        return merged
+    def decide(self, state: LayerState) -> Decision | Callable[[], Decision]:
+        asked = [part for part in self.parts if state.layer in part.layers(state.num_layers)]
+        decisions = [part.decide(state) for part in asked]
+        if any(callable(d) for d in decisions):
+            return lambda: _both([d() if callable(d) else d for d in decisions])
+        return _both(decisions)  # type: ignore[arg-type]
 
     def renumbers(self, layer: int, num_layers: int) -> bool:
         return any(layer in p.layers(num_layers) and p.renumbers(layer, num_layers) for p in self.parts)
+
+
+def _both(decisions: Sequence[Decision]) -> Decision:
+    """What every decision keeps."""
+    merged: list[Tensor | None] = list(decisions[0])
+    for decision in decisions[1:]:
+        for b, (before, keep) in enumerate(zip(merged, decision, strict=True)):
+            if before is None or keep is None:
+                merged[b] = before if keep is None else keep
+            else:
+                merged[b] = keep[torch.isin(keep, before)]
+    return merged
 
 
 def compose(*parts: VisualTokenPolicy) -> VisualTokenPolicy:

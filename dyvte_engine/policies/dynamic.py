@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .. import ops
 from ..calibration import Calibration
 from ..errors import CalibrationError, HeadsError, InvalidArgumentError
 from ..exit_head import ExitHeads
+from ..transfer import read_later
 from .base import Decision, LayerState, VisualTokenPolicy, highest, visual_attention
 
 
@@ -113,8 +115,15 @@ class DynamicExit(VisualTokenPolicy):
             b1,
         )
 
-    def decide(self, state: LayerState) -> Decision:
-        leaves = self._leaves(state, self.ask(state)[1].tolist())
+    def decide(self, state: LayerState) -> Decision | Callable[[], Decision]:
+        fires = self.ask(state)[1]
+        if not fires.is_cuda:
+            return self._decision(state, fires.tolist())
+        read = read_later(fires)
+        return lambda: self._decision(state, read())
+
+    def _decision(self, state: LayerState, fires: list[bool]) -> Decision:
+        leaves = self._leaves(state, fires)
         if self.keep and any(leaves):
             return self._best(state, leaves)
         nothing = state.pack.source[:0]

@@ -1,9 +1,20 @@
 """Removing rows is the same as masking them, for every layer, every member of a batch, and through decoding."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from dyvte_engine import DynamicExit, ExitHeadConfig, ExitHeads, FastV, FixedExit, KeepAll, compose
+from dyvte_engine import (
+    DynamicExit,
+    ExitHeadConfig,
+    ExitHeads,
+    FastV,
+    FixedExit,
+    KeepAll,
+    VisualTokenPolicy,
+    compose,
+)
 from tests import tiny
 from tests.engine.conftest import build
 
@@ -182,3 +193,50 @@ def test_a_prompt_that_ends_in_a_picture_keeps_its_last_row(policy):
         want = tiny.masked_greedy(hf, embeds, visual, 6, lambda k, v=visual: v & (k >= first_blind))
         assert result.token_ids == want
         assert result.stats.tokens_per_layer[-1] == len(embeds) - tiny.VISUAL_TOKENS + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Later(VisualTokenPolicy):
+    """The decisions of another policy, to be read when the next layer's projections are queued, as from a device."""
+
+    inner: VisualTokenPolicy
+
+    def bind(self, model):
+        return Later(self.inner.bind(model))
+
+    def layers(self, num_layers):
+        return self.inner.layers(num_layers)
+
+    def decide(self, state):
+        decision = self.inner.decide(state)
+        return lambda: decision
+
+
+@pytest.mark.parametrize("drop_early_kv", [False, True])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(FixedExit(layer) for layer in range(-1, LAYERS)),
+        FastV(1, 0.5),
+        DynamicExit(random_heads(LAYERS), 0.7),
+        DynamicExit(random_heads(LAYERS), 0.7, hysteresis=2),
+        DynamicExit(random_heads(LAYERS), 0.7, keep=2),
+    ],
+)
+def test_a_decision_read_later_is_the_same_decision(policy, drop_early_kv):
+    texts, images = tiny.prompts(seed=40, n=8)
+    runs = {}
+    for name, chosen in (
+        ("now", policy),
+        ("later", Later(policy)),
+        ("both now", compose(policy, FixedExit(1))),
+        ("both later", compose(Later(policy), FixedExit(1))),
+    ):
+        engine, _ = build(policy=chosen, drop_early_kv=drop_early_kv)
+        results = engine.generate(texts, images, chat=False, max_new_tokens=4)
+        stats = [(r.stats.exit_layer, r.stats.tokens_per_layer, r.stats.kv_bytes) for r in results]
+        with engine.prefill_prepared(engine.model.prepare(engine.model.tokenize(texts, images))) as running:
+            runs[name] = [r.token_ids for r in results], stats, running.logits
+    for now, later in (("now", "later"), ("both now", "both later")):
+        assert runs[now][:2] == runs[later][:2]
+        torch.testing.assert_close(runs[now][2], runs[later][2])

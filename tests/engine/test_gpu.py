@@ -60,3 +60,21 @@ def test_backends_stay_within_twice_torchs_error(backend, dtype):
             ours.append(running.logits[0].double() - want)
         theirs.append(tiny.masked_logits(low, embeds, tiny.see_all(len(embeds)))[-1].double() - want)
     assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_neither_prefill_nor_decoding_waits_for_the_device(name):
+    """torch raises where an operation waits; the decision of the heads is read by an event, behind queued work."""
+    engine, _ = build(device="cuda", policy=POLICIES[name], page_size=4)
+    texts, images = tiny.prompts(seed=82, n=8, images=(1, 2))
+    prompts = engine.model.prepare(engine.model.tokenize(texts, images))
+    tokens = torch.full((8,), 7, device="cuda")
+    for mode in ("default", "error"):  # first so that libraries are set up and graphs captured
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            running = engine.prefill_prepared(prompts)
+            for _ in range(6):
+                running.step(tokens)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        running.close()

@@ -1,0 +1,34 @@
+"""Small copies between host and device that wait for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_device(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Host values as a tensor on the device. From pinned memory, which torch keeps until the copy is done."""
+    host = torch.as_tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def upload(target: Tensor, host: Tensor) -> None:
+    """As `to_device`, into a tensor that is there."""
+    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+    """Begin to copy to the host; the function returned waits for this copy alone, not for what is queued behind it."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[Any]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
