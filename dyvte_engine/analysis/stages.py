@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 STAGES = 3
-# What the paper says of its three stages, and where w_visual, w_cross must be higher for it: (weight, stage, than stage)
+# The paper's three stages: which of WEIGHTS must be higher in which stage than in which other, counted from 0
 PATTERN = {
     "cross-attention falls from stage 1 to stage 2 (early fusion ends)": (1, 0, 1),
     "visual self-attention rises from stage 1 to stage 2 (intra-modality modelling)": (0, 1, 0),
@@ -64,7 +64,7 @@ class AttentionStages:
 
     def plot(self, axes: Any = None) -> Any:
         """Draws on `axes` (a new one without) and returns it."""
-        axes = axes or new_figure(7.5, 4).subplots()
+        axes = axes or new_figure(9.5, 4).subplots()
         layers = self.weights.shape[1]
         for i, name in enumerate(WEIGHTS):
             color, label = NAMES[name]
@@ -84,7 +84,8 @@ class AttentionStages:
         axes.set_xlim(-0.5, layers - 0.5)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("attention weight: row sum of the\nhead-maximum map, mean over query rows")
-        axes.legend(title=f"{len(self.weights)} prompts, mean and 95 % interval", fontsize=8, title_fontsize=8)
+        title = f"{len(self.weights)} prompts, mean and 95 % interval"
+        axes.legend(title=title, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, title_fontsize=8)
         return axes
 
 

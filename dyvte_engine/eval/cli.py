@@ -58,12 +58,12 @@ def evaluate(
     transformers.logging.disable_progress_bar()
     names = list(TASKS) if tasks == EVERY else [name.strip() for name in tasks.split(",")]
     chosen = load_tasks(names, seed, limit, source, styles.split(",") if styles else ())
-    policies = [_named(text, model) for text in policy or ["keep-all", "auto"]]
+    policies = [named(text, model) for text in policy or ["keep-all", "auto"]]
     with _err.status(f"loading {model}"):
         engine = Engine.from_pretrained(model, dtype=dtype, device=device, max_batch=batch, max_len=max_len)
     file = AnswerFile(answers, engine.model.fingerprint) if answers else None
     report: dict[str, Any] = {
-        "model": _identity_of(engine),
+        "model": identity_of(engine),
         "settings": {"seed": seed, "samples": limit, "source": source, "styles": styles, "decoding": "greedy"},
         "tasks": _run(engine, chosen, policies, file, all_forms),
     }
@@ -77,7 +77,7 @@ def evaluate(
         page.write_text(markdown(report, " ".join(["dyvte-engine", *sys.argv[1:]])))
 
 
-def _identity_of(engine: Engine) -> dict[str, Any]:
+def identity_of(engine: Engine) -> dict[str, Any]:
     return {
         "name": Path(engine.model.name).name,
         "fingerprint": engine.model.fingerprint,
@@ -94,7 +94,7 @@ class Named(NamedTuple):
     identity: str
 
 
-def _named(text: str, model: str) -> Named:
+def named(text: str, model: str) -> Named:
     """ "light=dynamic:light.safetensors"; without a name the notation is the name."""
     from ..assets import resolve_model
     from ..cli import policy_for
@@ -197,7 +197,7 @@ def sweep(
         bar = progress.add_task("answers", total=(layers + (layers - 1) // 2) * sum(map(len, kept.values())))
         outcomes = record(engine, kept, sets, file, partial(progress.advance, bar))
         report = sweep_report(engine, outcomes, range(1, layers - 1, 2), file, partial(progress.advance, bar))
-    report["model"] = _identity_of(engine)
+    report["model"] = identity_of(engine)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report) + "\n")

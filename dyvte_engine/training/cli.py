@@ -43,14 +43,14 @@ def label(
     from . import label_store
 
     transformers.logging.set_verbosity_error()
-    examples = _examples(data, images, samples, seed)
+    examples = examples_named(data, images, samples, seed)
     options = {"max_batch": 1, "max_len": max_len, "trust_remote_code": trust_remote_code}
     loaded = Engine.from_pretrained(model, None, dtype, device, **options).model  # type: ignore[arg-type]
     info = label_store.label(loaded, examples, out, mode, batch, shard, max_new_tokens)  # type: ignore[arg-type]
     print(f"{info.samples} samples of {info.model_name} labelled in {out}")
 
 
-def _examples(data: str, images: Path | None, samples: int | None, seed: int) -> list[Any]:
+def examples_named(data: str, images: Path | None, samples: int | None, seed: int) -> list[Any]:
     if data.split(":")[0] == "nano":
         from .nano import head_examples
 

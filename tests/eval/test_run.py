@@ -99,14 +99,14 @@ def test_command(tmp_path):
 
 
 def test_policies_are_told_apart_by_their_files(tmp_path):
-    from dyvte_engine.eval.cli import _named
+    from dyvte_engine.eval.cli import named
 
     heads = tmp_path / "heads.safetensors"
     heads.write_bytes(NANO_HEADS.read_bytes())
-    one = _named(f"light=dynamic:{heads},0.5", "nano")
+    one = named(f"light=dynamic:{heads},0.5", "nano")
     assert one.name == "light" and one.policy.threshold == 0.5
-    assert _named(f"dynamic:{heads},0.5", "nano").identity == one.identity
-    assert _named("auto", "nano").name == "auto"
+    assert named(f"dynamic:{heads},0.5", "nano").identity == one.identity
+    assert named("auto", "nano").name == "auto"
     content = heads.read_bytes()
     heads.write_bytes(content[:-2] + bytes(2))  # another last weight
-    assert _named(f"dynamic:{heads},0.5", "nano").identity != one.identity
+    assert named(f"dynamic:{heads},0.5", "nano").identity != one.identity
