@@ -75,8 +75,8 @@ def prefill(
             pending = None
         packs.append(pack)
         asked = number in ask and any(pack.n_visual)
-        plain = not asked and number >= len(pack.additions)
-        only_last = number == num_layers - 1 and plain  # its other rows would feed nothing but the cache
+        # The other rows of the last layer would feed nothing but the cache.
+        only_last = number == num_layers - 1 and not asked and number >= len(pack.additions)
         attended = _attention(decoder, number, attend, cache, q, k, v, pack, only_last)
         if watch is not None:
             watch(number, q, k, pack)
@@ -84,12 +84,10 @@ def prefill(
             hidden = hidden[pack.last_rows]
         x = ops.add_rms_norm_(hidden, layer.project_out(attended), layer.post_norm, layer.eps)
         out = layer.mlp(x)
-        if plain:
-            x = ops.add_rms_norm_(hidden, out, norms[number], decoder.eps)
-            continue
-        hidden += out
         if number < len(pack.additions):
-            hidden += pack.additions[number][pack.source]
+            hidden += out
+            out = pack.additions[number][pack.source]
+        x = ops.add_rms_norm_(hidden, out, norms[number], decoder.eps)
         if asked:
             state = LayerState(number, decoder, hidden, q, k, pack, memory)
             decision = policy.decide(state)
@@ -97,8 +95,7 @@ def prefill(
                 pending = state, decision
             else:
                 pack, stay = _leave(policy, state, decision, exit_layers)
-                hidden = hidden[stay]
-        x = ops.rms_norm(hidden, norms[number], decoder.eps)
+                hidden, x = hidden[stay], x[stay]
     if pending is not None:
         pack, stay = _leave(policy, *pending, exit_layers)
         x = x[stay]
