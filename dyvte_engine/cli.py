@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .analysis.cli import add_commands as add_analysis
 from .convert import convert
 from .errors import DyvteError
 from .eval.cli import evaluate, sweep
@@ -21,6 +22,7 @@ app.command("eval")(evaluate)
 app.command()(sweep)
 app.command()(convert)
 add_commands(app)
+add_analysis(app)
 _err = Console(stderr=True)
 
 

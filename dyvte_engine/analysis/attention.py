@@ -7,7 +7,7 @@ with its square. What is measured are the rows that each layer really computed, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ def layer_statistics(q: Tensor, k: Tensor, visual: Tensor, n_tail: int, scale: f
     total = torch.zeros(len(FIELDS), dtype=torch.float64)
     for p in attention_rows(q, k, text, scale):
         top, m = p.amax((0, 2)), p.shape[-1]  # [b, m]
-        sets = {"text": slice(n - n_tail, m), "visual": visual[:m], "all": slice(0, m)}
+        sets: dict[str, Any] = {"text": slice(n - n_tail, m), "visual": visual[:m], "all": slice(0, m)}
         sums = [top[:, sets[name]].sum() for name in ("visual", "text")]
         paper = [torch.special.entr(top[:, keys]).sum() for keys in sets.values()]
         heads = [_entropy(p[..., keys]).sum() / (p.shape[0] * p.shape[2]) for keys in sets.values()]
@@ -126,16 +126,18 @@ def measure(
             tables = _tables(engine, chosen)
             known.update(zip([s.key for s in chosen], tables, strict=True))
             if file is not None:
-                file.add(
-                    [
-                        {"exit": name, "key": s.key, "values": np.where(np.isnan(t), None, t.round(7)).tolist()}
-                        for s, t in zip(chosen, tables, strict=True)
-                    ]
-                )
+                file.add({"exit": name, "key": s.key, "values": _plain(t)} for s, t in zip(chosen, tables, strict=True))
             progress(len(chosen))
     finally:
         engine.policy = before
     return np.stack([known[s.key] for s in samples])
+
+
+def _plain(table: np.ndarray) -> list[Any]:
+    """For JSON: seven digits, NaN as None."""
+    plain = table.round(7).astype(object)
+    plain[np.isnan(table)] = None
+    return plain.tolist()
 
 
 def _tables(engine: Engine, samples: Sequence[Sample]) -> np.ndarray:

@@ -60,17 +60,19 @@ class ManualExit:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each task and k: score, interval, share of answers equal to the full model's and its interval."""
-        out = []
+        out: list[dict[str, Any]] = []
         for task in self.tasks:
             for k, score in enumerate(task.scores):
                 same = int(task.same[:, k].sum()), len(task.same)
-                shares = {"same": same[0] / same[1], "same_ci95": list(wilson(*same))}
-                of = {name: score[name] for name in ("metric", "value", "ci95", "n", "of") if name in score}
+                shares: dict[str, Any] = {"same": same[0] / same[1], "same_ci95": list(wilson(*same))}
+                of: dict[str, Any] = {
+                    name: score[name] for name in ("metric", "value", "ci95", "n", "of") if name in score
+                }
                 out.append({"task": task.name, "k": k, **of, **shares})
         return out
 
     def record(self) -> dict[str, Any]:
-        plateaus = {}
+        plateaus: dict[str, Any] = {}
         for task in self.tasks:
             k = task.plateau()
             mean, low, high = task.difference(k)

@@ -1,0 +1,121 @@
+"""`dyvte-engine analyze`: the paper's figures for any model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ..eval.task import Task
+
+_err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")]
+Batch = Annotated[int, typer.Option(help="Prompts run together.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
+MaxLen = Annotated[int | None, typer.Option(help="Prompt and answer tokens of one sequence.")]
+TrustCode = Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")]
+AllForms = Annotated[bool, typer.Option(help="Also prompt forms the model was never taught.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command("analyze")(analyze)
+
+
+def analyze(
+    model: Model = "nano",
+    data: Annotated[
+        str, typer.Option(help="Tasks joined by ',' or 'all' (docs/tasks.md), FILE.jsonl, FILE.json or nano[:SET].")
+    ] = "all",
+    out: Annotated[Path, typer.Option(help="Folder for the report; a killed run goes on there.")] = Path(
+        "outputs/analysis"
+    ),
+    heads: Annotated[
+        str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE] or none; auto: those beside the model.")
+    ] = "auto",
+    limit: Annotated[int, typer.Option(help="Prompts of each task.")] = 100,
+    exits: Annotated[str | None, typer.Option(help="Layers joined by ',' for the exits of the entropy figure.")] = None,
+    examples: Annotated[int, typer.Option(help="Prompts shown one by one.")] = 5,
+    images: Annotated[Path | None, typer.Option(help="Folder of a file's pictures; default its own.")] = None,
+    source: Annotated[str, typer.Option(help="Pictures of the tasks: shapes or emoji.")] = "shapes",
+    seed: Annotated[int, typer.Option(help="Of the tasks and of the resampling.")] = 0,
+    all_forms: AllForms = False,
+    batch: Batch = 16,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_len: MaxLen = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Look inside the model: attention stages, entropy, accuracy after k layers, exit layers, single prompts."""
+    import transformers
+
+    from ..engine import Engine
+    from ..errors import InvalidArgumentError
+    from ..eval.cli import identity_of
+    from . import report
+    from .data import load_data
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        layers = None if exits is None else [int(part) for part in exits.split(",")]
+    except ValueError as error:
+        raise InvalidArgumentError(f"exits is {exits!r}; accepted: layer numbers joined by ','") from error
+    policy = _heads(heads, model)
+    tasks = load_data(data, limit, seed, images, source)
+    options: dict[str, Any] = {"max_batch": batch, "max_len": max_len, "trust_remote_code": trust_remote_code}
+    with _err.status(f"loading {model}"):
+        engine = Engine.from_pretrained(model, None, dtype, device, **options)
+    tasks = within_range(engine, tasks, all_forms)
+    total = report.units(engine.model.shape.num_layers, sum(len(t.samples) for t in tasks), layers, policy is not None)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=_err) as progress:
+        bar = progress.add_task("", total=total)
+
+        def advance(what: str, done: int) -> None:
+            progress.update(bar, description=what, advance=done)
+
+        found = report.analyse(engine, tasks, policy, out, layers, examples, seed, advance)
+    page = report.write(found, out, identity_of(engine), " ".join(["dyvte-engine", *sys.argv[1:]]))
+    print(page.markdown())
+    _err.print(f"written to {out}: report.md, report.html, and each figure as PNG, SVG and JSON")
+
+
+def _heads(text: str, model: str) -> tuple[Any, str] | None:
+    """The policy with its identity; None for "none", and for "auto" where no heads lie beside the model."""
+    from ..assets import resolve_model
+    from ..eval.cli import named
+
+    if text == "auto":
+        beside = Path(resolve_model(model)) / "exit_heads.safetensors"
+        text = str(beside) if beside.is_file() else "none"
+    if text == "none":
+        return None
+    chosen = named(f"dynamic:{text}", model)
+    return chosen.policy, f"dynamic:{Path(text.split(',')[0]).name} {chosen.identity.split()[-1]}"
+
+
+def within_range(engine: Any, tasks: list[Task], all_forms: bool) -> list[Task]:
+    """The tasks without the prompt forms that the model was never taught; says what was left out.
+
+    Raises InvalidArgumentError when nothing remains.
+    """
+    from ..errors import InvalidArgumentError
+    from ..eval.run import known_forms
+    from ..eval.task import FORMS
+
+    kept = []
+    for task in tasks:
+        part, left_out = task.within(FORMS if all_forms else known_forms(engine.model))
+        for form, count in left_out.items():
+            _err.print(f'{task.name}: {count} in the form "{form}" left out, this model was never asked so in training')
+        kept += [part] if part.samples else []
+    if not kept:
+        raise InvalidArgumentError("data holds no prompt in a form the model was taught; accepted: also --all-forms")
+    return kept
