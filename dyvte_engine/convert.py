@@ -10,7 +10,7 @@ import typer
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="Folder of LLaVA-1.5 or InternVL-Chat-ViT-6B-Vicuna as its authors store it.")
+        Path, typer.Argument(help="Folder of LLaVA-1.5, or InternVL-Chat with Vicuna, as its authors store it.")
     ],
     target: Annotated[Path, typer.Argument(help="Folder to write, as transformers stores it.")],
     vision_tower: Annotated[

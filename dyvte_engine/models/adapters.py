@@ -22,9 +22,11 @@ from ..config import DecoderShape
 from ..errors import ModelError, PromptError
 from ..segments import runs
 from .decoder import Decoder
-from .families import family_of, join, visual_ids
+from .eagle import is_eagle, load_eagle
+from .families import DECODER_ALONE, LANGUAGE_MODELS, Family, family_of, join, visual_ids
 from .intern_vit import tell_states
 from .rotary import rotations
+from .strict import load_whole
 from .vila import is_vila, load_vila
 from .vision import VisionTower, padded_features
 
@@ -79,21 +81,33 @@ def _stop_at_entry(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 class VisionLanguageModel:
-    """A live HF model with its processor, and the `Decoder` made of its language model."""
+    """A live HF model with its processor, and the `Decoder` made of its language model.
 
-    def __init__(self, hf_model: Any, processor: Any, name: str, max_len: int | None):
+    Without a processor it takes embeddings only; `family` is for models that are none of a known family.
+    """
+
+    def __init__(self, hf_model: Any, processor: Any, name: str, max_len: int | None, family: Family | None = None):
         config = hf_model.config
-        self.family = family_of(config, name)
+        self.family = family or family_of(config, name)
         _check_finite(hf_model)
         tell_states(hf_model)
         self.hf = hf_model.eval().requires_grad_(False)
-        self.processor = processor
+        self._processor = processor
         self.name = name
         self.shape = DecoderShape.from_hf(config.get_text_config())
         self.visual_ids = visual_ids(self.family, config)
-        self.language_model = getattr(hf_model.model, self.family.language_model)
+        inner = self.family.language_model
+        self.language_model = getattr(hf_model.model, inner) if inner else hf_model.model
         self.fingerprint = _fingerprint(config, self.language_model)
         self.decoder = Decoder(self.language_model, hf_model.get_output_embeddings(), self.shape, max_len)
+
+    @property
+    def processor(self) -> Any:
+        """Raises ModelError where there is none: the vision code lives elsewhere."""
+        if self._processor is None:
+            given = f"{self.name} has no processor: its vision code lives elsewhere"
+            raise ModelError(f"{given}; accepted: Engine.prefill(inputs_embeds, visual_mask)")
+        return self._processor
 
     @property
     def device(self) -> torch.device:
@@ -290,7 +304,12 @@ def load_model(
         if is_vila(name):
             hf_model, processor = load_vila(name, dtype)
             return VisionLanguageModel(hf_model.to(device), processor, name, max_len)
+        if is_eagle(name):
+            return VisionLanguageModel(load_eagle(name, dtype).to(device), None, name, max_len, DECODER_ALONE)
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if config.model_type in LANGUAGE_MODELS:
+            decoder = load_whole(transformers.AutoModelForCausalLM, name, dtype)
+            return VisionLanguageModel(decoder.to(device), None, name, max_len, DECODER_ALONE)
         cls = getattr(transformers, family_of(config, name).model_class)
         hf_model = cls.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
         processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)

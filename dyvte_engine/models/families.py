@@ -22,7 +22,7 @@ class Family:
         inputs: what the model takes beside ids and mask, as the processor names it.
         token_inputs: likewise, with one number for each id.
         visual_ids: names of the placeholder ids in its config, older names last; each placeholder is a visual row.
-        language_model: where the decoder lies in the model.
+        language_model: where the decoder lies in the model; empty where it is the model.
         same_rows: every picture has equally many rows; elsewhere each unbroken stretch of rows counts as a picture.
         in_tower: the tower's features reach the projector as they are, so policies may act in it.
         before_decoder: policies may take rows before the first layer (a picture is unbroken, positions have one axis).
@@ -79,6 +79,9 @@ FAMILIES = {
     "qwen2_5_vl": _qwen("Qwen2_5_VLForConditionalGeneration", "second_per_grid_ts"),
     "qwen3_vl": _qwen("Qwen3VLForConditionalGeneration"),
 }
+
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+DECODER_ALONE = Family("AutoModelForCausalLM", inputs=(), visual_ids=(), language_model="")
 
 _OWN_MASKS = "its pictures attend to themselves in both directions, which the layer loop does not do"
 _LINEAR = "its linear-attention state has already absorbed the picture when visual tokens would leave"

@@ -105,7 +105,7 @@ def tell_states(hf_model: Any) -> None:
 
     There LLaVA asks for them by an argument that this one tower does not take; its config says the same.
     """
-    tower = getattr(hf_model.model, "vision_tower", None)
+    tower: Any = getattr(hf_model.model, "vision_tower", None)
     if getattr(tower, "config", None) is None or tower.config.model_type != "internvl_vision":
         return
     if tower.config.output_hidden_states or "kwargs" in signature(tower.forward).parameters:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .original import TEMPLATE
+from .strict import load_whole, stored_config
 
 
 class DownsamplingProjector(nn.Module):
@@ -41,10 +42,7 @@ class DownsamplingProjector(nn.Module):
 
 def is_vila(name: str) -> bool:
     """Whether this is a folder in that layout."""
-    try:
-        return "llm_cfg" in json.loads((Path(name) / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
+    return "llm_cfg" in stored_config(name)
 
 
 def load_vila(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -62,8 +60,8 @@ def load_vila(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ModelError(f"mm_projector_type of {folder} is {projector_type!r}; accepted: mlp_downsample")
     if (ratio := config.get("image_aspect_ratio", "resize")) != "resize":
         raise ModelError(f"image_aspect_ratio of {folder} is {ratio!r}; accepted: resize")
-    llm = _whole(transformers.AutoModelForCausalLM, root / "llm", dtype)
-    tower = _whole(transformers.AutoModel, root / "vision_tower", dtype)
+    llm = load_whole(transformers.AutoModelForCausalLM, root / "llm", dtype)
+    tower = load_whole(transformers.AutoModel, root / "vision_tower", dtype)
     vision = tower.config
     if vision.model_type != "siglip_vision_model":
         raise ModelError(f"the vision tower of {folder} is {vision.model_type!r}; accepted: siglip_vision_model")
@@ -83,14 +81,6 @@ def load_vila(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     model.model.multi_modal_projector = _projector(root / "mm_projector", vision.hidden_size, llm, dtype)
     model.generation_config = llm.generation_config
     return model, processor
-
-
-def _whole(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
-    module, info = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
-            raise ModelError(f"{folder}: {what.replace('_', ' ')} {sorted(map(str, info[what]))[0]}")
-    return module
 
 
 def _projector(folder: Path, features: int, llm: Any, dtype: torch.dtype) -> DownsamplingProjector:

@@ -108,8 +108,8 @@ class At:
 def run(hf: Any, entry: Entry, generated: list[int], rule: Rule) -> tuple[Tensor, list[Tensor]]:
     """HF's own layers on prompt and `generated` under 4-D masks.
 
-    After each layer `rule` says which columns rows that stay no longer see, or None. Returns the logits [vocab] of
-    the next token and what was gone in each layer.
+    After each layer `rule` says which columns rows that stay no longer see, or None. Returns the logits [1 + g, vocab]
+    of each of the g generated tokens and of the next one, and what was gone in each layer.
     """
     decoder = _decoder(hf)
     hf.set_attn_implementation("eager")
@@ -128,7 +128,7 @@ def run(hf: Any, entry: Entry, generated: list[int], rule: Rule) -> tuple[Tensor
             ahead = partial(_attention, decoder.layers[number + 1], hidden, gone, rotation)
             decided = rule(At(number, hidden[0], attention, gone.clone(), visual, ahead))
             gone = gone if decided is None else decided
-    return hf.lm_head(decoder.norm(hidden))[0, -1], history
+    return hf.lm_head(decoder.norm(hidden[0, -1 - len(generated) :])), history
 
 
 def _layer(layer: Any, hidden: Tensor, gone: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
@@ -149,10 +149,20 @@ def _attention(layer: Any, hidden: Tensor, gone: Tensor, rotation: Any) -> Tenso
 def greedy(hf: Any, entry: Entry, rule: Rule, new_tokens: int, eos: int = 2) -> tuple[list[int], list[Tensor]]:
     """Greedy tokens, everything computed anew for every token; the rule decides on the prompt alone."""
     logits, gone = run(hf, entry, [], rule)
-    tokens = [int(logits.argmax())]
+    tokens = [int(logits[-1].argmax())]
     while len(tokens) < new_tokens and eos not in tokens:
-        tokens.append(int(run(hf, entry, tokens, _repeat(gone))[0].argmax()))
+        tokens.append(int(run(hf, entry, tokens, _repeat(gone))[0][-1].argmax()))
     return tokens, gone
+
+
+def assert_greedy(hf: Any, entry: Entry, tokens: list[int], rule: Rule, new_tokens: int, eos: int = 2) -> None:
+    """That `tokens` are what `greedy` gives, in one run: every token is the best one after those before it.
+
+    For rules that do not look at hidden states or attention, which would see the tokens too.
+    """
+    logits, _ = run(hf, entry, tokens[:-1], rule)
+    assert logits.argmax(-1).tolist() == tokens
+    assert eos not in tokens[:-1] and (len(tokens) == new_tokens or tokens[-1] == eos)
 
 
 def _repeat(history: list[Tensor]) -> Rule:

@@ -31,9 +31,26 @@ TAIL = """## Layouts of their authors
 | LLaVA-1.5 (`mm_vision_tower` in config.json) | `dyvte-engine convert SOURCE TARGET`; `.bin` needs `--unpickle` |
 | InternVL-Chat-ViT-6B-Vicuna (the same, with InternViT-6B as the tower) | likewise |
 | VILA-1.5 (`llm`, SigLIP in `vision_tower`, `mlp_downsample` in `mm_projector`) | `Engine.from_pretrained(FOLDER)` |
-| vision code that lives elsewhere (EAGLE) | `Engine.prefill(inputs_embeds, visual_mask)` beside that code |
+| EAGLE (`eagle_llama`: Eagle-X4, Eagle-X5), or a decoder alone (Llama, Mistral, Qwen2, Qwen3) | as described below |
 
-The loaders are tested on synthetic checkpoints written in these layouts; no published one was at hand.
+The loaders are tested on synthetic checkpoints written in these layouts; no published one was at hand. Each refuses
+weights that are missing or left over.
+
+## Vision code that lives elsewhere
+
+EAGLE's five towers stay in its own code, which was written for transformers 4.37. Of its checkpoint the engine loads
+the decoder (`model.layers`, `model.embed_tokens`, `model.norm`, `lm_head`) and leaves out `model.vision_tower`,
+`model.mm_projector` and `model.image_newline`; any other weight is an error. `generate` is refused; `prefill` takes the
+embeddings that EAGLE's `prepare_inputs_labels_for_multimodal` puts together, from a file if it runs in an environment of
+its own, and the mask of its visual rows (1,024 for a picture of Eagle-X5):
+
+```python
+engine = Engine.from_pretrained("Eagle-X5-7B", FixedExit(16))
+with engine.prefill(inputs_embeds, visual_mask) as running:  # [n, d], bool [n]
+    tokens = [int(running.logits[0].argmax())]
+    while tokens[-1] != 2 and len(tokens) < 128:
+        tokens.append(int(running.step(tokens[-1:])[0].argmax()))
+```
 """
 
 

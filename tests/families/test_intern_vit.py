@@ -141,7 +141,7 @@ def test_conversion_keeps_the_answers(tmp_path, stored_tower):
 
 
 def test_what_is_not_converted(tmp_path):
-    llm, vision, _, weights = checkpoint()
+    llm, _, _, weights = checkpoint()
     first = "model.vision_tower.vision_tower."
     last = f"{first}encoder.layers.{BLOCKS - 1}.ls2"
     cases = {

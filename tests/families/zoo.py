@@ -19,8 +19,9 @@ WORDS = 100
 LAYERS = 4
 SIDE, PATCH = 28, 7
 ROWS = (SIDE // PATCH) ** 2
-# Sides that scale to SIDE exactly: DeepseekVL's processor of transformers 4 otherwise gives squares of two sizes.
-SIDES = [n for n in range(10, 90) if int(n * (SIDE / n)) == SIDE]
+# Sides that scale to SIDE exactly: DeepseekVL's processor of transformers 4 otherwise gives squares of two sizes. And
+# large enough for two rows: of a single picture with one row transformers' Mistral3 takes away a dimension too many.
+SIDES = [n for n in range(15, 90) if int(n * (SIDE / n)) == SIDE]
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
 TILES = [f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)]
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<fake>", "<global-img>", "<break>", "<end>", *TILES]

@@ -147,7 +147,7 @@ def pyramid_drop(renumber: bool) -> Reference:
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> float:
-    return 1 - (a @ b / a.norm() / b.norm()).item()
+    return 1 - (a @ b / (a.norm() * b.norm())).item()  # the same for both orders, so that ties are ties
 
 
 def divprune_rows(features: Tensor, keep: float) -> list[int]:
