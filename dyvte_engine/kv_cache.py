@@ -55,34 +55,36 @@ class KVCache:
     def __init__(self, pool: PagePool, num_layers: int, batch: int, max_len: int):
         self.pool = pool
         device = pool.k.device
-        self._host_table = torch.zeros(num_layers, batch, -(-max_len // pool.page_size), dtype=torch.int32)
+        self._host_table = np.zeros((num_layers, batch, -(-max_len // pool.page_size)), dtype=np.int32)
         self.block_table = torch.zeros(self._host_table.shape, dtype=torch.int32, device=device)
         self.lens = torch.zeros(num_layers, batch, dtype=torch.int32, device=device)
         self.positions = torch.zeros_like(self.lens)
         self.host_lens = np.zeros((num_layers, batch), dtype=np.int64)
         self._pages: list[list[list[int]]] = [[[] for _ in range(batch)] for _ in range(num_layers)]
 
-    def reserve(self, layer: int, rows: Sequence[int]) -> None:
-        """Take pages so that sequence b of `layer` can hold `rows[b]` rows; one small copy to the device.
+    def reserve(self, layers: range, rows: Sequence[int]) -> None:
+        """Take pages so that sequence b of these layers can hold `rows[b]` rows; one small copy to the device.
 
         Raises:
             CacheError: the pool is out of pages.
         """
-        self._take(layer, rows)
-        upload(self.block_table[layer], self._host_table[layer])
+        for layer in layers:
+            self._take(layer, rows)
+        part = slice(layers.start, layers.stop)
+        upload(self.block_table[part], torch.from_numpy(self._host_table[part]))
 
     def _take(self, layer: int, rows: Sequence[int]) -> None:
         for held, table, n in zip(self._pages[layer], self._host_table[layer], rows, strict=True):
             missing = -(-n // self.pool.page_size) - len(held)
             if missing > 0:
                 new = self.pool.take(missing)
-                table[len(held) : len(held) + missing] = torch.tensor(new, dtype=torch.int32)
+                table[len(held) : len(held) + missing] = new
                 held += new
 
-    def set_lens(self, layer: int, rows: Tensor, host_rows: Sequence[int]) -> None:
-        """`layer` now holds `rows` int32 [B] rows (the same numbers in `host_rows`)."""
-        self.lens[layer].copy_(rows)
-        self.host_lens[layer] = host_rows
+    def set_lens(self, rows: Sequence[Tensor], host_rows: Sequence[Sequence[int]]) -> None:
+        """Every layer now holds as many rows as its int32 [B] in `rows` says (the same numbers in `host_rows`)."""
+        torch.stack(list(rows), out=self.lens)
+        self.host_lens[:] = host_rows
 
     def reserve_next(self) -> None:
         """Room for one more row everywhere; touches the device only when a page is full."""
@@ -90,7 +92,7 @@ class KVCache:
         for layer in full:
             self._take(layer, (self.host_lens[layer] + 1).tolist())
         if full:
-            upload(self.block_table, self._host_table)
+            upload(self.block_table, torch.from_numpy(self._host_table))
 
     def compact(self, layers: int, keep: Tensor, keep_cu: Tensor, kept: list[list[int]]) -> None:
         """Keep the listed rows of layers 0..layers-1 (arguments as `ops.kv_compact_`), give emptied pages back."""

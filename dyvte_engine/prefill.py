@@ -59,7 +59,8 @@ def prefill(
     packs: list[Pack] = []
     exit_layers: list[int | None] = [None] * len(pack.n_visual)
     memory: dict[VisualTokenPolicy, Any] = {}
-    only_last, pending = False, None  # a decision still to be read, and what it was asked about
+    only_last, reserved = False, 0
+    pending = None  # a decision still to be read, and what it was asked about
     hidden = inputs_embeds.clone()
     if -1 in ask:
         none = hidden.new_empty(0, 0, 0)
@@ -74,7 +75,11 @@ def prefill(
             hidden, q, k, v = (rows[stay] for rows in (hidden, q, k, v))
             pending = None
         packs.append(pack)
-        asked = number in ask and any(pack.n_visual)
+        asking = any(pack.n_visual) and any(later >= number for later in ask)
+        if number >= reserved:  # further layers take pages now if it is certain that they see the same rows
+            reserved = number + 1 if asking else num_layers
+            cache.reserve(range(number, reserved), pack.lengths.host)
+        asked = asking and number in ask
         # The other rows of the last layer would feed nothing but the cache.
         only_last = number == num_layers - 1 and not asked and number >= len(pack.additions)
         attended = _attention(decoder, number, attend, cache, q, k, v, pack, only_last)
@@ -100,10 +105,11 @@ def prefill(
         pack, stay = _leave(policy, *pending, exit_layers)
         x = x[stay]
     last = x if only_last else x[pack.last_rows]
-    rows = cache.host_lens.tolist()
+    rows = [p.lengths.host for p in packs]
+    cache.set_lens([p.row_counts for p in packs], rows)
+    torch.stack([p.next_positions for p in packs], out=cache.positions)
     if drop_early_kv:
         _compact_early_layers(cache, packs, pack)
-    torch.stack([p.next_positions for p in packs], out=cache.positions)
     return Prefilled(last, exit_layers, rows)
 
 
@@ -142,13 +148,11 @@ def _attention(
     q and k are rotated in place; k and v enter the cache.
     """
     pool, lengths = cache.pool, pack.lengths
-    cache.reserve(number, lengths.host)
-    table, lens = cache.block_table[number], cache.lens[number]
+    table, empty = cache.block_table[number], cache.lens[number]
     cos_sin, positions = pack.turns(decoder.cos_sin)
-    ops.rope_append_(q, k, v, cos_sin, positions, lengths.cu, pool.k, pool.v, table, lens)
-    cache.set_lens(number, pack.row_counts, lengths.host)
+    ops.rope_append_(q, k, v, cos_sin, positions, lengths.cu, pool.k, pool.v, table, empty)
     if only_last:
-        return ops.decode_attention(q[pack.last_rows], pool.k, pool.v, table, lens, decoder.scale)
+        return ops.decode_attention(q[pack.last_rows], pool.k, pool.v, table, pack.row_counts, decoder.scale)
     return attend(q, k, v, lengths, decoder.scale)
 
 

@@ -74,6 +74,6 @@ def test_a_pool_without_pages_says_so():
     engine, _ = build(page_size=16, max_batch=1, max_len=32)
     cache = KVCache(engine.pool, LAYERS, 1, 512)
     with pytest.raises(CacheError, match="out of pages"):
-        cache.reserve(0, [512])
+        cache.reserve(range(1), [512])
     cache.close()
     assert engine.pool.bytes_held == 0
