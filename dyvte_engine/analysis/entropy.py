@@ -110,7 +110,8 @@ def _label(exit_layer: int) -> str:
 
 def chosen_exits(num_layers: int) -> tuple[int, ...]:
     """Layers after which an exit is shown where none are named: after 1/6, 1/3, 1/2 and 3/4 of the layers."""
-    return tuple(sorted({max(round(share * num_layers), 1) - 1 for share in (1 / 6, 1 / 3, 1 / 2, 3 / 4)}))
+    seeing = (min(max(round(share * num_layers), 1), num_layers - 1) for share in (1 / 6, 1 / 3, 1 / 2, 3 / 4))
+    return tuple(sorted({k - 1 for k in seeing}))
 
 
 def attention_entropy(

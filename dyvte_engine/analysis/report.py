@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from ..eval.lines import LineFile
 from ..eval.run import AnswerFile
@@ -104,8 +106,12 @@ def write(analysis: Analysis, folder: Path, about: dict[str, Any], command: str)
         record = {"model": about, "command": command, **result.record()}
         (folder / f"{name}.json").write_text(json.dumps(rounded(record), indent=1) + "\n")
         figure = plot()
-        figure.savefig(folder / f"{name}.png", dpi=100)
         figure.savefig(folder / f"{name}.svg")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=100)
+        Image.open(drawn).convert("RGB").quantize(256).save(
+            folder / f"{name}.png", optimize=True
+        )  # a third of the size
     page = page_of(analysis, about, command)
     page.write(folder, "report")
     return page
