@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .graphs import Replay, capture_cuda
 from .kv_cache import KVCache, PagePool
 from .models.decoder import Decoder
-
-Replay = Callable[[], Tensor]  # runs what was captured; gives the tensor that it returned
 
 
 def decode_step(
@@ -45,21 +44,6 @@ def decode_step(
     lens += 1
     positions += 1
     return decoder.logits(x)
-
-
-def capture_cuda(step: Callable[[], Tensor], memory: list[Any]) -> Replay:
-    """`step`, run once before (libraries set themselves up then), as a CUDA graph. Graphs share one `memory` pool."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory[0] if memory else None):
-        out = step()
-    if not memory:
-        memory.append(graph.pool())
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
 
 
 @dataclass(eq=False)
@@ -93,10 +77,10 @@ class DecodeGraphs:
     Running batches of one size share one home; changing between them costs three small copies.
     """
 
-    def __init__(self, decoder: Decoder, pool: PagePool, capture: Callable[..., Replay] = capture_cuda):
+    def __init__(self, decoder: Decoder, pool: PagePool, capture: Callable[..., Replay[Tensor]] = capture_cuda):
         self.decoder, self.pool, self._capture = decoder, pool, capture
         self._homes: dict[int, _Home] = {}
-        self._replays: dict[tuple[int, int], Replay] = {}
+        self._replays: dict[tuple[int, int], Replay[Tensor]] = {}
         self._memory: list[Any] = []  # the handle of the pool that all graphs share
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
@@ -113,7 +97,7 @@ class DecodeGraphs:
             self._replays[batch, pages] = self._captured(home, pages)
         return self._replays[batch, pages]().clone()  # the next replay writes over it
 
-    def _captured(self, home: _Home, pages: int) -> Replay:
+    def _captured(self, home: _Home, pages: int) -> Replay[Tensor]:
         def step() -> Tensor:
             table = home.block_table[..., :pages]
             return decode_step(self.decoder, self.pool, home.tokens, home.positions, table, home.lens)

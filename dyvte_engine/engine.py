@@ -48,8 +48,10 @@ class Engine:
         )
         pages = shape.num_layers * config.max_batch * -(-self.max_len // config.page_size)
         self.pool = PagePool(shape, pages, config.page_size, config.dtype, config.device)
-        graphs = config.device.type == "cuda" and config.cuda_graphs
-        self._graphs = DecodeGraphs(model.decoder, self.pool) if graphs else None
+        self._graphs = None
+        if config.device.type == "cuda" and config.cuda_graphs:
+            self._graphs = DecodeGraphs(model.decoder, self.pool)
+            model.capture_tower()
         self.policy = policy or KeepAll()
 
     @classmethod
@@ -78,7 +80,8 @@ class Engine:
                 max_len defaults to the model's positions, at most 4096.
             page_size: rows of one K/V page.
             drop_early_kv: after the prefill, take the rows that left out of the earlier layers' K/V too.
-            cuda_graphs: on CUDA, decode with graphs, captured at the first use of each batch size and length bucket.
+            cuda_graphs: on CUDA, decoding and towers of one picture size run as graphs, captured at the first use of
+                each batch size and length bucket, and of each number of pictures.
 
         Raises:
             ModelError, DeviceError, HeadsError, InvalidArgumentError: each with the argument and what is accepted.
@@ -142,6 +145,8 @@ class Engine:
         prompts: Any,
         images: Any = None,
         *,
+        videos: Any = None,
+        video_fps: float = 2.0,
         chat: bool = True,
         seed: int | Sequence[int] = 0,
         generation_config: Any = None,
@@ -153,6 +158,9 @@ class Engine:
             prompts: a question, a conversation (messages as transformers takes them), or a list of either.
             images: for one prompt a picture or a list; for many, such an entry (or None) for each. Paths or PIL images.
                 `<image>` in a question says where a picture goes; without it they come first.
+            videos: likewise; a video is a list of PIL images, an array uint8 [T, H, W, 3], or the path of an animated
+                picture (GIF, WebP, APNG) or of a folder of frames. `<video>` is its mark. Every frame is used.
+            video_fps: frames of the videos in a second, for families that tell the model the time.
             chat: apply the checkpoint's chat template to questions; False takes them as finished text.
             seed: seeds sequence i with seed + i, or one seed for each.
             generation_config: transformers' GenerationConfig instead of the checkpoint's own.
@@ -162,7 +170,8 @@ class Engine:
         Raises:
             PromptError, ImageError, InvalidArgumentError: before anything is computed.
         """
-        chunks = self.stream(prompts, images, chat=chat, seed=seed, generation_config=generation_config, **options)
+        given: dict[str, Any] = dict(videos=videos, video_fps=video_fps, chat=chat, seed=seed)
+        chunks = self.stream(prompts, images, **given, generation_config=generation_config, **options)
         results = {c.index: c.result for c in chunks if c.result is not None}
         return results[0] if is_single(prompts) else [results[i] for i in range(len(results))]
 
@@ -171,6 +180,8 @@ class Engine:
         prompts: Any,
         images: Any = None,
         *,
+        videos: Any = None,
+        video_fps: float = 2.0,
         chat: bool = True,
         seed: int | Sequence[int] = 0,
         generation_config: Any = None,
@@ -180,15 +191,13 @@ class Engine:
 
         Arguments are checked at the call, not at the first token.
         """
-        batch, pictures = as_batch(prompts, images)
         config = merge_config(self.model.hf.generation_config, generation_config, options)
-        texts = [render(p, len(i), self.model.processor, chat) for p, i in zip(batch, pictures, strict=True)]
-        seeds = [seed + i for i in range(len(batch))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(batch):
-            raise InvalidArgumentError(f"seed has {len(seeds)} entries for {len(batch)} prompts")
-        inputs = self.model.tokenize(texts, pictures)
+        inputs = self._tokenize(prompts, images, videos, video_fps, chat)
+        seeds = [seed + i for i in range(len(inputs))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(inputs):
+            raise InvalidArgumentError(f"seed has {len(seeds)} entries for {len(inputs)} prompts")
         budgets = [self._budget(len(i.input_ids), config.max_new_tokens) for i in inputs]
-        batches = [slice(i, i + self.config.max_batch) for i in range(0, len(batch), self.config.max_batch)]
+        batches = [slice(i, i + self.config.max_batch) for i in range(0, len(inputs), self.config.max_batch)]
         return (c for b in batches for c in self._stream_batch(b.start, inputs[b], budgets[b], config, seeds[b]))
 
     def prefill(
@@ -258,11 +267,17 @@ class Engine:
         if positions.min() < 0 or positions.max() >= self.max_len or not ascends:
             raise InvalidArgumentError(f"position_ids must ascend within 0 to {self.max_len - 1} (max_len - 1)")
 
+    def _tokenize(self, prompts: Any, images: Any, videos: Any, video_fps: float, chat: bool) -> list[TokenizedPrompt]:
+        batch, pictures, clips = as_batch(prompts, images, videos)
+        texts = [
+            render(p, len(i), self.model.processor, chat, len(v))
+            for p, i, v in zip(batch, pictures, clips, strict=True)
+        ]
+        return self.model.tokenize(texts, pictures, clips, video_fps)
+
     def prepare(self, prompts: Any, images: Any, chat: bool = True) -> list[PreparedPrompt]:
         """Each prompt at the decoder's entry, for `prefill_prepared`; arguments as in `generate`."""
-        batch, pictures = as_batch(prompts, images)
-        texts = [render(p, len(i), self.model.processor, chat) for p, i in zip(batch, pictures, strict=True)]
-        inputs, size = self.model.tokenize(texts, pictures), self.config.max_batch
+        inputs, size = self._tokenize(prompts, images, None, 2.0, chat), self.config.max_batch
         parts = [self.model.prepare(inputs[i : i + size], self.policy) for i in range(0, len(inputs), size)]
         return [prompt for part in parts for prompt in part]
 

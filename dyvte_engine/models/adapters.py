@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import DecoderShape
-from ..errors import ModelError, PromptError
+from ..errors import InvalidArgumentError, ModelError, PromptError
 from ..segments import runs
 from .decoder import Decoder
 from .eagle import is_eagle, load_eagle
@@ -27,6 +28,7 @@ from .families import DECODER_ALONE, LANGUAGE_MODELS, Family, family_of, join, v
 from .intern_vit import tell_states
 from .rotary import rotations
 from .strict import load_whole
+from .tower_graphs import TowerGraphs
 from .vila import is_vila, load_vila
 from .vision import VisionTower, padded_features
 
@@ -39,7 +41,7 @@ class TokenizedPrompt:
     """One prompt after the processor.
 
     input_ids with placeholders expanded; `inputs` as the family names them (a `token_inputs` may be shorter than the
-    ids: 0 for the others); n_images of the user's pictures; seconds it took.
+    ids: 0 for the others); n_images of the user's pictures, videos not counted; seconds it took.
     """
 
     input_ids: list[int]
@@ -98,6 +100,7 @@ class VisionLanguageModel:
         self.visual_ids = visual_ids(self.family, config)
         inner = self.family.language_model
         self.language_model = getattr(hf_model.model, inner) if inner else hf_model.model
+        self.tower_graphs: TowerGraphs | None = None
         self.fingerprint = _fingerprint(config, self.language_model)
         self.decoder = Decoder(self.language_model, hf_model.get_output_embeddings(), self.shape, max_len)
 
@@ -108,6 +111,11 @@ class VisionLanguageModel:
             given = f"{self.name} has no processor: its vision code lives elsewhere"
             raise ModelError(f"{given}; accepted: Engine.prefill(inputs_embeds, visual_mask)")
         return self._processor
+
+    def capture_tower(self) -> None:
+        """From here on the tower runs as CUDA graphs, where it sees pictures of one size."""
+        if self.family.tiles and hasattr(self.hf.model, "vision_tower"):
+            self.tower_graphs = TowerGraphs(self.hf.model.vision_tower)
 
     @property
     def device(self) -> torch.device:
@@ -138,19 +146,30 @@ class VisionLanguageModel:
         return torch.isin(input_ids, torch.tensor(self.visual_ids, device=input_ids.device))
 
     def tower_passes(self, prompt: TokenizedPrompt) -> int:
-        """Pictures and tiles that the tower sees; 0 for towers that take any size."""
-        pixels = prompt.inputs.get("pixel_values")
-        if pixels is None or not self.family.tiles:
-            return 0
-        if pixels.dim() == 4:
-            return len(pixels)
-        return int(pixels.flatten(0, -4).flatten(1).any(dim=1).sum())  # tiles all zero fill the shorter pictures up
+        """Pictures, tiles and frames that the tower sees; 0 for towers that take any size."""
+        given = [prompt.inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in prompt.inputs]
+        return sum(map(_tiles, given)) if self.family.tiles else 0
 
-    def tokenize(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> list[TokenizedPrompt]:
-        """Run the processor on each text (image marks inside) with its PIL pictures."""
-        return [self._tokenize_one(text, pictures) for text, pictures in zip(texts, images, strict=True)]
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        images: Sequence[Sequence[Any]],
+        videos: Sequence[Sequence[Any]] | None = None,
+        video_fps: float = 2.0,
+    ) -> list[TokenizedPrompt]:
+        """Run the processor on each text (marks inside) with its PIL pictures and its videos, uint8 [T, H, W, 3].
 
-    def _tokenize_one(self, text: str, pictures: Sequence[Any]) -> TokenizedPrompt:
+        All frames are used; `video_fps` of them are a second. Raises InvalidArgumentError where the family takes none.
+        """
+        videos = [[] for _ in texts] if videos is None else videos
+        return [
+            self._tokenize_one(text, pictures, clips, video_fps)
+            for text, pictures, clips in zip(texts, images, videos, strict=True)
+        ]
+
+    def _tokenize_one(
+        self, text: str, pictures: Sequence[Any], clips: Sequence[Any], video_fps: float
+    ) -> TokenizedPrompt:
         started = time.perf_counter()
         bos = getattr(self.processor.tokenizer, "bos_token", None)
         encoded = self.processor(
@@ -158,13 +177,30 @@ class VisionLanguageModel:
             images=[list(pictures)] if pictures else None,
             return_tensors="pt",
             add_special_tokens=not (bos and text.startswith(bos)),  # the template may have written it already
+            **(self._video_arguments(pictures, clips, video_fps) if clips else {}),
         )
         ids = encoded["input_ids"][0].tolist()
         if not ids:
             raise PromptError("prompts holds an empty prompt")
-        names = (*self.family.inputs, *self.family.token_inputs) if pictures else ()
+        names = (*self.family.inputs, *self.family.token_inputs) if pictures or clips else ()
         given = {name: torch.as_tensor(encoded[name]) for name in names if name in encoded}
         return TokenizedPrompt(ids, given, len(pictures), time.perf_counter() - started)
+
+    def _video_arguments(self, pictures: Sequence[Any], clips: Sequence[Any], fps: float) -> dict[str, Any]:
+        """What the processor takes for videos whose frames have been chosen already."""
+        kind, family = self.hf.config.model_type, self.family
+        if not family.videos or getattr(self.processor, "video_processor", None) is None:
+            raise InvalidArgumentError(f"videos is given; this {kind} model's processor takes pictures only")
+        if pictures and family.videos == "alone":
+            raise InvalidArgumentError(f"images and videos are given; a {kind} model's prompt takes either")
+        if not fps > 0:
+            raise InvalidArgumentError(f"video_fps is {fps}; accepted: above 0")
+        if family.tiles and len({len(c) for c in clips}) > 1:
+            given = f"videos of one prompt have {', '.join(str(len(c)) for c in clips)} frames"
+            raise InvalidArgumentError(f"{given}; a {kind} model's processor takes equally many")
+        told = [dict(total_num_frames=len(c), fps=fps, frames_indices=list(range(len(c)))) for c in clips]
+        options = dict(do_sample_frames=False, video_metadata=told, fps=fps)
+        return dict(videos=[list(clips)], videos_kwargs=options)
 
     @torch.inference_mode()
     def prepare(
@@ -174,6 +210,9 @@ class VisionLanguageModel:
 
         A `policy` (bound to this model) that acts in the tower shortens the pictures and closes the gaps.
         """
+        clips = [p.inputs["pixel_values_videos"] for p in prompts if "pixel_values_videos" in p.inputs]
+        if len({c.shape[1:] for c in clips}) > 1:  # of several lengths, which no batch of theirs can hold
+            return [one for p in prompts for one in self.prepare([p], policy)]
         n_images = sum(p.n_images for p in prompts)
         return self.prepare_inputs(self._batch(prompts), [len(p.input_ids) for p in prompts], n_images, policy)
 
@@ -192,7 +231,8 @@ class VisionLanguageModel:
         visual = self.visual(inputs["input_ids"]).cpu()
         kept = full = int(visual.sum()) // max(n_images, 1)  # rows of a picture
         if policy is None or not policy.acts_in_tower or n_images == 0:
-            entry = self._run_to_entry(inputs)
+            with self.tower_graphs or nullcontext():
+                entry = self._run_to_entry(inputs)
         else:
             with policy.in_tower(self.vision), padded_features(self.vision.projector, full) as seen:
                 entry = self._run_to_entry(inputs)
@@ -236,7 +276,7 @@ class VisionLanguageModel:
             parts = [p.inputs[name] for p in prompts if name in p.inputs]
             if parts:
                 whole = join(parts).to(self.device)
-                inputs[name] = whole.to(self.dtype) if whole.is_floating_point() else whole
+                inputs[name] = whole.to(self.dtype) if name.startswith("pixel_values") else whole
         for name in self.family.token_inputs:
             if any(name in p.inputs for p in prompts):
                 inputs[name] = rows([p.inputs[name][0].tolist() if name in p.inputs else [] for p in prompts])
@@ -273,6 +313,11 @@ class VisionLanguageModel:
         if positions.dim() == 3:
             return positions[-3:]  # some versions put the row numbers before the three axes
         return positions.expand(batch, -1)
+
+
+def _tiles(pixels: Tensor) -> int:
+    """Pictures in [..., C, H, W]; those all zero fill the shorter rows up."""
+    return len(pixels) if pixels.dim() == 4 else int(pixels.flatten(0, -4).flatten(1).any(dim=1).sum())
 
 
 def _additions(entry: dict[str, Any]) -> list[Tensor]:

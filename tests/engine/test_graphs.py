@@ -1,4 +1,4 @@
-"""Decoding from fixed addresses equals plain decoding.
+"""Decoding and vision towers at fixed addresses give what they give plainly.
 
 On the CPU a stand-in for the graph runs the step again at each replay; with `-m gpu` the same tests run real graphs.
 """
@@ -7,9 +7,12 @@ import gc
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from dyvte_engine import DynamicExit, FixedExit, KeepAll
-from dyvte_engine.decode import DecodeGraphs, capture_cuda
+from dyvte_engine import DynamicExit, FixedExit, KeepAll, ToMe
+from dyvte_engine.decode import DecodeGraphs
+from dyvte_engine.graphs import capture_cuda
+from dyvte_engine.models.tower_graphs import TowerGraphs
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
@@ -20,17 +23,18 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 class Captures:
     """What stands for `capture_cuda`: a replay computes at the same addresses and writes into the same result."""
 
-    def __init__(self):
-        self.results = []
-
     def __call__(self, step, memory):
-        def replay():
-            out = step()
-            if number == len(self.results):
-                self.results.append(out)
-            return self.results[number].copy_(out)
+        result = None
 
-        number = len(self.results)
+        def replay():
+            nonlocal result
+            out = step()
+            result = out if result is None else result
+            for there, new in zip(tree_leaves(result), tree_leaves(out), strict=True):
+                if isinstance(new, torch.Tensor):
+                    there.copy_(new)
+            return result
+
         return replay
 
 
@@ -109,3 +113,33 @@ def test_the_bucket_holds_one_more_row(rows):
     ((_, pages),) = engine._graphs._replays
     assert rows + 1 <= 4 * pages
     assert pages == 10 or (pages & (pages - 1) == 0 and 2 * rows >= 4 * pages - 8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_a_captured_tower_gives_the_same_rows(vision, device):
+    """Pictures in turn, so that a replay that reads or writes elsewhere would give those of another prompt."""
+    engine, _ = build(vision=vision, device=device, cuda_graphs=False)
+    graphs = TowerGraphs(engine.model.hf.model.vision_tower, Captures() if device == "cpu" else capture_cuda)
+    texts, images = tiny.prompts(seed=93, n=40)
+    inputs = engine.model.tokenize(texts, images)
+    batches = [inputs[i : i + 1 + i % 3] for i in range(40)]
+    want = [engine.model.prepare(batch) for batch in batches]
+    engine.model.tower_graphs = graphs
+    for batch, prompts in zip(batches, want):
+        for got, plain in zip(engine.model.prepare(batch), prompts):
+            assert torch.equal(got.inputs_embeds, plain.inputs_embeds)
+    assert len(graphs._replays) > 3, "hardly any number of pictures was captured"
+    assert "forward" not in engine.model.hf.model.vision_tower.__dict__
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_policies_in_the_tower_pass_by_the_graphs(device):
+    engine, plain = (build(device=device, cuda_graphs=False, policy=ToMe(0.5))[0] for _ in range(2))
+    capture = Captures() if device == "cpu" else capture_cuda
+    engine.model.tower_graphs = TowerGraphs(engine.model.hf.model.vision_tower, capture)
+    texts, images = tiny.prompts(seed=94, n=6, images=(1, 2))
+    for policy in (KeepAll(), ToMe(0.5), KeepAll()):
+        engine.policy = plain.policy = policy
+        answers = [e.generate(texts, images, chat=False, max_new_tokens=4) for e in (engine, plain)]
+        assert [r.token_ids for r in answers[0]] == [r.token_ids for r in answers[1]]
