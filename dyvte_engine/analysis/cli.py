@@ -1,4 +1,4 @@
-"""`dyvte-engine analyze`: the paper's figures for any model."""
+"""`dyvte-engine analyze | reproduce`: the paper's figures and tables for any model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 if TYPE_CHECKING:
     from ..eval.task import Task
@@ -26,6 +27,7 @@ AllForms = Annotated[bool, typer.Option(help="Also prompt forms the model was ne
 
 def add_commands(app: typer.Typer) -> None:
     app.command("analyze")(analyze)
+    app.command("reproduce")(reproduce)
 
 
 def analyze(
@@ -67,15 +69,14 @@ def analyze(
         layers = None if exits is None else [int(part) for part in exits.split(",")]
     except ValueError as error:
         raise InvalidArgumentError(f"exits is {exits!r}; accepted: layer numbers joined by ','") from error
-    policy = _heads(heads, model)
+    policy = _policy(_heads(heads, model), model)
     tasks = load_data(data, limit, seed, images, source)
     options: dict[str, Any] = {"max_batch": batch, "max_len": max_len, "trust_remote_code": trust_remote_code}
     with _err.status(f"loading {model}"):
         engine = Engine.from_pretrained(model, None, dtype, device, **options)
     tasks = within_range(engine, tasks, all_forms)
     total = report.units(engine.model.shape.num_layers, sum(len(t.samples) for t in tasks), layers, policy is not None)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=_err) as progress:
+    with _progress() as progress:
         bar = progress.add_task("", total=total)
 
         def advance(what: str, done: int) -> None:
@@ -87,18 +88,29 @@ def analyze(
     _err.print(f"written to {out}: report.md, report.html, and each figure as PNG, SVG and JSON")
 
 
-def _heads(text: str, model: str) -> tuple[Any, str] | None:
-    """The policy with its identity; None for "none", and for "auto" where no heads lie beside the model."""
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=_err)
+
+
+def _heads(text: str, model: str) -> str | None:
+    """The notation of heads; None for "none", and for "auto" where none lie beside the model."""
     from ..assets import resolve_model
-    from ..eval.cli import named
 
     if text == "auto":
         beside = Path(resolve_model(model)) / "exit_heads.safetensors"
-        text = str(beside) if beside.is_file() else "none"
-    if text == "none":
+        return str(beside) if beside.is_file() else None
+    return None if text == "none" else text
+
+
+def _policy(notation: str | None, model: str) -> tuple[Any, str] | None:
+    """The policy with what tells it apart in the answers file."""
+    from ..eval.cli import named
+
+    if notation is None:
         return None
-    chosen = named(f"dynamic:{text}", model)
-    return chosen.policy, f"dynamic:{Path(text.split(',')[0]).name} {chosen.identity.split()[-1]}"
+    chosen = named(f"dynamic:{notation}", model)
+    return chosen.policy, f"dynamic:{Path(notation.split(',')[0]).name} {chosen.identity.split()[-1]}"
 
 
 def within_range(engine: Any, tasks: list[Task], all_forms: bool) -> list[Task]:
@@ -119,3 +131,68 @@ def within_range(engine: Any, tasks: list[Task], all_forms: bool) -> list[Task]:
     if not kept:
         raise InvalidArgumentError("data holds no prompt in a form the model was taught; accepted: also --all-forms")
     return kept
+
+
+def reproduce(
+    model: Model = "nano",
+    out: Annotated[Path, typer.Option(help="Folder for the page and the JSON; a killed run goes on there.")] = Path(
+        "outputs/reproduce"
+    ),
+    paper_model: Annotated[
+        str, typer.Option(help="Whose published figures stand beside: LLaVA-1.5-7B, VILA-7B, ...")
+    ] = "LLaVA-1.5-7B",
+    heads: Annotated[
+        str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE]; auto: those beside the model.")
+    ] = "auto",
+    ablation: Annotated[Path | None, typer.Option(help="Folder that `ablate-heads` wrote.")] = None,
+    transfer: Annotated[list[str] | None, typer.Option(help="NAME=HEADS_FILE of another model; repeat it.")] = None,
+    limit: Annotated[int, typer.Option(help="Questions of each task.")] = 100,
+    source: Annotated[str, typer.Option(help="Pictures of the tasks: shapes or emoji.")] = "shapes",
+    seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
+    all_forms: AllForms = False,
+    batch: Batch = 16,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_len: MaxLen = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Each table of the paper with this model's figures beside it."""
+    import transformers
+
+    from ..engine import Engine
+    from ..errors import HeadsError
+    from ..eval.cli import identity_of
+    from ..eval.run import AnswerFile
+    from . import reproduce as paper
+    from .benchmarks import DrawnTasks
+    from .data import load_data
+    from .tables import BENCHMARKS, check_paper_model
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    check_paper_model(paper_model)
+    notation = _heads(heads, model)
+    if notation is None:
+        raise HeadsError(f"no exit heads beside {model}; accepted: --heads FILE")
+    methods = paper.methods(notation, model, ablation, transfer or [])
+    tasks = load_data(",".join(BENCHMARKS), limit, seed, None, source)
+    options: dict[str, Any] = {"max_batch": batch, "max_len": max_len, "trust_remote_code": trust_remote_code}
+    with _err.status(f"loading {model}"):
+        engine = Engine.from_pretrained(model, None, dtype, device, **options)
+    tasks = within_range(engine, tasks, all_forms)
+    file = AnswerFile(out / "answers.jsonl", engine.model.fingerprint)
+    with _progress() as progress:
+        bar = progress.add_task("", total=paper.units(methods, tasks))
+
+        def advance(what: str, done: int) -> None:
+            progress.update(bar, description=what, advance=done)
+
+        found = paper.measure(DrawnTasks(engine, tasks, file, advance), methods)
+    tables = paper.write(found, identity_of(engine), paper_model, out, " ".join(["dyvte-engine", *sys.argv[1:]]))
+    console = Console(width=max(170, Console().width))
+    for table in tables:
+        shown = Table(*table.head, box=None, title=table.title, caption=table.note)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown, "", highlight=False)
+    _err.print(f"written to {out}: tables.md, tables.html, tables.json")

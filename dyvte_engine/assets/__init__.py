@@ -1,4 +1,4 @@
-"""What ships with the package: the small default model "nano" with its exit heads, and example pictures."""
+"""What ships with the package: the small model "nano" with its exit heads, example pictures, the paper's tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ _HERE = Path(__file__).parent
 NANO = _HERE / "nano"
 NANO_HEADS = NANO / "exit_heads.safetensors"
 EXAMPLES = _HERE / "examples"
+PAPER_RESULTS = _HERE / "paper_results.json"  # the published tables, with their source
 
 
 def resolve_model(model: str | Path) -> str:

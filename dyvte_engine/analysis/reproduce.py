@@ -1,0 +1,126 @@
+"""Measures a model for the paper's tables, and writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import HeadsError, InvalidArgumentError, ModelError
+from ..eval.cli import named
+from ..eval.task import Task
+from ..policies import KeepAll, VisualTokenPolicy
+from . import tables
+from .benchmarks import Benchmarks
+from .page import Page
+from .report import rounded
+from .tables import ABLATED, BENCHMARKS, PEERS, Figures, Table
+
+
+class Method(NamedTuple):
+    """A policy under the name it has in the tables; `group` says in which: main, peers, states, transfer."""
+
+    name: str
+    policy: VisualTokenPolicy
+    identity: str
+    group: str
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return ABLATED if self.group == "states" else tuple(BENCHMARKS)
+
+
+def methods(heads: str, model: str, ablation: Path | None, transfer: Sequence[str]) -> list[Method]:
+    """All that is to be measured.
+
+    heads: in the notation of policies, without "dynamic:". ablation: a folder with the 15 sets of heads. transfer:
+    NAME=HEADS_FILE each.
+
+    Raises:
+        HeadsError: a file of the 15 is missing; InvalidArgumentError: an entry of transfer is not understood.
+    """
+    chosen = [Method("without", KeepAll(), "keep-all", "main"), _method("with", f"dynamic:{heads}", model, "main")]
+    chosen += [_method(name, notation, model, "peers") for name, notation in PEERS.items()]
+    chosen.append(_method("DyVTE+FastV", f"{PEERS['FastV']}+dynamic:{heads}", model, "peers"))
+    if ablation is not None:
+        for states in tables.paper()["token_states"]["rows"]:
+            file = ablation / f"{states}.safetensors"
+            if not file.is_file():
+                raise HeadsError(f"ablation: {file} is missing; accepted: a folder that `ablate-heads` wrote")
+            chosen.append(_method(states, f"dynamic:{file}", model, "states"))
+    for entry in transfer:
+        name, sign, file = entry.partition("=")
+        if not (sign and name and file):
+            raise InvalidArgumentError(f"transfer is {entry!r}; accepted: NAME=HEADS_FILE")
+        chosen.append(_method(name, f"dynamic:{file}", model, "transfer"))
+    return chosen
+
+
+def _method(name: str, notation: str, model: str, group: str) -> Method:
+    return Method(name, *named(notation, model)[1:], group)
+
+
+def units(chosen: Sequence[Method], tasks: Sequence[Task]) -> int:
+    """Questions to be answered, for a progress bar."""
+    return sum(len(task.samples) for method in chosen for task in tasks if task.name in method.tasks)
+
+
+class Reproduction(NamedTuple):
+    """The figures of all methods, which there were, and why a peer could not run on this model."""
+
+    figures: Figures
+    methods: list[Method]
+    refused: dict[str, str]
+
+
+def measure(benchmarks: Benchmarks, chosen: Sequence[Method]) -> Reproduction:
+    """Every method on every benchmark that is there. A peer that the model does not allow is left out, with its reason."""
+    found, refused = {}, {}
+    for method in chosen:
+        try:
+            found[method.name] = list(benchmarks.measure(method.policy, method.identity, method.tasks))
+        except (ModelError, InvalidArgumentError) as error:
+            if method.group != "peers":
+                raise
+            refused[method.name] = str(error)
+    return Reproduction(Figures(found), list(chosen), refused)
+
+
+def all_tables(found: Reproduction, own: str, layers: int, paper_model: str) -> list[Table]:
+    """In the paper's order of subjects."""
+    groups = {m.group for m in found.methods}
+    others = [m.name for m in found.methods if m.group == "transfer"]
+    peers = tables.peers(found.figures)
+    if found.refused:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refused.items())
+        peers = Table(peers.title, f"{peers.note} Not measured: {reasons}.", peers.head, peers.rows)
+    return [
+        tables.accuracy(found.figures, paper_model, layers),
+        tables.published_flops(),
+        tables.latency(),
+        tables.token_states(found.figures if "states" in groups else None),
+        peers,
+        tables.transfer(found.figures, own, others),
+    ]
+
+
+def write(found: Reproduction, about: dict[str, Any], paper_model: str, folder: Path, command: str) -> list[Table]:
+    """tables.md, tables.html and tables.json into `folder`; returns the tables."""
+    made = all_tables(found, about["name"], about["layers"], paper_model)
+    page = Page(f"The paper's tables and {about['name']}")
+    page.paragraph(
+        f"Written by `{command}`; model fingerprint `{about['fingerprint']}`, {about['dtype']}. Published figures: "
+        f"{tables.paper()['source']}. Ours: scores in percent (MME: points) with 95 % intervals, on generated tasks after "
+        "the paper's benchmarks (docs/tasks.md), so that levels cannot be compared, only what a policy does to them."
+    )
+    for table in made:
+        page.heading(table.title)
+        page.paragraph(table.note)
+        page.table(table.head, table.rows)
+    page.write(folder, "tables")
+    record = {"model": about, "command": command, "paper_model": paper_model, "refused": found.refused}
+    (folder / "tables.json").write_text(
+        json.dumps(rounded(record | {"measured": found.figures.records()}), indent=1) + "\n"
+    )
+    return made
