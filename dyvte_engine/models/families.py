@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ class Family:
         before_decoder: policies may take rows before the first layer (a picture is unbroken, positions have one axis).
         axes: of its positions.
         tiles: the tower sees pictures of one size, `pixel_values` [..., C, H, W]; else pictures of any size.
+        videos: its processor takes them; with pictures in the same prompt, or alone.
     """
 
     model_class: str
@@ -40,6 +41,7 @@ class Family:
     before_decoder: bool = True
     axes: int = 1
     tiles: bool = True
+    videos: Literal["", "beside pictures", "alone"] = ""
 
 
 _IMAGE_AND_VIDEO = (("image_token_id", "image_token_index"), ("video_token_id", "video_token_index"))
@@ -56,6 +58,7 @@ def _qwen(model_class: str, *more: str) -> Family:
         before_decoder=False,
         axes=3,
         tiles=False,
+        videos="beside pictures",
     )
 
 
@@ -67,13 +70,14 @@ FAMILIES = {
         "LlavaOnevisionForConditionalGeneration",
         ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos"),
         visual_ids=_IMAGE_AND_VIDEO,
+        videos="beside pictures",
     ),
-    "internvl": Family("InternVLForConditionalGeneration"),
+    "internvl": Family("InternVLForConditionalGeneration", videos="beside pictures"),
     "mistral3": Family(
         "Mistral3ForConditionalGeneration", ("pixel_values", "image_sizes"), before_decoder=False, tiles=False
     ),
     "idefics3": Family("Idefics3ForConditionalGeneration", _MASKED_TILES, language_model="text_model"),
-    "smolvlm": Family("SmolVLMForConditionalGeneration", _MASKED_TILES, language_model="text_model"),
+    "smolvlm": Family("SmolVLMForConditionalGeneration", _MASKED_TILES, language_model="text_model", videos="alone"),
     "deepseek_vl": Family("DeepseekVLForConditionalGeneration", same_rows=True),
     "qwen2_vl": _qwen("Qwen2VLForConditionalGeneration"),
     "qwen2_5_vl": _qwen("Qwen2_5_VLForConditionalGeneration", "second_per_grid_ts"),

@@ -30,9 +30,8 @@ def load_whole(
     Raises:
         ModelError: a weight is missing, left over or of another shape.
     """
-    module, info = loader.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-    )
+    reported = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    module, info = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, **reported, **options)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = [n for n in sorted(map(str, info[what])) if what != "unexpected_keys" or not n.startswith(left_out)]
         if names:

@@ -41,8 +41,8 @@ weights that are missing or left over.
 EAGLE's five towers stay in its own code, which was written for transformers 4.37. Of its checkpoint the engine loads
 the decoder (`model.layers`, `model.embed_tokens`, `model.norm`, `lm_head`) and leaves out `model.vision_tower`,
 `model.mm_projector` and `model.image_newline`; any other weight is an error. `generate` is refused; `prefill` takes the
-embeddings that EAGLE's `prepare_inputs_labels_for_multimodal` puts together, from a file if it runs in an environment of
-its own, and the mask of its visual rows (1,024 for a picture of Eagle-X5):
+embeddings that EAGLE's `prepare_inputs_labels_for_multimodal` puts together, from a file if it runs in an environment
+of its own, and the mask of its visual rows (1,024 for a picture of Eagle-X5):
 
 ```python
 engine = Engine.from_pretrained("Eagle-X5-7B", FixedExit(16))

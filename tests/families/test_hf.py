@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from dyvte_engine import FixedExit, InvalidArgumentError, KeepAll, ModelError, Random, ToMe, hf
-from tests.families import oracle, videos, zoo
+from tests.families import oracle, zoo
 from tests.families.test_families import each_family
 
 _pairs: dict[str, tuple] = {}
@@ -42,22 +42,6 @@ def test_generate_is_generate(family, pair):
         want, _ = oracle.greedy(twin, oracle.enter(twin, encoded), oracle.fixed(1), 6)
         assert row == want + [0] * (6 - len(want))
     assert state.exit_layers == [1] * 6
-
-
-@pytest.mark.feature("video frames, through transformers' generate")
-@pytest.mark.parametrize("family", videos.VIDEOS)
-def test_video_frames_are_visual_rows(family, pair):
-    model, twin, state = pair
-    for seed in range(3):
-        inputs = videos.video(family, seed)
-        assert oracle.generate(model, inputs, 6) == oracle.generate(twin, inputs, 6)
-        state.policy = FixedExit(1)
-        entry = oracle.enter(twin, inputs)
-        want, gone = oracle.greedy(twin, entry, oracle.fixed(1), 6)
-        assert int(gone[-1].sum()) == int((inputs["input_ids"] == 5).sum()) > 0
-        assert oracle.generate(model, inputs, 6) == want
-        assert state.exit_layers == [1]
-        state.policy = KeepAll()
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])

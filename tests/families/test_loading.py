@@ -8,7 +8,7 @@ from dyvte_engine import Engine, FixedExit, ModelError, PromptError
 from dyvte_engine.config import DecoderShape
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.families import REFUSED, join
-from dyvte_engine.prompts import as_batch, render
+from dyvte_engine.prompts import render
 from tests.families import oracle, zoo
 from tests.families.test_families import each_family
 
@@ -109,12 +109,6 @@ def test_join_fills_up_behind():
     both = join([a, b])
     assert both.shape == (3, 2, 3) and both.sum() == a.sum() + b.sum()
     assert torch.equal(both[:2, :1], a) and torch.equal(both[2:, :, :2], b)
-
-
-def test_videos_in_messages_are_refused():
-    message = {"role": "user", "content": [{"type": "video", "path": "a.mp4"}, {"type": "text", "text": "w1"}]}
-    with pytest.raises(PromptError, match="holds a video"):
-        as_batch([message], None)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "idefics3", "mistral3", "qwen2_vl"])
