@@ -30,6 +30,10 @@ _err = Console(stderr=True)
 def generate(
     prompt: Annotated[list[str], typer.Option(help="The question; repeat it to ask several as one batch.")],
     image: Annotated[list[str] | None, typer.Option(help="A picture; with several prompts, one for each.")] = None,
+    video: Annotated[
+        list[str] | None, typer.Option(help="A folder of frames or an animated picture; with several prompts likewise.")
+    ] = None,
+    video_fps: Annotated[float, typer.Option(help="Frames of the videos in a second.")] = 2.0,
     model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",
     policy: Annotated[
         str, typer.Option(help="auto, keep-all, fixed:LAYER, fastv:K,R, dynamic:HEADS[,THRESHOLD]; join with '+'.")
@@ -50,7 +54,7 @@ def generate(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array with texts, tokens and figures.")] = False,
 ) -> None:
-    """Answer questions about pictures.
+    """Answer questions about pictures and videos.
 
     The policy "auto" is the model's own exit heads where they lie beside it (exit_heads.safetensors), else keep-all.
     """
@@ -68,6 +72,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop_strings": stop,
         "do_sample": True if temperature is not None else None,
+        "video_fps": video_fps,
     }
     options = {k: v for k, v in options.items() if v is not None}
     with _err.status(f"loading {model}"):
@@ -83,10 +88,10 @@ def generate(
             trust_remote_code=trust_remote_code,
         )
     if len(prompt) == 1 and not as_json:
-        _stream_one(engine, prompt[0], image, seed, options)
+        _stream_one(engine, prompt[0], image, video, seed, options)
         return
-    images = image if len(prompt) > 1 else [image]
-    results = engine.generate(prompt, images, seed=seed, **options)
+    images, videos = (image, video) if len(prompt) > 1 else ([image], [video])
+    results = engine.generate(prompt, images, videos=videos, seed=seed, **options)
     assert isinstance(results, list)
     if as_json:
         print(json.dumps([asdict(r) for r in results], indent=2))
@@ -96,8 +101,8 @@ def generate(
         _show(result.stats)
 
 
-def _stream_one(engine: Any, prompt: str, images: list[str] | None, seed: int, options: dict[str, Any]) -> None:
-    for chunk in engine.stream(prompt, images, seed=seed, **options):
+def _stream_one(engine: Any, prompt: str, images: Any, videos: Any, seed: int, options: dict[str, Any]) -> None:
+    for chunk in engine.stream(prompt, images, videos=videos, seed=seed, **options):
         print(chunk.text, end="", flush=True)
         if chunk.result is not None:
             print()

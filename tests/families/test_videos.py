@@ -1,19 +1,27 @@
 """Videos in every family that takes them: as the engine's argument, and inside transformers' own generate."""
 
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
+from typer.testing import CliRunner
 
 from dyvte_engine import Engine, EngineConfig, FixedExit, ImageError, InvalidArgumentError, KeepAll, PromptError, hf
+from dyvte_engine.cli import app
 from dyvte_engine.images import load_video
 from dyvte_engine.models import FAMILIES, VisionLanguageModel
 from dyvte_engine.prompts import as_batch, render
 from tests.families import oracle, videos, zoo
 
 each_family = pytest.mark.parametrize("family", videos.FAMILIES)
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'video' %}<break> <video> <end> "
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
 _built: dict[str, tuple] = {}
 
 
@@ -114,6 +122,29 @@ def test_frames_in_every_form(family, pair, tmp_path):
     assert [r.token_ids for r in together] == [got[0]] * 3
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
     assert np.array_equal(load_video(tmp_path / "a.gif"), array)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl"])
+def test_on_the_command_line(family, pair, tmp_path, monkeypatch):
+    engine, twin = pair
+    loaded = engine.model.processor
+    monkeypatch.setattr(loaded, "chat_template", TEMPLATE)
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name, **options: loaded)
+    twin.save_pretrained(tmp_path / "model")
+    clips = [videos.clip(random.Random(seed), 4) for seed in (1, 2)]
+    for name, clip in zip("ab", clips):
+        (tmp_path / name).mkdir()
+        for number, frame in enumerate(clip):
+            Image.fromarray(frame).save(tmp_path / name / f"{number}.png")
+    common = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32"]
+    common += ["--max-new-tokens", "5", "--json", "--max-len", "256"]
+    both = [*common, "--prompt", "w1", "--video", str(tmp_path / "a"), "--prompt", "w2", "--video", str(tmp_path / "b")]
+    out = CliRunner().invoke(app, both)
+    want = engine.generate(["w1", "w2"], videos=clips, max_new_tokens=5)
+    assert [one["token_ids"] for one in json.loads(out.stdout)] == [r.token_ids for r in want], out.output
+    alone = CliRunner().invoke(app, [*common, "--prompt", "w1", "--video", str(tmp_path / "a")])
+    assert json.loads(alone.stdout)[0]["token_ids"] == want[0].token_ids
+    assert json.loads(alone.stdout)[0]["stats"]["visual_tokens"] == want[0].stats.visual_tokens > 0
 
 
 @pytest.mark.parametrize("family", ["internvl"])
