@@ -25,7 +25,7 @@ class CMakeBuild(build_ext):
             f"-DDYVTE_OUTPUT_DIR={output}",
             f"-DDYVTE_VERSION={self.distribution.get_version()}",
         ]  # fmt: skip
-        for option in ("DYVTE_CUDA", "DYVTE_CUDA_ARCHS"):
+        for option in ("DYVTE_CUDA", "DYVTE_CUDA_ARCHS", "DYVTE_NO_SPILLS"):
             configure.append(f"-D{option}={os.environ[option]}" if option in os.environ else f"-U{option}")
         subprocess.run(configure, check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)

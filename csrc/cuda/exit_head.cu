@@ -134,7 +134,11 @@ __device__ void dot_products(const ExitHeadParams& p, const Scratch& scratch, in
   const int last_row = static_cast<int>(p.inner) - 1, last_seq = static_cast<int>(p.batch) - 1;
   const T* w1 = static_cast<const T*>(p.w1);
   for (int state = 0; state < p.n_states; ++state) {
-    float acc[R][NB] = {};
+    float factor[NB];
+#pragma unroll
+    for (int b = 0; b < NB; ++b) {
+      factor[b] = rms_factor(p, scratch, static_cast<int64_t>(min(seq + b, last_seq)) * p.n_states + state, chunks);
+    }
 #pragma unroll(NB == 1 ? 4 : 2)
     for (int64_t c = threadIdx.x % kWarp * V; c < p.d; c += kWarp * V) {
       Pack<T, V> w[R];
@@ -145,18 +149,13 @@ __device__ void dot_products(const ExitHeadParams& p, const Scratch& scratch, in
         float x[V];
         load(scratch.pooled + min(seq + b, last_seq) * width + state * p.d + c, x);
 #pragma unroll
+        for (int j = 0; j < V; ++j) x[j] *= factor[b];
+#pragma unroll
         for (int r = 0; r < R; ++r) {
 #pragma unroll
-          for (int j = 0; j < V; ++j) acc[r][b] += to_float(w[r].at[j]) * x[j];
+          for (int j = 0; j < V; ++j) sum[r][b] += to_float(w[r].at[j]) * x[j];
         }
       }
-    }
-#pragma unroll
-    for (int b = 0; b < NB; ++b) {
-      const int64_t vector = static_cast<int64_t>(min(seq + b, last_seq)) * p.n_states + state;
-      const float factor = rms_factor(p, scratch, vector, chunks);
-#pragma unroll
-      for (int r = 0; r < R; ++r) sum[r][b] += acc[r][b] * factor;
     }
   }
 }
