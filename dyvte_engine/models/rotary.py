@@ -22,6 +22,18 @@ def rotations(language_model: Any, positions: Tensor) -> Tensor:
     return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).float().contiguous()
 
 
+def layer_rotations(language_model: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows f32 [B, n, rot_dim] as `rotations` gives them -> the cosines and sines that the model's layers take.
+
+    [B, n, D] each, or under transformers 4 [3, B, n, D]: there the layers choose each angle's axis, here among equals.
+    """
+    cos, sin = (torch.cat((half, half), dim=-1) for half in rows.chunk(2, dim=-1))
+    position = torch.zeros(3, 1, 1, dtype=torch.long, device=rows.device)
+    if language_model.rotary_emb(rows[:1, :1], position)[0].dim() == 3:
+        return cos, sin
+    return cos.expand(3, *cos.shape), sin.expand(3, *sin.shape)
+
+
 def _sections(language_model: Any) -> list[int]:
     """How many angles turn with each axis; empty where positions have one."""
     config = language_model.config

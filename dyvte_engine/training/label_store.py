@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dyvte_engine.config import EngineConfig
 from dyvte_engine.engine import Engine
-from dyvte_engine.errors import DataError, InvalidArgumentError, ModelError, PromptError
+from dyvte_engine.errors import DataError, InvalidArgumentError, PromptError
 from dyvte_engine.exit_head import STATE_BITS
 from dyvte_engine.flops import leaving_flops, vision_flops
 from dyvte_engine.models import PreparedPrompt, VisionLanguageModel
@@ -235,8 +235,6 @@ class _Labeller:
         pictures = [[e.load()] for e in examples]
         tokenized = self.model.tokenize([self._text(e) for e in examples], pictures)
         prompts = self.model.prepare(tokenized)
-        if any(p.rotations is not None or p.additions for p in prompts):
-            raise ModelError(f"{self.model.name}: labels need positions of one axis and no deepstack")
         for example, prompt in zip(examples, prompts, strict=True):
             if self.info.mode != "reference":
                 self._check_room(example, len(prompt.visual) + self.info.max_new_tokens)
@@ -285,9 +283,13 @@ class _Labeller:
         positions = torch.cat(
             [prompt.positions, prompt.positions[-1] + 1 + torch.arange(len(ids)).to(prompt.positions)]
         )
-        visual = torch.cat([prompt.visual, torch.zeros(len(ids), dtype=torch.bool)])
+        visual, rotations = torch.cat([prompt.visual, torch.zeros(len(ids), dtype=torch.bool)]), None
+        if prompt.rotations is not None:
+            turns = self.model.decoder.cos_sin[positions[-len(ids) :].long()]
+            rotations = torch.cat([prompt.rotations, turns])
+        additions = [torch.cat([added, added.new_zeros(len(ids), added.shape[1])]) for added in prompt.additions]
         try:
-            return Sample(embeds, visual, positions, ids)
+            return Sample(embeds, visual, positions, ids, rotations, additions)
         except InvalidArgumentError as error:
             raise DataError(f"{example.name}: {error}") from error
 

@@ -1,12 +1,13 @@
 """Exit labels of spec section 3, for all layers of a teacher-forced batch in one pass (spec section 5).
 
-Works on the live Hugging Face language model of any LLaVA-type checkpoint; it knows decoder layers, not families.
+Works on the live Hugging Face language model of any family that the engine runs; it knows decoder layers, not families.
 After each layer a branch forks off that holds only the text rows, at their original positions; all live branches go
 through the later layers as one batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyvte_engine.errors import InvalidArgumentError
+from dyvte_engine.models.rotary import layer_rotations
 
 LOGITS_AT_ONCE = 1 << 26  # of all branches of a sample; bounds the memory of the vocabulary
 
@@ -24,12 +26,16 @@ class Sample:
     """One prompt with its answer at the decoder's entry.
 
     inputs_embeds: [n, d]; visual: bool [n]; positions: int [n]; answer: int64 [A], the last A of the n tokens.
+    rotations: f32 [n, rot_dim] where positions have several axes; additions: [n, d] each, what is added to the visual
+    rows leaving the first layers (deepstack), zero in text rows. All samples of a batch have these, or none has.
     """
 
     inputs_embeds: Tensor
     visual: Tensor
     positions: Tensor
     answer: Tensor
+    rotations: Tensor | None = None
+    additions: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
         n = len(self.visual)
@@ -70,18 +76,19 @@ def exit_outcomes(language_model: Any, lm_head: Any, samples: list[Sample]) -> E
     language_model: a live HF decoder with `sdpa` or `eager` attention; lm_head: d -> vocabulary.
     """
     lengths = [len(s.visual) for s in samples]
-    main, main_run = (
-        _pad([s.inputs_embeds for s in samples]),
-        _Run(language_model, _pad([s.positions for s in samples])),
-    )
+    main = _pad([s.inputs_embeds for s in samples])
     text = [(~s.visual).nonzero()[:, 0].to(main.device) for s in samples]
-    text_run = _Run(language_model, _pad([s.positions[rows] for s, rows in zip(samples, text, strict=True)]))
+    main_run = _Run(language_model, samples, [torch.arange(n, device=main.device) for n in lengths])
+    text_run = _Run(language_model, samples, text)
+    additions = [_pad(list(added)) for added in zip(*(s.additions for s in samples), strict=True)]
     layers, pooled = language_model.layers, []
     branches = main.new_empty(0, len(samples), text_run.positions.shape[1], main.shape[2])  # [E, B, t, d]
     for index, layer in enumerate(layers):
         if len(branches):
             branches = text_run(layer, branches.flatten(0, 1)).view_as(branches)
         main = main_run(layer, main)
+        if index < len(additions):
+            main = main + additions[index]
         pooled.append(_pool(main, samples))
         if index + 1 < len(layers):
             fork = _pad([rows[chosen] for rows, chosen in zip(main, text, strict=True)])
@@ -103,21 +110,30 @@ def exit_outcomes(language_model: Any, lm_head: Any, samples: list[Sample]) -> E
 
 
 class _Run:
-    """Carries right-padded rows at positions int64 [B, m] through decoder layers; no true row sees padding."""
+    """Carries the `rows` of every sample, padded on the right, through decoder layers; no true row sees padding."""
 
-    def __init__(self, language_model: Any, positions: Tensor):
-        self.language_model, self.positions = language_model, positions.long()
+    def __init__(self, language_model: Any, samples: list[Sample], rows: list[Tensor]):
+        self.language_model, self.turned = language_model, None
+        self.positions = _pad([s.positions[r] for s, r in zip(samples, rows, strict=True)]).long()  # [B, m]
+        turned = [s.rotations[r] for s, r in zip(samples, rows, strict=True) if s.rotations is not None]
+        if turned:
+            self.turned = layer_rotations(language_model, _pad(turned))
 
     def __call__(self, layer: Any, hidden: Tensor) -> Tensor:
         """hidden [k * B, m, d] -> the same, one layer on."""
         m, copies = hidden.shape[1], len(hidden) // len(self.positions)
         positions = self.positions.repeat(copies, 1)
+        if self.turned is None:
+            rotation = self.language_model.rotary_emb(hidden, positions)
+        else:
+            cos, sin = (t.to(hidden.dtype) for t in self.turned)
+            rotation = torch.cat([cos] * copies, dim=-3), torch.cat([sin] * copies, dim=-3)
         mask = torch.full((m, m), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device).triu(1)
         output = layer(
             hidden,
             attention_mask=mask.expand(len(hidden), 1, m, m),
             position_ids=positions,
-            position_embeddings=self.language_model.rotary_emb(hidden, positions),
+            position_embeddings=rotation,
         )
         return output[0] if isinstance(output, tuple) else output
 
