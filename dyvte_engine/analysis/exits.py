@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 Progress = Callable[[int], None]
-MARGIN = 0.01  # of a score: what the plateau may be below the full model
+MARGIN = 0.02  # what the mean credit may be below the full model's on the plateau
 KEEP_ALL = "keep-all"
 
 
@@ -100,7 +100,7 @@ class ManualExit:
             axes.fill_between(ks, low, high, color=COLORS["visual"], alpha=0.18, lw=0)
             axes.plot(ks, 100 * task.same.mean(0), "--", lw=1.2, color=COLORS["cross"], label="answers as without exit")
             axes.axhline(value[-1], color=COLORS["full"], lw=0.8, ls=":", label="score without exit")
-            axes.axvline(task.plateau(), color=COLORS["text"], lw=1, label=f"plateau (within {100 * MARGIN:g} point)")
+            axes.axvline(task.plateau(), color=COLORS["text"], lw=1, label=f"plateau (within {100 * MARGIN:g} points)")
             layer_axis(axes, self.num_layers + 1, "layers that see the picture, k")
             axes.set_title(f"{task.name}: {task.scores[0]['metric']}, n = {task.scores[0]['n']}", fontsize=9)
             axes.set_ylim(-3, 103)

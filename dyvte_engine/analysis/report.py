@@ -216,7 +216,7 @@ def _manual_part(page: Page, manual: ManualExit) -> None:
     page.paragraph(
         "All visual tokens leave after the first k layers; k = 0 is the model that never sees the picture. The plateau "
         f"begins at the smallest k from which on the score of single answers is nowhere more than {100 * MARGIN:g} "
-        "point below that without an exit. Differences are paired."
+        "points below that without an exit. Differences are paired."
     )
     body = []
     for task in manual.tasks:

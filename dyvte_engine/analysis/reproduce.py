@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from ..errors import HeadsError, InvalidArgumentError, ModelError
 from ..eval.cli import named
 from ..eval.task import Task
-from ..policies import KeepAll, VisualTokenPolicy
+from ..policies import DynamicExit, KeepAll, VisualTokenPolicy
 from . import tables
 from .benchmarks import Benchmarks
 from .page import Page
@@ -48,17 +49,25 @@ def methods(heads: str, model: str, ablation: Path | None, transfer: Sequence[st
             file = ablation / f"{states}.safetensors"
             if not file.is_file():
                 raise HeadsError(f"ablation: {file} is missing; accepted: a folder that `ablate-heads` wrote")
-            chosen.append(_method(states, f"dynamic:{file}", model, "states"))
+            chosen.append(_of_file(states, file, "states"))
     for entry in transfer:
-        name, sign, file = entry.partition("=")
-        if not (sign and name and file):
+        name, _, other = entry.partition("=")
+        if not (name and other):
             raise InvalidArgumentError(f"transfer is {entry!r}; accepted: NAME=HEADS_FILE")
-        chosen.append(_method(name, f"dynamic:{file}", model, "transfer"))
+        chosen.append(_of_file(name, Path(other), "transfer"))
     return chosen
 
 
+def _of_file(name: str, file: Path, group: str) -> Method:
+    """A file's name may hold what the notation of policies reserves ("MT+LT")."""
+    policy = DynamicExit.from_file(file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return Method(name, policy, f"dynamic:{file.name} {digest}", group)
+
+
 def _method(name: str, notation: str, model: str, group: str) -> Method:
-    return Method(name, *named(notation, model)[1:], group)
+    chosen = named(notation, model)
+    return Method(name, chosen.policy, chosen.identity, group)
 
 
 def units(chosen: Sequence[Method], tasks: Sequence[Task]) -> int:
@@ -75,7 +84,7 @@ class Reproduction(NamedTuple):
 
 
 def measure(benchmarks: Benchmarks, chosen: Sequence[Method]) -> Reproduction:
-    """Every method on every benchmark that is there. A peer that the model does not allow is left out, with its reason."""
+    """Every method on every benchmark that is there; a peer that the model does not allow is left out with a reason."""
     found, refused = {}, {}
     for method in chosen:
         try:
@@ -111,8 +120,8 @@ def write(found: Reproduction, about: dict[str, Any], paper_model: str, folder: 
     page = Page(f"The paper's tables and {about['name']}")
     page.paragraph(
         f"Written by `{command}`; model fingerprint `{about['fingerprint']}`, {about['dtype']}. Published figures: "
-        f"{tables.paper()['source']}. Ours: scores in percent (MME: points) with 95 % intervals, on generated tasks after "
-        "the paper's benchmarks (docs/tasks.md), so that levels cannot be compared, only what a policy does to them."
+        f"{tables.paper()['source']}. Ours: scores in percent (MME: points) with 95 % intervals, on generated tasks "
+        "after the paper's benchmarks (docs/tasks.md), so that not the levels compare but what a policy does to them."
     )
     for table in made:
         page.heading(table.title)

@@ -76,10 +76,8 @@ class AttentionStages:
                 (start + end - 1) / 2, 1.01, f"stage {stage + 1}", transform=axes.get_xaxis_transform(), ha="center"
             )
         for first, same in zip(self.boundaries.first, self.boundaries.same):
-            axes.axvline(first - 0.5, color="0.3", ls="--", lw=1)
-            axes.text(
-                first - 0.42, 0.02, f"{100 * same:.0f} %", transform=axes.get_xaxis_transform(), fontsize=8, color="0.3"
-            )
+            label = f"boundary before layer {first}:\nin {100 * same:.0f} % of resamples"
+            axes.axvline(first - 0.5, color="0.3", ls="--", lw=1, label=label)
         layer_axis(axes, layers)
         axes.set_xlim(-0.5, layers - 0.5)
         axes.set_ylim(bottom=0)

@@ -32,8 +32,8 @@ NONE = "-"
 
 # What the published FLOPs are of: Vicuna-7B with 576 visual tokens, and the towers of its models
 _VICUNA = DecoderShape(4096, 32, 32, 32, 128, 11008, 32000, 4096)
-_CLIP = dict(tokens=577, hidden_size=1024, intermediate_size=4096, num_layers=24)
-_INTERN = dict(tokens=577, hidden_size=3200, intermediate_size=12800, num_layers=48)
+_CLIP: dict[str, Any] = dict(tokens=577, hidden_size=1024, intermediate_size=4096, num_layers=24)
+_INTERN: dict[str, Any] = dict(tokens=577, hidden_size=3200, intermediate_size=12800, num_layers=48)
 _TOWERS = {"LLaVA-1.5-7B": _CLIP, "VILA-7B": _CLIP, "InternVL-7B": _INTERN}
 _VISUAL = 576
 
@@ -100,10 +100,10 @@ def accuracy(figures: Figures, paper_model: str, layers: int) -> Table:
         rows.append(
             [
                 name,
-                f"{without[name][0]:g}",
-                f"{given[name][0]:g}",
+                f"{without[name][0]:.1f}",
+                f"{given[name][0]:.1f}",
                 f"{100 * given[name][1] / without[name][1]:.0f} %",
-                f"{exits[name]:g}" if name in exits else NONE,
+                f"{exits[name]:.1f}" if name in exits else NONE,
                 f"{task}: {score.metric}, n {score.n}" if score else "out of the model's range",
                 figures.shown("without", task),
                 figures.shown("with", task),
@@ -111,7 +111,9 @@ def accuracy(figures: Figures, paper_model: str, layers: int) -> Table:
                 figures.shown("with", task, EXIT_LAYER),
             ]
         )
-    note = f"Paper: {paper_model} on the benchmark itself. Ours: the generated task after it. FLOPs: of those without exit."
+    note = (
+        f"Paper: {paper_model}, the benchmark itself. Ours: the generated task after it. FLOPs: of those without exit."
+    )
     return Table("Accuracy with and without DyVTE, FLOPs and exit layers (tables 1, 2, 4, 6)", note, head, rows)
 
 
@@ -124,19 +126,10 @@ def published_flops() -> Table:
             full, early = cells["without"][name][1], cells["with"][name][1]
             n = flops.prompt_length(full * 1e12, _VICUNA, vision)
             computed = flops.leaving_flops(_VICUNA, n, _VISUAL, layer, vision) / 1e12
-            row = [model, name, f"{full:g}", f"{n:.0f}", f"{layer:g}", f"{early:g}", f"{computed:.2f}"]
+            row = [model, name, f"{full:.1f}", f"{n:.0f}", f"{layer:.1f}", f"{early:.1f}", f"{computed:.2f}"]
             rows.append([*row, f"{100 * (computed / early - 1):+.1f} %"])
-    head = [
-        "model",
-        "benchmark",
-        "TFLOPs without exit",
-        "prompt tokens",
-        "exit layer",
-        "published",
-        "computed",
-        "off by",
-    ]
-    note = "The prompt length is solved from the cell without exit; then the exit layer alone gives the other cell."
+    head = ["model", "benchmark", "TFLOPs, no exit", "prompt tokens", "exit layer", "published", "computed", "off by"]
+    note = "Each prompt length is solved from the cell without exit; the exit layer then gives the other cell."
     return Table("FLOPs: published and computed", note, head, rows)
 
 
@@ -150,7 +143,7 @@ def token_states(figures: Figures | None) -> Table:
         row = [states]
         for task in ABLATED:
             score, layer = cells[BENCHMARKS[task]]
-            row += [f"{score:g} / {layer:g}", NONE]
+            row += [f"{score:.1f} / {layer:.1f}", NONE]
             mine, at = (figures.of(states, task, m) for m in (None, EXIT_LAYER)) if figures else (None, None)
             if mine and at:
                 row[-1] = f"{mine.value:.1f} / {at.value:.1f}"
@@ -171,7 +164,7 @@ def peers(figures: Figures) -> Table:
             cell, full = published[row_name].get(name), published["LLaVA-1.5-7B"].get(name)
             if cell is None and figures.of(method, task) is None:
                 continue
-            given = [f"{cell[0]:g}", f"{100 * cell[1] / full[1]:.0f} %"] if cell and full else [NONE, NONE]
+            given = [f"{cell[0]:.1f}", f"{100 * cell[1] / full[1]:.0f} %"] if cell and full else [NONE, NONE]
             mine = [figures.shown(method, task), figures.shown(method, task, FLOPS)]
             rows.append([name, "no policy" if method == "without" else row_name, *given, *mine])
     head = ["benchmark", "method", "paper: score", "FLOPs", "ours: score", "FLOPs"]
@@ -198,7 +191,7 @@ def transfer(figures: Figures, own: str, others: Sequence[str]) -> Table:
 def _cell(cell: Any) -> str:
     if cell is None:
         return NONE
-    return f"{cell[0]:g} / {cell[1]:g}" if isinstance(cell, list) else f"{cell:g}"
+    return f"{cell[0]:.1f} / {cell[1]:.1f}" if isinstance(cell, list) else f"{cell:.1f}"
 
 
 def _pair(figures: Figures, method: str, task: str) -> str:
@@ -211,8 +204,8 @@ def _pair(figures: Figures, method: str, task: str) -> str:
 def latency() -> Table:
     """Table 3, which this command does not measure."""
     rows = [
-        [method, *(f"{seconds:g} s, {score:g}" for seconds, score in cells.values())]
+        [method, *(f"{seconds:g} s, {score:.1f}" for seconds, score in cells.values())]
         for method, cells in paper()["latency"]["methods"].items()
     ]
-    note = "Seconds of a whole answer, score; batch 1, GPU not stated. Not measured here: `make bench`, docs/benchmarks.md."
+    note = "Seconds of a whole answer, score; batch 1, GPU not stated. Not measured here; see docs/benchmarks.md."
     return Table("Latency of LLaVA-1.5-13B (table 3)", note, ["method", "SQA-I: paper", "MMB: paper"], rows)

@@ -1,4 +1,4 @@
-"""What transformers' eager attention maps give, reduced in plain torch over whole maps: the oracle of the statistics."""
+"""The oracle of the statistics: whole attention maps as transformers gives them, reduced in plain torch."""
 
 from __future__ import annotations
 
