@@ -119,8 +119,9 @@ smol: build ## trains smol (needs one GPU for about 20 minutes; docs/smol.md); i
 	$(PY) -m dyvte_engine.training.smol.train --stage assemble --out outputs/smol
 	$(VENV)/bin/dyvte-engine eval outputs/smol/model --source emoji --max-len 1024 --policy keep-all $(SMOL_EVAL)
 
-bench-docs: $(VENV)/.built ## docs/benchmarks.md and its plots from the results in outputs/benchmarks
+bench-docs: $(VENV)/.built ## docs/benchmarks.md and its plots from the results in outputs/benchmarks; the floors in docs/performance.md
 	$(BENCH).document --results outputs/benchmarks
+	$(BENCH).floors --page docs/performance.md
 
 gpu-bench: ## benchmarks at published sizes (random weights) on one GPU, with the python3 in PATH; see tools/gpu_bench.sh
 	PYTHON='$(PYTHON)' bash tools/gpu_bench.sh

@@ -45,7 +45,7 @@ def page(results: Sequence[tuple[str, Data]]) -> str:
             _machine(data),
             f"![{name}](benchmarks/{name}.png)",
         ]
-        parts += [_markdown(sheet) for sheet in module.tables(data)]
+        parts += [markdown(sheet) for sheet in module.tables(data)]
     return "\n\n".join(p.strip() for p in parts) + "\n"
 
 
@@ -57,7 +57,7 @@ def _machine(data: Data) -> str:
     return f"{data['date']}; {where}, {rest}. {limits_line(data)}"
 
 
-def _markdown(sheet: Sheet) -> str:
+def markdown(sheet: Sheet) -> str:
     lines = [f"**{sheet.title}**" + (f" ({_escaped(sheet.note)})" if sheet.note else ""), ""]
     lines += [_row(sheet.columns), _row(["---"] * len(sheet.columns))]
     return "\n".join(lines + [_row(row) for row in sheet.rows])

@@ -1,14 +1,16 @@
 """What the benchmarks compute from their measurements: fits, intervals, limits, counts of work. No time is tested."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import breakdown, common, curves, roofline
+from benchmarks import breakdown, common, curves, floors, roofline
 from dyvte_engine import Engine
+from dyvte_engine.flops import true_flops
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -155,3 +157,33 @@ def test_bytes_are_weights_and_cache_rows(engine):
     rows = [[30, 30, 10, 10], [20, 20, 20, 20]]
     assert roofline.prefill_work(engine, rows).bytes == weights + 160 * row
     assert roofline.decode_work(engine, rows).bytes == weights + 160 * row
+
+
+def test_floors_of_7b_count_its_published_parameters():
+    model = floors.Model.of("llava-1.5-7b")
+    layers = 6_738_415_616 - 2 * 32_000 * 4096 - 4096  # LLaMA-7B without embedding, LM head and final norm
+    assert 32 * model.layer == 2 * layers
+    rows = [702] * 14 + [126] * 18
+    found = floors.phases(model, rows, text=126, new_tokens=3)
+    seen, after = found["layers with the picture"], found["layers after the exit"]
+    assert (len(seen), len(after), len(found["decoding"])) == (14, 18, 2)
+    flops = sum(w.flops for works in (seen, after, found["LM head"]) for w in works)
+    assert flops == pytest.approx(true_flops(model.shape, rows))
+    # 2 * 126 rows through the matrices of 18 layers, and their weights and K/V rows of 8,192 bf16 numbers
+    assert sum(w.flops for w in after) == pytest.approx(18 / 32 * 2 * 126 * layers, rel=0.01)
+    assert sum(w.bytes for w in after) == pytest.approx(18 / 32 * 2 * layers + 18 * 126 * 8192 * 2)
+    cached = sum(rows)
+    assert found["decoding"][1].bytes - found["decoding"][0].bytes == 32 * 8192 * 2
+    head = 4096 * 32_064 * 2
+    assert found["decoding"][0].bytes == 2 * layers + head + cached * 8192 * 2
+
+
+def test_the_floors_in_the_docs_are_those_computed_now(tmp_path):
+    docs = Path(__file__).parents[2] / "docs" / "performance.md"
+    page = tmp_path / "page.md"
+    page.write_text(docs.read_text())
+    floors.main(["--page", str(page)])
+    assert page.read_text() == docs.read_text()
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="floors: begin"):
+        floors.main(["--page", str(page)])
