@@ -27,7 +27,7 @@ from .eagle import is_eagle, load_eagle
 from .families import DECODER_ALONE, LANGUAGE_MODELS, Family, family_of, join, visual_ids
 from .intern_vit import tell_states
 from .rotary import rotations
-from .strict import load_whole
+from .strict import load_whole, stored_config
 from .tower_graphs import TowerGraphs
 from .vila import is_vila, load_vila
 from .vision import VisionTower, padded_features
@@ -339,8 +339,8 @@ def load_model(
     """Load a checkpoint folder or hub id with transformers, safetensors only.
 
     Raises:
-        ModelError: not found, damaged, pickled weights only, unsupported family, NaN weights, or a package that
-            transformers needs for the processor is missing.
+        ModelError: not found, damaged, pickled weights only, weights missing, of another shape or NaN, unsupported
+            family, or a package that transformers needs for the processor is missing.
     """
     import transformers
 
@@ -351,12 +351,15 @@ def load_model(
             return VisionLanguageModel(hf_model.to(device), processor, name, max_len)
         if is_eagle(name):
             return VisionLanguageModel(load_eagle(name, dtype).to(device), None, name, max_len, DECODER_ALONE)
+        if "mm_vision_tower" in stored_config(name):
+            raise ModelError(f"{name} has its authors' layout; `dyvte-engine convert` writes it as transformers does")
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         if config.model_type in LANGUAGE_MODELS:
             decoder = load_whole(transformers.AutoModelForCausalLM, name, dtype)
             return VisionLanguageModel(decoder.to(device), None, name, max_len, DECODER_ALONE)
         cls = getattr(transformers, family_of(config, name).model_class)
-        hf_model = cls.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
+        # Left over are at times what older releases stored too; what is missing would be random.
+        hf_model = load_whole(cls, name, dtype, left_out=("",), trust_remote_code=trust_remote_code)
         processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except ModelError:
         raise

@@ -16,9 +16,13 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 HEAD = """# Families
 
 What runs on which `model_type` of transformers. Every cell is the result of tests in `tests/families`: a random tiny
-model of the family against transformers' own code (its `generate`, and its own layers under 4-D masks). "refused" is a
-typed error with a reason; "-" has no test. Written by `python -m tests.families.table` with torch {torch} and
+model of the family against transformers' own code (its `generate`, and its own layers under 4-D masks); the first two
+rows are of 50 random prompts with 0 to 3 pictures, the second of 50 for each layer. "refused" is a typed error with a
+reason; "-" has no test. Written by `python -m tests.families.table` with torch {torch} and
 transformers {transformers}; the same tests pass on the oldest supported releases (`make compat`).
+
+Videos go through transformers' own processors too. Their video part needs torchvision: it is transformers' own where
+that is installed, and a stand-in with the same tensors where it is not.
 
 Nothing here says how well the answers of a real checkpoint stand an exit: measure that (`dyvte-engine eval`, `sweep`).
 """
@@ -58,29 +62,30 @@ class Recorder:
     """A pytest plugin: the outcome of every test that carries a feature and a family."""
 
     def __init__(self) -> None:
-        self.places: dict[str, tuple[str, str, str]] = {}
+        self.places: dict[str, list[tuple[str, str, str]]] = {}
         self.cells: dict[tuple[str, str], str] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            mark, call = item.get_closest_marker("feature"), getattr(item, "callspec", None)
-            if mark is not None and call is not None:
-                word = "refused" if mark.kwargs.get("refused") else "yes"
-                self.places[item.nodeid] = call.params["family"], mark.args[0], word
+            marks, call = list(item.iter_markers("feature")), getattr(item, "callspec", None)
+            if call is not None:
+                words = ["refused" if mark.kwargs.get("refused") else "yes" for mark in marks]
+                where = call.params.get("family")
+                self.places[item.nodeid] = [(where, m.args[0], word) for m, word in zip(marks, words, strict=True)]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.nodeid not in self.places or (report.when != "call" and report.passed):
+        if report.skipped or (report.when != "call" and report.passed):
             return
-        family, feature, word = self.places[report.nodeid]
-        cell = (family, feature)
-        if not report.passed:
-            self.cells[cell] = "**fails**"
-        else:
-            self.cells.setdefault(cell, word)
+        for family, feature, word in self.places.get(report.nodeid, []):
+            if not report.passed:
+                self.cells[family, feature] = "**fails**"
+            else:
+                self.cells.setdefault((family, feature), word)
 
     def page(self) -> str:
-        families = list(dict.fromkeys(family for family, _, _ in self.places.values()))
-        features = list(dict.fromkeys(feature for _, feature, _ in self.places.values()))
+        places = [place for item in self.places.values() for place in item]
+        families = list(dict.fromkeys(family for family, _, _ in places))
+        features = list(dict.fromkeys(feature for _, feature, _ in places))
         rows = [["feature", *families], ["---"] * (len(families) + 1)]
         rows += [[feature, *(self.cells.get((f, feature), "-") for f in families)] for feature in features]
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from dyvte_engine import Engine, FixedExit, ModelError, PromptError
 from dyvte_engine.config import DecoderShape
@@ -27,6 +28,21 @@ def test_a_folder_loads(family, tmp_path, monkeypatch):
         entry = oracle.enter(hf, zoo.encode(family, words, pictures))
         assert result.token_ids == oracle.greedy(hf, entry, oracle.fixed(1), 5)[0]
         assert result.stats.prefill_tflops < result.stats.prefill_tflops_keep_all
+
+
+def test_weights_that_are_missing_or_of_another_shape(tmp_path):
+    hf = zoo.model("llava")
+    hf.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    norm = next(name for name in whole if name.endswith("layers.1.post_attention_layernorm.weight"))
+    for damaged, words in [
+        ({name: weight for name, weight in whole.items() if name != norm}, "missing keys .*post_attention_layernorm"),
+        ({**whole, norm: torch.ones(32)}, "mismatched keys .*post_attention_layernorm"),
+    ]:
+        save_file(damaged, file, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=words):
+            Engine.from_pretrained(tmp_path)
 
 
 def test_a_package_that_transformers_misses(tmp_path, monkeypatch):

@@ -175,3 +175,6 @@ def test_what_is_not_converted(tmp_path):
     assert not (tmp_path / "out").exists()
     convert(write(tmp_path / "bin", model, pickled=True), tmp_path / "unpickled", clip, unpickle=True)
     assert (tmp_path / "unpickled" / "model.safetensors").exists()
+    for kind in ("llava", "llava_llama"):
+        with pytest.raises(ModelError, match="has its authors' layout; `dyvte-engine convert` writes it"):
+            Engine.from_pretrained(write(tmp_path / kind, model, model_type=kind))

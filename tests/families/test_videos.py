@@ -179,7 +179,9 @@ def test_what_is_refused(family, pair, tmp_path):
         engine.generate("w1 <video> <video> w2", videos=[clip, clip[:1]], chat=False)
 
 
-@pytest.mark.parametrize("family", ["llava", "idefics3", "mistral3"])
+@pytest.mark.feature("videos: all frames = generate", refused=True)
+@pytest.mark.feature("videos: exit at each layer", refused=True)
+@pytest.mark.parametrize("family", [f for f in zoo.FAMILIES if f not in videos.FAMILIES])
 def test_families_without_videos(family):
     model = VisionLanguageModel(zoo.model(family), zoo.processor(family), family, 128)
     with pytest.raises(InvalidArgumentError, match=f"videos is given; this {family} model's processor takes pictures"):
