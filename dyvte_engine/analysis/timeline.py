@@ -62,11 +62,11 @@ class Timelines:
         panels = figure.subplots(len(self.prompts), 3, squeeze=False, width_ratios=(1, 1.7, 3))
         for (left, middle, right), p in zip(panels, self.prompts):
             left.imshow(p.picture, interpolation="nearest")
-            exit_layer = "never" if p.exit_layer is None else f"after layer {p.exit_layer}"
+            leave = "never leave" if p.exit_layer is None else f"leave after layer {p.exit_layer}"
             words = (
                 textwrap.fill(p.prompt, 34, max_lines=5),
                 f"answer: {textwrap.shorten(p.answer, 60)}\nwithout exit: {textwrap.shorten(p.answer_full, 60)}\n"
-                f"reference: {textwrap.shorten(p.reference, 60)}\nvisual tokens left: {exit_layer}",
+                f"reference: {textwrap.shorten(p.reference, 60)}\nvisual tokens {leave}",
             )
             middle.text(0, 0.98, "\n\n".join(words), va="top", fontsize=8.5, transform=middle.transAxes)
             for axes in (left, middle):
