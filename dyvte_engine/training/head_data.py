@@ -91,14 +91,22 @@ def read_examples(path: str | Path, images: str | Path | None = None) -> list[Ex
 def from_dataset(
     dataset: Any, image: str = "image", prompt: str = "prompt", answer: str | None = None
 ) -> list[Example]:
-    """Examples of a Hugging Face `datasets.Dataset` ; pictures are decoded when needed.
+    """Examples of a Hugging Face `datasets.Dataset`; pictures are decoded when needed.
 
     image, prompt, answer: column names.
+
+    Raises:
+        DataError: no rows, a missing column, or something else than one split that is on the disk.
     """
     identity = getattr(dataset, "_fingerprint", "dataset")
-    missing = {image, prompt, *([answer] if answer else [])} - set(dataset[0])
+    try:
+        columns = set(dataset[0])
+    except (IndexError, KeyError, TypeError, NotImplementedError) as error:
+        given = f"dataset is a {type(dataset).__name__} without a row 0"
+        raise DataError(f"{given}; accepted: a datasets.Dataset with rows (one split, not streamed)") from error
+    missing = {image, prompt, *([answer] if answer else [])} - columns
     if missing:
-        raise DataError(f"dataset has no column {', '.join(sorted(missing))}; it has {', '.join(dataset[0])}")
+        raise DataError(f"dataset has no column {', '.join(sorted(missing))}; it has {', '.join(sorted(columns))}")
     prompts = list(dataset[prompt])
     answers = [None] * len(prompts) if answer is None else list(dataset[answer])
     return [

@@ -175,6 +175,9 @@ def test_readers_agree(folder, tmp_path) -> None:
         assert [e.load().tobytes() for e in other] == [e.load().tobytes() for e in plain]
     with pytest.raises(DataError, match="no column question"):
         from_dataset(Rows(), prompt="question")
+    for other in ({"train": Rows()}, [], iter([])):  # splits, no rows, a stream
+        with pytest.raises(DataError, match=r"without a row 0; accepted: a datasets\.Dataset"):
+            from_dataset(other)
     assert fingerprint(plain) == fingerprint(read_examples(folder / "data.jsonl")) != fingerprint(plain[:-1])
 
 
