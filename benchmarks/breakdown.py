@@ -122,7 +122,7 @@ def ranges_in(device: torch.device) -> Iterator[Ranges]:
         (engine, "prefill", ranges.around(PREFILL[0], prefill.prefill)),
         (Pack, "drop", drop_and_look),
         (KVCache, "compact", ranges.around("K/V compaction", KVCache.compact)),
-        (generation, "decode_step", ranges.around("decode", generation.decode_step)),
+        (generation.Running, "step", ranges.around("decode", generation.Running.step)),
         (generation.Sampler, "__call__", ranges.around("sampling", generation.Sampler.__call__)),
         (generation.TokenLoop, "_new_text", ranges.around("text", generation.TokenLoop._new_text)),
     ]
