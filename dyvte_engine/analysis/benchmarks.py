@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from ..eval.cli import named
 from ..eval.run import AnswerFile, answer_all
 from ..eval.task import Task
 from .plotting import mean_band
 
 if TYPE_CHECKING:
     from ..engine import Engine
-    from ..policies import VisualTokenPolicy
+    from ..policies import DynamicExit, VisualTokenPolicy
 
 EXIT_LAYER, FLOPS = "exit layer", "FLOPs"
 
@@ -39,6 +41,13 @@ class Benchmarks(Protocol):
     def measure(self, policy: VisualTokenPolicy, identity: str, tasks: Sequence[str]) -> Iterator[Measured]:
         """The figures of those of `tasks` it has, under a policy; `identity` tells policies apart in what it keeps."""
         ...
+
+
+def heads_policy(notation: str, model: str) -> tuple[DynamicExit, str]:
+    """Exit heads written FILE[,THRESHOLD][,NAME=VALUE], with what tells them apart in an answers file."""
+    file, comma, options = notation.partition(",")
+    chosen = named(f"dynamic:{notation}", model)
+    return chosen.policy, f"dynamic:{Path(file).name}{comma}{options} {chosen.identity.split()[-1]}"
 
 
 class DrawnTasks:

@@ -61,6 +61,7 @@ def analyze(
     from ..errors import InvalidArgumentError
     from ..eval.cli import identity_of
     from . import report
+    from .benchmarks import heads_policy
     from .data import load_data
 
     transformers.logging.set_verbosity_error()
@@ -69,7 +70,8 @@ def analyze(
         layers = None if exits is None else [int(part) for part in exits.split(",")]
     except ValueError as error:
         raise InvalidArgumentError(f"exits is {exits!r}; accepted: layer numbers joined by ','") from error
-    policy = _policy(_heads(heads, model), model)
+    notation = _heads(heads, model)
+    policy = None if notation is None else heads_policy(notation, model)
     tasks = load_data(data, limit, seed, images, source)
     options: dict[str, Any] = {"max_batch": batch, "max_len": max_len, "trust_remote_code": trust_remote_code}
     with _err.status(f"loading {model}"):
@@ -101,16 +103,6 @@ def _heads(text: str, model: str) -> str | None:
         beside = Path(resolve_model(model)) / "exit_heads.safetensors"
         return str(beside) if beside.is_file() else None
     return None if text == "none" else text
-
-
-def _policy(notation: str | None, model: str) -> tuple[Any, str] | None:
-    """The policy with what tells it apart in the answers file."""
-    from ..eval.cli import named
-
-    if notation is None:
-        return None
-    chosen = named(f"dynamic:{notation}", model)
-    return chosen.policy, f"dynamic:{Path(notation.split(',')[0]).name} {chosen.identity.split()[-1]}"
 
 
 def within_range(engine: Any, tasks: list[Task], all_forms: bool) -> list[Task]:

@@ -98,9 +98,7 @@ class ManualExit:
             low, high = (np.array([scale * s["ci95"][i] for s in task.scores]) for i in (0, 1))
             axes.plot(ks, value, "o-", ms=3, color=COLORS["visual"], label="score, 95 % interval")
             axes.fill_between(ks, low, high, color=COLORS["visual"], alpha=0.18, lw=0)
-            axes.plot(
-                ks, 100 * task.same.mean(0), "--", lw=1.2, color=COLORS["cross"], label="answer unchanged"
-            )
+            axes.plot(ks, 100 * task.same.mean(0), "--", lw=1.2, color=COLORS["cross"], label="answer unchanged")
             axes.axhline(value[-1], color=COLORS["full"], lw=0.8, ls=":", label="score without exit")
             axes.axvline(task.plateau(), color=COLORS["text"], lw=1, label=f"plateau (within {100 * MARGIN:g} points)")
             layer_axis(axes, self.num_layers + 1, "layers that see the picture, k")

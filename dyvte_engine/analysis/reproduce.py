@@ -13,7 +13,8 @@ from ..eval.cli import named
 from ..eval.task import Task
 from ..policies import DynamicExit, KeepAll, VisualTokenPolicy
 from . import tables
-from .benchmarks import Benchmarks
+from .benchmarks import Benchmarks, heads_policy
+from .exits import KEEP_ALL
 from .page import Page
 from .report import rounded
 from .tables import ABLATED, BENCHMARKS, PEERS, Figures, Table
@@ -41,7 +42,7 @@ def methods(heads: str, model: str, ablation: Path | None, transfer: Sequence[st
     Raises:
         HeadsError: a file of the 15 is missing; InvalidArgumentError: an entry of transfer is not understood.
     """
-    chosen = [Method("without", KeepAll(), "keep-all", "main"), _method("with", f"dynamic:{heads}", model, "main")]
+    chosen = [Method("without", KeepAll(), KEEP_ALL, "main"), Method("with", *heads_policy(heads, model), "main")]
     chosen += [_method(name, notation, model, "peers") for name, notation in PEERS.items()]
     chosen.append(_method("DyVTE+FastV", f"{PEERS['FastV']}+dynamic:{heads}", model, "peers"))
     if ablation is not None:
