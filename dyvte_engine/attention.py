@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from .errors import DeviceError
 
-BACKENDS = ("flash_attn", "torch_flash", "sdpa")
+# Modules of the flash-attn packages 3, 4 and 2, which share a function's name and arguments.
+_PACKAGES = {"flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute", "flash_attn": "flash_attn"}
+BACKENDS = (*_PACKAGES, "torch_flash", "sdpa")
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,25 @@ class Lengths:
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Lengths, float], Tensor]  # q [N,Hq,D], k, v [N,Hkv,D] -> [N,Hq,D]
 
 
-def _flash_attn_package(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
+def _package(module: str) -> AttentionFn:
+    """The attention of an installed flash-attn package; ImportError comes with the first call."""
 
-    longest = max(lengths.host)
-    return flash_attn_varlen_func(q, k, v, lengths.cu, lengths.cu, longest, longest, softmax_scale=scale, causal=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
+        longest = max(lengths.host)
+        out = importlib.import_module(module).flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=lengths.cu,
+            cu_seqlens_k=lengths.cu,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return out[0] if isinstance(out, tuple) else out  # some versions give the log-sum-exp too
+
+    return attend
 
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
@@ -53,7 +70,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Te
     return out
 
 
-_FUNCTIONS: dict[str, AttentionFn] = {"flash_attn": _flash_attn_package, "torch_flash": _torch_flash, "sdpa": _sdpa}
+_FUNCTIONS: dict[str, AttentionFn] = {
+    **{name: _package(module) for name, module in _PACKAGES.items()},
+    "torch_flash": _torch_flash,
+    "sdpa": _sdpa,
+}
 
 
 def try_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str | None:

@@ -48,7 +48,9 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
-    attn_backend: Annotated[str, typer.Option(help="auto, flash_attn, torch_flash, sdpa")] = "auto",
+    attn_backend: Annotated[
+        str, typer.Option(help="auto, flash_attn_3, flash_attn_4, flash_attn, torch_flash, sdpa")
+    ] = "auto",
     max_len: Annotated[int | None, typer.Option(help="Prompt and answer tokens of one sequence.")] = None,
     drop_early_kv: Annotated[bool, typer.Option(help="Also drop the early layers' visual K/V.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,

@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "pillow", "flash-attn", "accelerate")
+PACKAGES = (
+    "torch", "transformers", "numpy", "tokenizers", "safetensors", "pillow",
+    "flash-attn", "flash-attn-3", "flash-attn-4", "accelerate",
+)  # fmt: skip
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
 
 Report = dict[str, Any]
