@@ -1,4 +1,4 @@
-"""The flash-attn packages' interfaces. The packages themselves need a GPU: tests/engine/test_gpu.py runs those there."""
+"""The interfaces of the flash-attn packages, which themselves need a GPU: tests/engine/test_gpu.py runs those there."""
 
 import sys
 from itertools import pairwise
