@@ -18,7 +18,7 @@ DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
-.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat heads nano-results smol bench bench-docs gpu-bench gpu-check doctor clean distclean FORCE
+.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check doctor clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -109,6 +109,12 @@ nano-results: build ## nano on the nine tasks under its own heads and those of `
 	$(VENV)/bin/dyvte-engine sweep nano --limit 48 --batch 32 --answers $(HEADS)/results.jsonl \
 		--heads own=dyvte_engine/assets/nano/exit_heads.safetensors --heads light=$(HEADS)/light.safetensors \
 		--out docs/nano-curve.json --plot docs/nano-curve.png --page docs/nano-curve.md
+
+findings: build ## the paper's figures and tables for nano, after `make heads` (docs/findings.md); into docs/findings
+	$(VENV)/bin/dyvte-engine analyze nano --batch 32 --out outputs/findings
+	$(VENV)/bin/dyvte-engine ablate-heads $(HEADS)/labels --kind light --out $(HEADS)/ablation
+	$(VENV)/bin/dyvte-engine reproduce nano --batch 32 --ablation $(HEADS)/ablation --out outputs/findings
+	mkdir -p docs/findings && cp outputs/findings/*.md outputs/findings/*.png docs/findings/
 
 SMOL ?= --batch 128 --workers 12
 SMOL_EVAL ?= --limit 300
