@@ -78,7 +78,7 @@ def renamed(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         if ".attn.qkv." in name:
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                out[_named(name.replace(".attn.qkv.", f".attention.{part}_proj."))] = rows.contiguous()
+                out[_named(name.replace(".attn.qkv.", f".attention.{part}_proj."))] = rows.clone()
         else:
             out[_named(name)] = _stretched(tensor, config) if name.endswith("position_embedding") else tensor
     return out

@@ -30,6 +30,23 @@ def test_a_folder_loads(family, tmp_path, monkeypatch):
         assert result.stats.prefill_tflops < result.stats.prefill_tflops_keep_all
 
 
+def test_the_names_that_published_llava_checkpoints_have(tmp_path, monkeypatch):
+    """llava-hf/llava-1.5-7b-hf and -13b-hf: the decoder under `language_model.model`, CLIP under `vision_model`."""
+    hf = zoo.model("llava")
+    hf.save_pretrained(tmp_path)
+    names = {}
+    for name, weight in hf.state_dict().items():
+        bare = name.removeprefix("model.")
+        old = bare.replace("language_model.", "language_model.model.").replace("lm_head.", "language_model.lm_head.")
+        if old.startswith("vision_tower.") and "vision_model" not in old:
+            old = old.replace("vision_tower.", "vision_tower.vision_model.")
+        names[old] = weight.clone()
+    save_file(names, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name, **options: zoo.processor("llava"))
+    loaded = Engine.from_pretrained(tmp_path, dtype="float32", device="cpu", max_len=64).model.hf.state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in hf.state_dict().items())
+
+
 def test_weights_that_are_missing_or_of_another_shape(tmp_path):
     hf = zoo.model("llava")
     hf.save_pretrained(tmp_path)
