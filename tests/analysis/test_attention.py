@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.autograd.profiler import profile
 
-from dyvte_engine import Engine, EngineConfig, FixedExit, KeepAll
+from dyvte_engine import Engine, EngineConfig, FixedExit, InvalidArgumentError, KeepAll
 from dyvte_engine.analysis import attention
 from dyvte_engine.analysis.attention import FIELDS, AttentionWatch, layer_statistics
 from dyvte_engine.eval.lines import LineFile
@@ -145,6 +145,13 @@ def test_bfloat16_keys_are_read_in_fp32():
     torch.testing.assert_close(layer_statistics(q, k, visual, 13, 0.3), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu():
+    q, k, visual = case(heads=4, kv_heads=2, n=300)
+    on_gpu = layer_statistics(q.cuda(), k.cuda(), visual.cuda(), 13, 0.3)
+    torch.testing.assert_close(on_gpu, layer_statistics(q, k, visual, 13, 0.3), rtol=1e-5, atol=1e-6)
+
+
 def peak_bytes(run):
     """The most that is allocated at once while `run` runs, beyond what was there before, from torch's own record."""
     with profile(profile_memory=True) as recorded:
@@ -189,3 +196,13 @@ def test_measured_once_and_kept(tmp_path):
     assert np.isnan(whole[:, 2, FIELDS.index("w_visual")]).all() and not np.isnan(whole[:, 1]).any()
     other = attention.measure(engine, samples, None, again)
     assert abs(other[:, 2] - whole[:, 2])[:, FIELDS.index("w_text")].max() > 1e-3
+
+
+def test_lines_of_another_model_are_refused_and_a_cut_line_is_dropped(tmp_path):
+    path, header = tmp_path / "lines.jsonl", {"model_fingerprint": "a", "dtype": "float32"}
+    LineFile(path, header, "attention").add([{"key": 1}, {"key": 2}])
+    path.write_text(path.read_text() + '{"key": 3, "val')
+    assert LineFile(path, header, "attention").entries == [{"key": 1}, {"key": 2}]
+    assert path.read_text().endswith('{"key": 2}\n')
+    with pytest.raises(InvalidArgumentError, match=r"attention: .*lines.jsonl is of another model or dtype"):
+        LineFile(path, {**header, "dtype": "bfloat16"}, "attention")
