@@ -172,6 +172,7 @@ def reproduce(
     with _err.status(f"loading {model}"):
         engine = Engine.from_pretrained(model, None, dtype, device, **options)
     tasks = within_range(engine, tasks, all_forms)
+    methods += paper.exits_by_hand(paper_model, engine.model.shape.num_layers)
     file = AnswerFile(out / "answers.jsonl", engine.model.fingerprint)
     with _progress() as progress:
         bar = progress.add_task("", total=paper.units(methods, tasks))

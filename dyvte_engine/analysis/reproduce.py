@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..errors import HeadsError, InvalidArgumentError, ModelError
 from ..eval.cli import named
 from ..eval.task import Task
-from ..policies import DynamicExit, KeepAll, VisualTokenPolicy
+from ..policies import DynamicExit, FixedExit, KeepAll, VisualTokenPolicy
 from . import tables
 from .benchmarks import Benchmarks, heads_policy
 from .exits import KEEP_ALL
@@ -21,7 +21,7 @@ from .tables import ABLATED, BENCHMARKS, PEERS, Figures, Table
 
 
 class Method(NamedTuple):
-    """A policy under the name it has in the tables; `group` says in which: main, peers, states, transfer."""
+    """A policy under the name it has in the tables; `group` says in which: main, depths, peers, states, transfer."""
 
     name: str
     policy: VisualTokenPolicy
@@ -30,7 +30,7 @@ class Method(NamedTuple):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return ABLATED if self.group == "states" else tuple(BENCHMARKS)
+        return ABLATED if self.group in ("states", "depths") else tuple(BENCHMARKS)
 
 
 def methods(heads: str, model: str, ablation: Path | None, transfer: Sequence[str]) -> list[Method]:
@@ -57,6 +57,12 @@ def methods(heads: str, model: str, ablation: Path | None, transfer: Sequence[st
             raise InvalidArgumentError(f"transfer is {entry!r}; accepted: NAME=HEADS_FILE")
         chosen.append(_of_file(name, Path(other), "transfer"))
     return chosen
+
+
+def exits_by_hand(paper_model: str, layers: int) -> list[Method]:
+    """An exit at each depth of the paper's figure 3 but the last, which is the model without one."""
+    depths = tables.exit_depths(paper_model, layers)
+    return [Method(n, FixedExit(k - 1), f"fixed:{k - 1}", "depths") for n, k in depths.items() if n != "without"]
 
 
 def _of_file(name: str, file: Path, group: str) -> Method:
@@ -107,6 +113,7 @@ def all_tables(found: Reproduction, own: str, layers: int, paper_model: str) -> 
         peers = Table(peers.title, f"{peers.note} Not measured: {reasons}.", peers.head, peers.rows)
     return [
         tables.accuracy(found.figures, paper_model, layers),
+        tables.manual_exit(found.figures, paper_model, layers),
         tables.published_flops(),
         tables.latency(),
         tables.token_states(found.figures if "states" in groups else None),

@@ -201,6 +201,36 @@ def _pair(figures: Figures, method: str, task: str) -> str:
     return f"{score.value:.1f}" if method == "without" else f"{score.value:.1f} / {layer.value:.1f}"
 
 
+def manual_exit(figures: Figures, paper_model: str, layers: int) -> Table:
+    """Fig 3 at equal shares of the depth; methods are named as `exit_depths` says. The last is the full model."""
+    published = _manual(paper_model)
+    head = ["layers that see the picture"]
+    for task in ABLATED:
+        head += [f"{BENCHMARKS[task]}: paper", "ours"]
+    rows = []
+    for place, (method, k) in enumerate(exit_depths(paper_model, layers).items()):
+        row = [f"{published['k'][place]} of {published['k'][-1]}, ours {k} of {layers}"]
+        for task in ABLATED:
+            row += [f"{published[BENCHMARKS[task]][place]:.1f}", figures.shown(method, task)]
+        rows.append(row)
+    return Table("Accuracy after k layers (figure 3)", f"Paper: {_manual_name(paper_model)}.", head, rows)
+
+
+def exit_depths(paper_model: str, layers: int) -> dict[str, int]:
+    """{method: k} at the published k's shares of the depth; "without" is the one that keeps the picture."""
+    ks = _manual(paper_model)["k"]
+    return {("without" if k == ks[-1] else f"{k} of {ks[-1]}"): round(k / ks[-1] * layers) for k in ks}
+
+
+def _manual_name(paper_model: str) -> str:
+    """Where the paper has no curve of this model, LLaVA-1.5-7B's."""
+    return paper_model if paper_model in paper()["manual_exit"]["models"] else "LLaVA-1.5-7B"
+
+
+def _manual(paper_model: str) -> dict[str, list[float]]:
+    return paper()["manual_exit"]["models"][_manual_name(paper_model)]
+
+
 def latency() -> Table:
     """Table 3, which this command does not measure."""
     rows = [

@@ -10,6 +10,7 @@ from dyvte_engine import (
     DynamicExit,
     Engine,
     FastV,
+    FixedExit,
     HeadsError,
     InvalidArgumentError,
     KeepAll,
@@ -75,6 +76,24 @@ def test_any_harness_fills_the_tables(tmp_path):
     assert len(record["measured"]) == 5 * 6 and record["refused"] == found.refused
     assert "| GQA | 63.1 |" in (tmp_path / "tables.md").read_text()
     assert "<td>63.1</td>" in (tmp_path / "tables.html").read_text()
+
+
+def test_accuracy_after_k_layers_at_equal_depths():
+    assert tables.exit_depths("LLaVA-1.5-7B", 12) == {
+        "0 of 32": 0,
+        "8 of 32": 3,
+        "16 of 32": 6,
+        "24 of 32": 9,
+        "without": 12,
+    }
+    assert list(tables.exit_depths("LLaVA-1.5-13B", 40).values()) == [0, 8, 16, 24, 32, 40]
+    assert tables.exit_depths("VILA-7B", 28) == tables.exit_depths("LLaVA-1.5-7B", 28)
+    methods = reproduce.exits_by_hand("LLaVA-1.5-7B", 12)
+    assert [m.policy for m in methods] == [FixedExit(k) for k in (-1, 2, 5, 8)] and methods[0].tasks == tables.ABLATED
+    found = reproduce.measure(Harness(), methods)
+    table = tables.manual_exit(found.figures, "LLaVA-1.5-7B", 12)
+    assert table.rows[2][:3] == ["16 of 32, ours 6 of 12", "55.1", "57.0 (51.0-69.0)"]
+    assert [row[1] for row in table.rows] == ["29.8", "41.4", "55.1", "61.5", "62.0"] and table.rows[4][2] == "-"
 
 
 def test_published_flops_are_computed():
