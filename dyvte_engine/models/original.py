@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from . import intern_vit
+from .image_processors import pil_image_processor
 
 _PROJECTOR, _TOWER, _DECODER, _HEAD = "model.mm_projector.", "model.vision_tower.vision_tower.", "model.", "lm_head."
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # old releases stored these too
@@ -191,7 +192,7 @@ def _processor(source: Path, config: dict[str, Any], tower: Any) -> tuple[Any, d
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     side = _side(tower.image_size)
     colours = (intern_vit.MEAN, intern_vit.STD) if tower.model_type == "internvl_vision" else (_CLIP_MEAN, _CLIP_STD)
-    pictures = _image_processor_class()(
+    pictures = pil_image_processor("llava", "LlavaImageProcessor")(
         do_pad=config["image_aspect_ratio"] == "pad",
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
@@ -212,16 +213,6 @@ def _processor(source: Path, config: dict[str, Any], tower: Any) -> tuple[Any, d
 
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-
-
-def _image_processor_class() -> Any:
-    try:  # transformers 5 keeps the PIL image processor beside the torchvision one
-        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-    except ImportError:
-        from transformers.models.llava.image_processing_llava import LlavaImageProcessor
-
-        return LlavaImageProcessor
-    return LlavaImageProcessorPil
 
 
 def _grown(weight: Tensor, rows: int) -> Tensor:

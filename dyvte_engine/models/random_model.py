@@ -11,6 +11,7 @@ import torch
 
 from ..config import DecoderShape
 from ..errors import ModelError
+from .image_processors import pil_image_processor
 
 _TEMPLATE = (
     "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
@@ -57,24 +58,15 @@ def byte_processor(config: Any) -> Any:
 
     tower = config.vision_config
     square = {"height": tower.image_size, "width": tower.image_size}
+    pictures = pil_image_processor("clip", "CLIPImageProcessor")
     return transformers.LlavaProcessor(
-        image_processor=_image_processor_class()(size=square, do_center_crop=False, crop_size=square),
+        image_processor=pictures(size=square, do_center_crop=False, crop_size=square),
         tokenizer=_byte_tokenizer(config),
         patch_size=tower.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(tower.model_type == "clip_vision_model"),  # its class token
         chat_template=_TEMPLATE,
     )
-
-
-def _image_processor_class() -> Any:
-    try:  # transformers 5 keeps the PIL image processor beside the torchvision one
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    except ImportError:
-        from transformers import CLIPImageProcessor
-
-        return CLIPImageProcessor
-    return CLIPImageProcessorPil
 
 
 def _byte_tokenizer(config: Any) -> Any:

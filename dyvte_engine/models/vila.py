@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .image_processors import pil_image_processor
 from .original import TEMPLATE
 from .strict import load_whole, stored_config
 
@@ -102,7 +103,7 @@ def _processor(root: Path, vision: Any) -> tuple[Any, int, int]:
     tokenizer.add_tokens([transformers.AddedToken("<image>", special=True, normalized=False)])
     side = -(-(vision.image_size // vision.patch_size) // 2)
     processor = transformers.LlavaProcessor(
-        transformers.AutoImageProcessor.from_pretrained(root / "vision_tower"),
+        pil_image_processor("siglip", "SiglipImageProcessor").from_pretrained(root / "vision_tower"),
         tokenizer,
         # One row for a "patch" as large as the picture, and the others on top.
         patch_size=vision.image_size,
