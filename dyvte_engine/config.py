@@ -87,8 +87,11 @@ class EngineConfig:
     page_size: int = 16
     drop_early_kv: bool = False
     cuda_graphs: bool = True
+    pack_weights: bool = False
 
     def __post_init__(self) -> None:
+        if self.pack_weights and self.device.type != "cpu":
+            raise InvalidArgumentError(f"pack_weights is True on {self.device}; accepted: False, it is for CPUs")
         for name in ("max_batch", "max_len", "page_size"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1) and not (name == "max_len" and value is None):

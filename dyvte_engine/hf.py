@@ -64,8 +64,8 @@ def enable(model: Any, policy: VisualTokenPolicy | None = None, **options: Any) 
 
     Args:
         policy: when visual tokens leave; default `KeepAll()`. To be changed at the returned object.
-        **options: max_batch, max_len, page_size, attn_backend, drop_early_kv, cuda_graphs: as in
-            `Engine.from_pretrained`.
+        **options: max_batch, max_len, page_size, attn_backend, drop_early_kv, cuda_graphs, pack_weights: as in
+            `Engine.from_pretrained`, but pack_weights is False: with True the weights must not change any more.
 
     The model's weights are used where they are, in eval mode and without gradients; move it before, not after.
 

@@ -238,9 +238,14 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return _silu_mul(gate_up)
 
 
-def few_rows(dtype: torch.dtype) -> int:
-    """Up to so many rows `linear` is faster than torch's own (measured where that has matrix units for 16 bits)."""
-    return 16 if dtype == torch.float32 else 10
+def few_rows(dtype: torch.dtype, packed: bool = False) -> int:
+    """Up to so many rows `linear` is faster than torch's own, or than a product with weights that were packed before.
+
+    Measured where torch has matrix units for 16 bits.
+    """
+    if dtype == torch.float32:
+        return 16
+    return 4 if packed else 10
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

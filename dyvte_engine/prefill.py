@@ -68,6 +68,7 @@ def prefill(
         pack, stay = _leave(policy, state, policy.decide(state), exit_layers)
         hidden = hidden[stay]
     x = ops.rms_norm(hidden, decoder.layers[0].input_norm, decoder.eps)
+    space = decoder.space(len(hidden))
     for number, layer in enumerate(decoder.layers):
         q, k, v = layer.project_qkv(x)
         if pending is not None:
@@ -88,7 +89,7 @@ def prefill(
         if only_last:
             hidden = hidden[pack.last_rows]
         x = ops.add_rms_norm_(hidden, layer.project_out(attended), layer.post_norm, layer.eps)
-        out = layer.mlp(x)
+        out = layer.mlp(x, space)
         if number < len(pack.additions):
             hidden += out
             out = pack.additions[number][pack.source]

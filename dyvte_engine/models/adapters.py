@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from .decoder import Decoder
 from .eagle import is_eagle, load_eagle
 from .families import DECODER_ALONE, LANGUAGE_MODELS, Family, family_of, join, visual_ids
 from .intern_vit import tell_states
+from .linear import PackedLinears
 from .rotary import rotations
 from .strict import load_whole, stored_config
 from .tower_graphs import TowerGraphs
@@ -101,6 +102,7 @@ class VisionLanguageModel:
         inner = self.family.language_model
         self.language_model = getattr(hf_model.model, inner) if inner else hf_model.model
         self.tower_graphs: TowerGraphs | None = None
+        self.packed_vision: PackedLinears | None = None
         self.fingerprint = _fingerprint(config, self.language_model)
         self.decoder = Decoder(self.language_model, hf_model.get_output_embeddings(), self.shape, max_len)
 
@@ -111,6 +113,14 @@ class VisionLanguageModel:
             given = f"{self.name} has no processor: its vision code lives elsewhere"
             raise ModelError(f"{given}; accepted: Engine.prefill(inputs_embeds, visual_mask)")
         return self._processor
+
+    def pack(self) -> None:
+        """On a CPU: keep all linear layers' weights a second time, in oneDNN's layout. They must not change then."""
+        for linear in self.decoder.linears:
+            linear.pack()
+        decoder = {*self.language_model.modules(), self.hf.get_output_embeddings()}
+        vision = [m for m in self.hf.modules() if type(m) is torch.nn.Linear and m not in decoder]
+        self.packed_vision = PackedLinears(vision)
 
     def capture_tower(self) -> None:
         """From here on the tower runs as CUDA graphs, where it sees pictures of one size."""
@@ -230,13 +240,18 @@ class VisionLanguageModel:
         """
         visual = self.visual(inputs["input_ids"]).cpu()
         kept = full = int(visual.sum()) // max(n_images, 1)  # rows of a picture
-        if policy is None or not policy.acts_in_tower or n_images == 0:
-            with self.tower_graphs or nullcontext():
+        with ExitStack() as around:
+            if self.packed_vision is not None:
+                around.enter_context(self.packed_vision)
+            if policy is not None and policy.acts_in_tower and n_images > 0:
+                around.enter_context(policy.in_tower(self.vision))
+                seen = around.enter_context(padded_features(self.vision.projector, full))
                 entry = self._run_to_entry(inputs)
-        else:
-            with policy.in_tower(self.vision), padded_features(self.vision.projector, full) as seen:
+                kept = seen[0]
+            else:
+                if self.tower_graphs is not None:
+                    around.enter_context(self.tower_graphs)
                 entry = self._run_to_entry(inputs)
-            kept = seen[0]
         positions = self._positions(entry, len(lengths))
         added = _additions(entry)
         out = []

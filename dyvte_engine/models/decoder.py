@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..config import DecoderShape
 from ..errors import ModelError
+from .linear import Linear
 from .rotary import rotations
 
 
-def _fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def _fuse(linears: Sequence[nn.Linear]) -> Linear:
     """Stack the weights (and biases) of linears with one input; leaves them as views of the stack."""
     weight = torch.cat([m.weight.data for m in linears])
     bias = None if linears[0].bias is None else torch.cat([m.bias.data for m in linears])
@@ -31,13 +31,11 @@ def _fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
         if bias is not None:
             m.bias.data = bias[rows]
         start += m.out_features
-    return weight, bias
+    return Linear(weight, bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [N, k] -> [N, n]. A few rows on a CPU are bound by reading the weight, which the own kernel does faster."""
-    few = x.device.type == "cpu" and len(x) <= ops.few_rows(x.dtype)
-    return ops.linear(x, weight, bias) if few else F.linear(x, weight, bias)
+def _linear(module: nn.Linear) -> Linear:
+    return Linear(module.weight.data, None if module.bias is None else module.bias.data)
 
 
 @dataclass
@@ -48,11 +46,11 @@ class DecoderLayer:
     input_norm: Tensor
     post_norm: Tensor
     eps: float
-    qkv: tuple[Tensor, Tensor | None]
+    qkv: Linear
     qk_norm: tuple[Tensor, Tensor] | None
-    out: nn.Linear
-    gate_up: tuple[Tensor, Tensor | None]
-    down: nn.Linear
+    out: Linear
+    gate_up: Linear
+    down: Linear
 
     @classmethod
     def from_hf(cls, layer: Any, shape: DecoderShape) -> DecoderLayer:
@@ -65,15 +63,15 @@ class DecoderLayer:
             eps=layer.input_layernorm.variance_epsilon,
             qkv=_fuse((attn.q_proj, attn.k_proj, attn.v_proj)),
             qk_norm=None if q_norm is None else (q_norm.weight.data, attn.k_norm.weight.data),
-            out=attn.o_proj,
+            out=_linear(attn.o_proj),
             gate_up=_fuse((mlp.gate_proj, mlp.up_proj)),
-            down=mlp.down_proj,
+            down=_linear(mlp.down_proj),
         )
 
     def project_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, d], normalised -> q [N, Hq, D], k and v [N, Hkv, D], views of one tensor."""
         s = self.shape
-        qkv = linear(x, *self.qkv).view(len(x), -1, s.head_dim)
+        qkv = self.qkv(x).view(len(x), -1, s.head_dim)
         q, k, v = qkv.split((s.num_heads, s.num_kv_heads, s.num_kv_heads), dim=1)
         if self.qk_norm is not None:
             q = ops.rms_norm(q, self.qk_norm[0], self.eps)
@@ -84,22 +82,21 @@ class DecoderLayer:
         """x [N, d], normalised -> q [B, Hq, D] of the rows told and k [N, Hkv, D] of all: enough to score tokens."""
         s = self.shape
         sizes = (s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim, s.num_kv_heads * s.head_dim)
-        weight, bias = self.qkv
-        w_q, w_k, _ = weight.split(sizes)
-        b_q, b_k, _ = (None, None, None) if bias is None else bias.split(sizes)
-        q = linear(x[query_rows], w_q, b_q).view(len(query_rows), -1, s.head_dim)
-        k = linear(x, w_k, b_k).view(len(x), -1, s.head_dim)
+        w_q, w_k, _ = self.qkv.weight.split(sizes)
+        b_q, b_k, _ = (None, None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        q = Linear(w_q, b_q)(x[query_rows]).view(len(query_rows), -1, s.head_dim)
+        k = Linear(w_k, b_k)(x).view(len(x), -1, s.head_dim)
         if self.qk_norm is not None:
             q, k = ops.rms_norm(q, self.qk_norm[0], self.eps), ops.rms_norm(k, self.qk_norm[1], self.eps)
         return q, k
 
     def project_out(self, attended: Tensor) -> Tensor:
         """attended [N, Hq, D] -> [N, d], to be added to the residual stream."""
-        return linear(attended.flatten(1), self.out.weight, self.out.bias)
+        return self.out(attended.flatten(1))
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """x [N, d], normalised -> [N, d], to be added to the residual stream."""
-        return linear(ops.silu_mul(linear(x, *self.gate_up)), self.down.weight, self.down.bias)
+    def mlp(self, x: Tensor, space: Tensor | None = None) -> Tensor:
+        """x [N, d], normalised -> [N, d], to be added to the residual stream. `space`: [N or more, 2 m] to work in."""
+        return self.down(ops.silu_mul(self.gate_up(x, space)))
 
 
 class Decoder:
@@ -117,10 +114,21 @@ class Decoder:
         self.norm = language_model.norm.weight.data
         self.eps: float = language_model.norm.variance_epsilon
         self.embed: nn.Embedding = language_model.embed_tokens
-        self.lm_head = lm_head
+        self.lm_head = _linear(lm_head)
         self.scale = shape.head_dim**-0.5
         device = self.norm.device
         self.cos_sin = rotations(language_model, torch.arange(self.max_len, device=device)[None])
+
+    @property
+    def linears(self) -> list[Linear]:
+        """All its projections."""
+        return [p for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [self.lm_head]
+
+    def space(self, rows: int) -> Tensor | None:
+        """Memory [rows, 2 m] that the layers of a pass may share; none on CUDA, where torch keeps what was freed."""
+        if self.norm.is_cuda:
+            return None
+        return self.norm.new_empty(rows, 2 * self.shape.intermediate_size)
 
     def rotate(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         """x [n, H, D] turned as keys and queries are, cos_sin f32 [n, rot_dim]; in plain torch, for scores only."""
@@ -131,4 +139,4 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, d], normalised -> float32 [B, vocab]."""
-        return linear(hidden, self.lm_head.weight, self.lm_head.bias).float()
+        return self.lm_head(hidden).float()

@@ -1,0 +1,86 @@
+"""Linear layers on a CPU: weights a second time in the layout that oneDNN computes in.
+
+torch's own `linear` brings the weight into that layout at every call, which for the few dozen rows of a prompt takes as
+long as the product itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+_ROWS = 64  # oneDNN picks a layout for about so many
+
+
+@dataclass(eq=False)
+class Linear:
+    """weight [n, k], bias [n] or None; `packed` is that weight in oneDNN's layout, where there is one."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Make the packed copy. The weight must not change afterwards."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS)
+
+    def _gains(self, rows: int) -> bool:
+        """In float32 MKL, which torch uses, is ahead again for long prompts and in narrow layers (measured)."""
+        return self.weight.dtype != torch.float32 or rows <= 48 or (rows <= 256 and self.weight.shape[1] >= 1024)
+
+    def __call__(self, x: Tensor, space: Tensor | None = None) -> Tensor:
+        """x [..., k] -> [..., n]. A few rows on a CPU are bound by reading the weight: the own kernel is for those.
+
+        space: [rows, n] of at least as many rows as x [N, k]; the result may lie there.
+        """
+        if x.device.type != "cpu":
+            return F.linear(x, self.weight, self.bias)
+        if x.dim() == 2 and len(x) <= ops.few_rows(x.dtype, self.packed is not None):
+            return ops.linear(x, self.weight, self.bias)
+        if self.packed is None or not self._gains(x.shape[:-1].numel()):
+            if space is None or self.bias is not None:
+                return F.linear(x, self.weight, self.bias)
+            out, half = space[: len(x)], len(self.weight) // 2  # narrower products run closer to the peak
+            torch.mm(x, self.weight[:half].t(), out=out[:, :half])
+            torch.mm(x, self.weight[half:].t(), out=out[:, half:])
+            return out
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class PackedLinears:
+    """While it is entered, the `nn.Linear`s handed over compute with packed weights."""
+
+    def __init__(self, modules: list[nn.Linear]):
+        self._pairs = [(m, Linear(m.weight.data, None if m.bias is None else m.bias.data)) for m in modules]
+        for _, linear in self._pairs:
+            linear.pack()
+
+    def __enter__(self) -> None:
+        for module, linear in self._pairs:
+            module.forward = linear  # type: ignore[method-assign,assignment]
+
+    def __exit__(self, *exc: object) -> None:
+        for module, _ in self._pairs:
+            del module.forward
+
+
+@functools.cache
+def packing_fault(dtype: torch.dtype) -> str | None:
+    """Try a packed product. Returns None if it works here, else the reason in one sentence."""
+    if dtype == torch.float16:
+        return "not used for float16"
+    try:
+        x, weight, bias = (torch.randn(size).to(dtype) for size in ((20, 48), (32, 48), (32,)))
+        packed = Linear(weight, bias)
+        packed.pack()
+        if not torch.allclose(packed(x).float(), F.linear(x, weight, bias).float(), rtol=2e-2, atol=1e-1):
+            return "its result differs from torch's linear"
+    except Exception as e:  # whatever oneDNN raises is the reason it does not work here
+        return f"{type(e).__name__}: {str(e).splitlines()[0]}"
+    return None

@@ -1,0 +1,91 @@
+"""Packed weights on a CPU change the time of a product and nothing else."""
+
+import pytest
+import torch
+
+from dyvte_engine import DeviceError, Engine, EngineConfig, FixedExit, InvalidArgumentError, ToMe
+from dyvte_engine.models.linear import Linear, PackedLinears, packing_fault
+from tests import tiny
+from tests.engine.conftest import build
+from tests.engine.test_keep_all import FAMILIES
+
+CPU = torch.device("cpu")
+DTYPES = [pytest.param(d, marks=pytest.mark.skipif(bool(packing_fault(d)), reason=str(packing_fault(d)))) for d in
+          (torch.float32, torch.bfloat16)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 5, 16, 17, 48, 49, 300])
+@pytest.mark.parametrize(("k", "n"), [(48, 96), (1024, 40), (7, 3)])
+def test_products(k, n, rows, dtype):
+    """The error against float64 is at most twice that of torch's own product, with every layout and for every size."""
+    x, weight, bias = (t.to(dtype) for t in (torch.randn(rows, k), torch.randn(n, k), torch.randn(n)))
+    packed, plain = Linear(weight, bias), Linear(weight, bias)
+    packed.pack()
+    want = x.double() @ weight.double().T + bias.double()
+    theirs = (torch.nn.functional.linear(x, weight, bias).double() - want).norm()
+    for got in (packed(x), plain(x), packed(x[None])[0]):
+        assert got.shape == (rows, n) and got.dtype == dtype
+        assert (got.double() - want).norm() <= 2 * theirs + 1e-6 * want.norm()
+    space = torch.full((rows + 2, n), torch.nan, dtype=dtype)
+    free, given = Linear(weight)(x), Linear(weight)(x, space)
+    torch.testing.assert_close(given, free, rtol=1e-2, atol=1e-3)
+    assert space[rows:].isnan().all()
+
+
+def test_modules_are_packed_only_while_entered():
+    linear = torch.nn.Linear(32, 16)
+    x = torch.randn(4, 9, 32)
+    want = linear(x)
+    with PackedLinears([linear]):
+        assert "forward" in linear.__dict__
+        torch.testing.assert_close(linear(x), want)
+    assert "forward" not in linear.__dict__
+
+
+@pytest.mark.parametrize(("decoder", "vision"), FAMILIES)
+def test_greedy_tokens_equal_generate(decoder, vision):
+    engine, hf = build(decoder, vision, pack_weights=True)
+    assert engine.model.packed_vision is not None
+    texts, images = tiny.prompts(seed=300 + FAMILIES.index((decoder, vision)), n=24)
+    want = [tiny.hf_greedy(hf, engine.model.processor, t, i, 8) for t, i in zip(texts, images)]
+    assert [r.token_ids for r in engine.generate(texts, images, chat=False, max_new_tokens=8)] == want
+
+
+@pytest.mark.parametrize("policy", [FixedExit(1), ToMe(0.5)])
+def test_policies_run_with_packed_weights(policy):
+    plain, packed = (build(policy=policy, pack_weights=pack)[0] for pack in (False, True))
+    texts, images = tiny.prompts(seed=310, n=12)
+    answers = [e.generate(texts, images, chat=False, max_new_tokens=6) for e in (plain, packed)]
+    assert [r.token_ids for r in answers[0]] == [r.token_ids for r in answers[1]]
+
+
+def test_logits_error_is_at_most_twice_torchs():
+    engine, low = build(dtype=torch.bfloat16, pack_weights=True)
+    exact = tiny.model().to(torch.bfloat16).double()
+    texts, images = tiny.prompts(seed=311, n=6)
+    ours, theirs = [], []
+    for text, pictures in zip(texts, images):
+        embeds, visual, _ = tiny.embed(low, engine.model.processor, text, pictures)
+        want = tiny.masked_logits(exact, embeds.double(), tiny.see_all(len(embeds)))[-1]
+        with engine.prefill(embeds, visual) as running:
+            ours.append(running.logits[0].double() - want)
+        theirs.append(tiny.masked_logits(low, embeds, tiny.see_all(len(embeds)))[-1].double() - want)
+    assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
+
+
+def test_the_option(tmp_path, monkeypatch):
+    folder = tiny.save(tmp_path / "tiny")
+    given = {"dtype": "float32", "device": "cpu", "max_len": 64}
+    assert Engine.from_pretrained(folder, **given).config.pack_weights
+    assert not Engine.from_pretrained(folder, pack_weights=False, **given).config.pack_weights
+    weights = sum(p.nbytes for p in tiny.model().parameters())
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 4 * weights - 1}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    assert not Engine.from_pretrained(folder, **given).config.pack_weights, "more than a quarter of the memory"
+    with pytest.raises(InvalidArgumentError, match="pack_weights is 'yes'; accepted: True, False, 'auto'"):
+        Engine.from_pretrained(folder, pack_weights="yes", **given)
+    with pytest.raises(InvalidArgumentError, match="pack_weights is True on cuda; accepted: False"):
+        EngineConfig(torch.device("cuda"), torch.float32, pack_weights=True)
+    with pytest.raises(DeviceError, match=r"pack_weights does not work here with torch.float16: not used"):
+        build(dtype=torch.float16, pack_weights=True)
