@@ -41,6 +41,7 @@ def collect() -> Report:
         "cpu": _cpu(),
         "gpu": _gpu(),
         "attention": _attention(),
+        "packed_weights": _packed_weights(),
     }
     sdpa = next(a["reason"] for a in report["attention"] if a["name"] in ("sdpa", "all"))  # the CPU's comes first
     named = {
@@ -188,6 +189,17 @@ def _attention() -> list[Report]:
     return records
 
 
+def _packed_weights() -> dict[str, str | None]:
+    """For each dtype why a CPU's linear layers cannot have packed weights; None: they can."""
+    try:
+        import torch
+
+        from dyvte_engine.models.linear import packing_fault
+    except Exception as error:
+        return {"all": _sentence(error)}
+    return {name: packing_fault(getattr(torch, name)) for name in ("float32", "bfloat16", "float16")}
+
+
 def _flash_seqused() -> None:
     """FlashAttention-2 in torch over a contiguous cache whose lengths lie on the device."""
     import torch
@@ -239,6 +251,7 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
     if gpu["reason"]:
         rows.append(("gpu", "none", f"{gpu['reason']}; driver: {gpu['driver'] or 'none found'}"))
     rows += [(f"attention ({a['device']})", a["name"], a["reason"] or "works") for a in report["attention"]]
+    rows += [("packed weights", dtype, reason or "work") for dtype, reason in report["packed_weights"].items()]
     return rows
 
 

@@ -1,14 +1,18 @@
 """The doctor tells the truth about this machine, and never fails itself."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
-from dyvte_engine import doctor, ops
+from dyvte_engine import DeviceError, doctor, ops
+from tests.engine.conftest import build
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,13 @@ def test_every_backend_works_or_says_why(report):
     if not report["gpu"]["devices"]:
         assert "finds no CUDA device" in report["gpu"]["reason"]
         assert report["native"]["runs"]["cuda"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_packed_weights_are_there_for_an_engine_or_not(report, dtype):
+    reason = report["packed_weights"][dtype]
+    with nullcontext() if reason is None else pytest.raises(DeviceError, match=re.escape(reason)):
+        build(dtype=getattr(torch, dtype), pack_weights=True)
 
 
 @pytest.mark.gpu
