@@ -88,8 +88,8 @@ compat: build ## the built library on the oldest supported and the newest torch 
 BENCH := $(PY) -m benchmarks
 bench: build ## benchmarks, quick set for a CPU (under 10 minutes); tables, JSON and plots in outputs/benchmarks
 	$(BENCH).policies --name policies-nano --batch 1 8
-	$(BENCH).policies --name policies-llava-200m --model llava-200m --batch 1 --new-tokens 1 3 16 --seconds 40
-	$(BENCH).policies --name policies-llava-200m-bf16 --model llava-200m --dtype bfloat16 --batch 1 --new-tokens 1 3 16 --seconds 40
+	$(BENCH).policies --name policies-llava-200m --model llava-200m --batch 1 --new-tokens 1 3 16 --seconds 25
+	$(BENCH).policies --name policies-llava-200m-bf16 --model llava-200m --dtype bfloat16 --batch 1 --new-tokens 1 3 16 --seconds 25
 	$(BENCH).curves --n 40 --seconds 30
 	$(BENCH).breakdown --seconds 5
 	$(BENCH).growth --seconds 8

@@ -28,7 +28,7 @@ from dyvte_engine import NANO_HEADS
 from dyvte_engine.assets import resolve_model
 
 ROOT = Path(__file__).parent.parent
-BASE = "transformers"
+BASE = "transformers, float32"
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,11 @@ def openvino(folder: Path, build: Path) -> tuple[Path, Path]:
 def sides(model: str, build: Path) -> tuple[dict[str, Side], dict[str, str]]:
     """All engines that can be had, and why the others cannot."""
     folder, here = Path(resolve_model(model)), Path(sys.executable)
-    found = {
-        BASE: Side(here, "transformers", folder, ""),
-        "this engine, KeepAll": Side(here, "dyvte", folder, "keep-all"),
-    }
-    if model == "nano":
-        found["this engine, DyVTE"] = Side(here, "dyvte", folder, f"dynamic:{NANO_HEADS}")
+    found = {BASE: Side(here, "transformers", folder, "")}
+    policies = {"KeepAll": "keep-all"} | ({"DyVTE": f"dynamic:{NANO_HEADS}"} if model == "nano" else {})
+    for dtype in ("float32", "bfloat16"):
+        for name, policy in policies.items():
+            found[f"this engine, {name}, {dtype}"] = Side(here, "dyvte", folder, f"{dtype} {policy}")
     try:
         python, exported = openvino(folder, build)
     except Unavailable as e:
@@ -234,6 +233,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--build", type=Path, default=ROOT / "build/versus")
     args = parser.parse_args(argv)
+    if (args.device, args.dtype) != ("cpu", "float32"):
+        parser.error(
+            "all engines run on the CPU, this one in float32 and bfloat16: --device and --dtype are not for here"
+        )
     finish(measure(args, argv), args.out, args.name, tables, figure)
 
 

@@ -13,13 +13,14 @@ from PIL import Image
 
 
 class Dyvte:
-    """This project; `option` is the policy in its notation."""
+    """This project; `option` is the dtype and the policy in its notation."""
 
     def __init__(self, folder, option):
         from dyvte_engine import Engine
         from dyvte_engine.policies import parse
 
-        self.engine = Engine.from_pretrained(folder, dtype="float32", device="cpu", policy=parse(option), max_batch=1)
+        dtype, policy = option.split(" ", 1)
+        self.engine = Engine.from_pretrained(folder, dtype=dtype, device="cpu", policy=parse(policy), max_batch=1)
 
     def run(self, picture, text, new_tokens, ends):
         options = {} if ends else {"eos_token_id": self.engine.model.shape.vocab_size}  # a token that never comes

@@ -193,10 +193,17 @@ def test_versus_runs_what_it_can_and_says_what_it_cannot(checkpoint, out, tmp_pa
     broken = ["--build", str(tmp_path / "file")]
     (tmp_path / "file").write_text("a file where the folder should be")
     data = run(versus, out, "--model", checkpoint, "--new-tokens", "3", "--rounds", "3", "--seconds", "0", *broken)
-    assert list(data["engines"]) == ["transformers", "this engine, KeepAll"]
+    assert list(data["engines"]) == [
+        "transformers, float32",
+        "this engine, KeepAll, float32",
+        "this engine, KeepAll, bfloat16",
+    ]
     assert list(data["missing"]) == ["OpenVINO GenAI"]
     assert "venv" in data["missing"]["OpenVINO GenAI"]
-    assert all(e["same_text"] == 1.0 and e["first"]["n"] == 3 for e in data["engines"].values())
+    assert all(e["first"]["n"] == 3 for e in data["engines"].values())
+    assert all(e["same_text"] == 1.0 for name, e in data["engines"].items() if name.endswith("float32"))
+    with pytest.raises(SystemExit):
+        versus.main(["--dtype", "bfloat16"])
     assert "not measured" in versus.tables(data)[0].rows[-1][1]
 
 
