@@ -57,17 +57,16 @@ def _torch_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    start = 0
+    parts, start = [], 0
     for n in lengths.host:
         rows = slice(start, start + n)
         q_b, k_b, v_b = (t[None, rows].transpose(1, 2) for t in (q, k, v))  # [1, H, n, D]
         o = torch.nn.functional.scaled_dot_product_attention(
             q_b, k_b, v_b, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        out[rows] = o[0].transpose(0, 1)
+        parts.append(o[0].transpose(0, 1))
         start += n
-    return out
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 _FUNCTIONS: dict[str, AttentionFn] = {

@@ -76,11 +76,11 @@ def prefill(
             hidden, q, k, v = (rows[stay] for rows in (hidden, q, k, v))
             pending = None
         packs.append(pack)
-        asking = any(pack.n_visual) and any(later >= number for later in ask)
-        if number >= reserved:  # further layers take pages now if it is certain that they see the same rows
-            reserved = number + 1 if asking else num_layers
+        may_leave = any(pack.n_visual)
+        if number >= reserved:  # up to where tokens may leave again, layers see these rows: they take pages together
+            reserved = 1 + min((later for later in ask if later >= number and may_leave), default=num_layers - 1)
             cache.reserve(range(number, reserved), pack.lengths.host)
-        asked = asking and number in ask
+        asked = may_leave and number in ask
         # The other rows of the last layer would feed nothing but the cache.
         only_last = number == num_layers - 1 and not asked and number >= len(pack.additions)
         attended = _attention(decoder, number, attend, cache, q, k, v, pack, only_last)
