@@ -2,7 +2,7 @@
 
     python tools/compat.py [floor|newest ...]
 
-All tests run on the oldest torch and transformers. On the newest torch those of the kernels, the engine and the families do:
+All tests run on the oldest torch and transformers. On the newest torch those of kernels, engine and families do:
 the newest transformers is what every other test run has. The library is not rebuilt: what is tried is the one that
 `make build` made against its own torch. An environment takes about 6 GB, most of it the CUDA packages that torch asks
 for, and is kept in .cache/compat for the next call.
