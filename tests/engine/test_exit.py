@@ -64,19 +64,25 @@ def test_fixed_exit_logits(layer):
 @pytest.mark.parametrize(("rms_eps", "shared"), [(None, False), (1e-6, False), (1e-6, True)])
 def test_dynamic_exit_is_per_sequence_and_first_time_only(states, rms_eps, shared):
     """The layer is the first whose head, in plain torch on transformers' hidden states, says exit."""
-    heads = random_heads(6, states, rms_eps, shared)
-    engine, hf = build(policy=DynamicExit(heads, threshold=0.7))
+    engine, hf = build()
     texts, images = tiny.prompts(seed=31, n=16)
+    entries = [tiny.embed(hf, engine.model.processor, *prompt)[:2] for prompt in zip(texts, images)]
+    for seed in range(6, 40):  # releases of torch draw other weights from a seed
+        heads = random_heads(seed, states, rms_eps, shared)
+        want_layers = [
+            oracle_exit(hf, heads, *entry, 0.7) if pictures else None for entry, pictures in zip(entries, images)
+        ]
+        if len(set(want_layers)) >= 3:
+            break
+    assert len(set(want_layers)) >= 3, "no seed mixes exits"
+    engine.policy = DynamicExit(heads, threshold=0.7)
     got = answers(engine, texts, images)
-    want_layers, want_tokens = [], []
-    for text, pictures in zip(texts, images):
-        embeds, visual, _ = tiny.embed(hf, engine.model.processor, text, pictures)
-        want_layers.append(oracle_exit(hf, heads, embeds, visual, 0.7) if pictures else None)
-        last = LAYERS if want_layers[-1] is None else want_layers[-1]
+    want_tokens = []
+    for (embeds, visual), layer in zip(entries, want_layers):
+        last = LAYERS if layer is None else layer
         want_tokens.append(tiny.masked_greedy(hf, embeds, visual, 6, lambda k, v=visual, e=last: v & (k > e)))
     assert [r.stats.exit_layer for r in got] == want_layers
     assert [r.token_ids for r in got] == want_tokens
-    assert len(set(want_layers)) >= 3, "this seed does not mix exits"
     alone = [answers(engine, t, i) for t, i in zip(texts, images)]
     assert [r.token_ids for r in alone] == want_tokens
     assert [r.stats.exit_layer for r in alone] == want_layers
