@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .lazy import find
+
 if TYPE_CHECKING:
     from . import hf
     from .assets import EXAMPLES, NANO, NANO_HEADS
@@ -94,12 +96,7 @@ def __getattr__(name: str) -> Any:
     """Names are looked up at first use: the doctor must start where torch or the native library is missing."""
     if name == "hf":
         return importlib.import_module(".hf", __name__)
-    if name in __all__:
-        for home in _HOMES:
-            module = importlib.import_module(f".{home}", __name__)
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return find(__name__, name, _HOMES if name in __all__ else ())
 
 
 def __dir__() -> list[str]:

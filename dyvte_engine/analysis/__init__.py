@@ -11,8 +11,9 @@ stages.boundaries, stages.plot(), pandas.DataFrame(stages.rows())
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from ..lazy import find
 
 if TYPE_CHECKING:
     from .attention import FIELDS, KEYS, WEIGHTS, measure
@@ -54,11 +55,7 @@ _HOMES = ("attention", "boundaries", "data", "entropy", "exits", "report", "stag
 
 def __getattr__(name: str) -> Any:
     """Names are looked up at first use, so that the command line starts without torch."""
-    for home in _HOMES if name in __all__ else ():
-        module = importlib.import_module(f".{home}", __name__)
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return find(__name__, name, _HOMES if name in __all__ else ())
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from dyvte_engine import DynamicExit, FastV, FixedExit, KeepAll, compose
 from dyvte_engine.attention import BACKENDS, try_backend
 from tests import tiny
-from tests.engine.conftest import build
+from tests.engine.conftest import build, logits_errors
 from tests.engine.test_exit import random_heads
 from tests.engine.test_keep_all import FAMILIES
 
@@ -52,14 +52,8 @@ def test_backends_stay_within_twice_torchs_error(backend, dtype):
     engine, low = build(dtype=dtype, device="cuda", attn_backend=backend)
     exact = tiny.model().to("cuda", dtype).double()
     texts, images = tiny.prompts(seed=81, n=8)
-    ours, theirs = [], []
-    for text, pictures in zip(texts, images):
-        embeds, visual, _ = tiny.embed(low, engine.model.processor, text, pictures)
-        want = tiny.masked_logits(exact, embeds.double(), tiny.see_all(len(embeds)))[-1]
-        with engine.prefill(embeds, visual) as running:
-            ours.append(running.logits[0].double() - want)
-        theirs.append(tiny.masked_logits(low, embeds, tiny.see_all(len(embeds)))[-1].double() - want)
-    assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
+    ours, theirs = logits_errors(engine, low, exact, texts, images)
+    assert ours <= 2 * theirs
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -7,7 +7,7 @@ import torch
 
 from dyvte_engine import FixedExit, KeepAll
 from tests import tiny
-from tests.engine.conftest import build
+from tests.engine.conftest import build, logits_errors
 
 FAMILIES = [("llama", "clip"), ("llama-gqa", "siglip"), ("mistral", "clip"), ("qwen2", "clip"), ("qwen3", "siglip")]
 
@@ -44,15 +44,8 @@ def test_logits_error_is_at_most_twice_torchs(decoder, vision, dtype):
     engine, low = build(decoder, vision, dtype)
     exact = tiny.model(decoder, vision).to(dtype).double()
     texts, images = tiny.prompts(seed=5, n=6)
-    ours, theirs = [], []
-    for text, pictures in zip(texts, images):
-        embeds, visual, _ = tiny.embed(low, engine.model.processor, text, pictures)
-        nothing = tiny.see_all(len(embeds))
-        want = tiny.masked_logits(exact, embeds.double(), nothing)[-1]
-        with engine.prefill(embeds, visual) as running:
-            ours.append(running.logits[0].double() - want)
-        theirs.append(tiny.masked_logits(low, embeds, nothing)[-1].double() - want)
-    assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
+    ours, theirs = logits_errors(engine, low, exact, texts, images)
+    assert ours <= 2 * theirs
 
 
 def test_cached_decoding_equals_recomputation(tiny_engine):

@@ -6,7 +6,7 @@ import torch
 from dyvte_engine import DeviceError, Engine, EngineConfig, FixedExit, InvalidArgumentError, ToMe
 from dyvte_engine.models.linear import Linear, PackedLinears, packing_fault
 from tests import tiny
-from tests.engine.conftest import build
+from tests.engine.conftest import build, logits_errors
 from tests.engine.test_keep_all import FAMILIES
 
 CPU = torch.device("cpu")
@@ -64,14 +64,8 @@ def test_logits_error_is_at_most_twice_torchs():
     engine, low = build(dtype=torch.bfloat16, pack_weights=True)
     exact = tiny.model().to(torch.bfloat16).double()
     texts, images = tiny.prompts(seed=311, n=6)
-    ours, theirs = [], []
-    for text, pictures in zip(texts, images):
-        embeds, visual, _ = tiny.embed(low, engine.model.processor, text, pictures)
-        want = tiny.masked_logits(exact, embeds.double(), tiny.see_all(len(embeds)))[-1]
-        with engine.prefill(embeds, visual) as running:
-            ours.append(running.logits[0].double() - want)
-        theirs.append(tiny.masked_logits(low, embeds, tiny.see_all(len(embeds)))[-1].double() - want)
-    assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
+    ours, theirs = logits_errors(engine, low, exact, texts, images)
+    assert ours <= 2 * theirs
 
 
 def test_the_option(tmp_path, monkeypatch):
