@@ -55,17 +55,12 @@ def analyze(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Look inside the model: attention stages, entropy, accuracy after k layers, exit layers, single prompts."""
-    import transformers
-
-    from ..engine import Engine
     from ..errors import InvalidArgumentError
     from ..eval.cli import identity_of
     from . import report
     from .benchmarks import heads_policy
     from .data import load_data
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
         layers = None if exits is None else [int(part) for part in exits.split(",")]
     except ValueError as error:
@@ -73,9 +68,7 @@ def analyze(
     notation = _heads(heads, model)
     policy = None if notation is None else heads_policy(notation, model)
     tasks = load_data(data, limit, seed, images, source)
-    options: dict[str, Any] = {"max_batch": batch, "max_len": max_len, "trust_remote_code": trust_remote_code}
-    with _err.status(f"loading {model}"):
-        engine = Engine.from_pretrained(model, None, dtype, device, **options)
+    engine = _engine(model, dtype, device, max_batch=batch, max_len=max_len, trust_remote_code=trust_remote_code)
     tasks = within_range(engine, tasks, all_forms)
     total = report.units(engine.model.shape.num_layers, sum(len(t.samples) for t in tasks), layers, policy is not None)
     with _progress() as progress:
@@ -88,6 +81,17 @@ def analyze(
     page = report.write(found, out, identity_of(engine), " ".join(["dyvte-engine", *sys.argv[1:]]))
     print(page.markdown())
     _err.print(f"written to {out}: report.md, report.html, and each figure as PNG, SVG and JSON")
+
+
+def _engine(model: str, dtype: str, device: str, **options: Any) -> Any:
+    import transformers
+
+    from ..engine import Engine
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with _err.status(f"loading {model}"):
+        return Engine.from_pretrained(model, None, dtype, device, **options)
 
 
 def _progress() -> Progress:
@@ -149,9 +153,6 @@ def reproduce(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Each table of the paper with this model's figures beside it."""
-    import transformers
-
-    from ..engine import Engine
     from ..errors import HeadsError
     from ..eval.cli import identity_of
     from ..eval.run import AnswerFile
@@ -160,17 +161,13 @@ def reproduce(
     from .data import load_data
     from .tables import BENCHMARKS, check_paper_model
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     check_paper_model(paper_model)
     notation = _heads(heads, model)
     if notation is None:
         raise HeadsError(f"no exit heads beside {model}; accepted: --heads FILE")
     methods = paper.methods(notation, model, ablation, transfer or [])
     tasks = load_data(",".join(BENCHMARKS), limit, seed, None, source)
-    options: dict[str, Any] = {"max_batch": batch, "max_len": max_len, "trust_remote_code": trust_remote_code}
-    with _err.status(f"loading {model}"):
-        engine = Engine.from_pretrained(model, None, dtype, device, **options)
+    engine = _engine(model, dtype, device, max_batch=batch, max_len=max_len, trust_remote_code=trust_remote_code)
     tasks = within_range(engine, tasks, all_forms)
     methods += paper.exits_by_hand(paper_model, engine.model.shape.num_layers)
     file = AnswerFile(out / "answers.jsonl", engine.model.fingerprint)
