@@ -49,7 +49,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     attn_backend: Annotated[
-        str, typer.Option(help="auto, flash_attn_3, flash_attn_4, flash_attn, torch_flash, sdpa")
+        str, typer.Option(help="auto, flash_attn_3, flash_attn_4, flash_attn, torch_flash, native, sdpa")
     ] = "auto",
     max_len: Annotated[int | None, typer.Option(help="Prompt and answer tokens of one sequence.")] = None,
     drop_early_kv: Annotated[bool, typer.Option(help="Also drop the early layers' visual K/V.")] = False,

@@ -84,8 +84,8 @@ class Engine:
             policy: when visual tokens leave; default `KeepAll()`.
             dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" is bfloat16 on CUDA, float32 on CPU.
             device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where there is one.
-            attn_backend: "auto", "flash_attn_3", "flash_attn_4", "flash_attn", "torch_flash" or "sdpa"; of the prefill,
-                decoding uses the own kernel.
+            attn_backend: "auto", "flash_attn_3", "flash_attn_4", "flash_attn", "torch_flash", "native" (on a CPU) or
+                "sdpa"; of the prefill, decoding uses the own kernel.
             max_batch, max_len: sequences run together, and prompt + answer tokens of each; they size the K/V pool.
                 max_len defaults to the model's positions, at most 4096.
             page_size: rows of one K/V page.

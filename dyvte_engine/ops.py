@@ -29,6 +29,7 @@ from .ref import (
     rope_append_ref,
     silu_mul_ref,
     token_score_ref,
+    varlen_attention_ref,
 )
 
 __all__ = [
@@ -59,6 +60,8 @@ __all__ = [
     "silu_mul_ref",
     "token_score",
     "token_score_ref",
+    "varlen_attention",
+    "varlen_attention_ref",
 ]
 
 MEAN_VISUAL, LAST_VISUAL, MEAN_TEXT, LAST_TEXT = 1, 2, 4, 8
@@ -96,6 +99,7 @@ _kv_compact = torch.ops.dyvte.kv_compact_.default
 _rope_append = torch.ops.dyvte.rope_append_.default
 _token_score = torch.ops.dyvte.token_score.default
 _decode_attention = torch.ops.dyvte.decode_attention.default
+_varlen_attention = torch.ops.dyvte.varlen_attention.default
 _add_rms_norm = torch.ops.dyvte.add_rms_norm_.default
 _rms_norm = torch.ops.dyvte.rms_norm.default
 _linear = torch.ops.dyvte.linear.default
@@ -220,6 +224,21 @@ def decode_attention(
     return _decode_attention(q, k_pool, v_pool, block_table, kv_lens, scale)
 
 
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool = True) -> Tensor:
+    """Attention of packed sequences over themselves, without an attention map. CPU only; FlashAttention serves CUDA.
+
+    Args:
+        q: [N, Hq, D]; k, v: [N, Hkv, D], packed and rotated.
+        cu_seqlens: int32 [B + 1], where each sequence's rows begin.
+        scale: factor on q k^T.
+        causal: whether a row sees only itself and the rows before it.
+
+    Returns:
+        [N, Hq, D].
+    """
+    return _varlen_attention(q, k, v, cu_seqlens, scale, causal)
+
+
 def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x, both [..., d]; returns `rms_norm(residual, weight, eps)`."""
     return _add_rms_norm(residual, x, weight, eps)
@@ -276,6 +295,7 @@ def _(q: Tensor, k: Tensor, *_: Any) -> Tensor:
     return k.new_empty(k.shape[:1], dtype=torch.float32)
 
 
+@torch.library.register_fake("dyvte::varlen_attention")
 @torch.library.register_fake("dyvte::decode_attention")
 def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)

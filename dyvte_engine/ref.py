@@ -6,6 +6,8 @@ scores and sums stay in float32. Slow, and used by tests, the doctor and readers
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -127,6 +129,20 @@ def decode_attention_ref(
         k, v = k_pool.flatten(0, 1)[at], v_pool.flatten(0, 1)[at].float()  # [n, Hkv, D]
         p = _scores(q[b : b + 1], k, scale).softmax(-1)[:, 0]  # [Hq, n]
         out[b] = torch.einsum("hn,nhd->hd", p, v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)).to(q.dtype)
+    return out
+
+
+def varlen_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool = True
+) -> Tensor:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    cu = cu_seqlens.tolist()
+    for begin, end in pairwise(cu):
+        s = _scores(q[begin:end], k[begin:end], scale)  # [Hq, n, n]
+        if causal:
+            s = s.masked_fill(torch.ones(s.shape[1:], dtype=torch.bool, device=s.device).triu(1), -torch.inf)
+        values = v[begin:end].float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        out[begin:end] = torch.einsum("hnm,mhd->nhd", s.softmax(-1), values).to(q.dtype)
     return out
 
 

@@ -1,6 +1,9 @@
+#include <algorithm>
+
 #include "cache.h"
 #include "dyvte/decode_attention.h"
 #include "dyvte/token_score.h"
+#include "dyvte/varlen_attention.h"
 #include "launch.h"
 #include "ops.h"
 
@@ -90,6 +93,46 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_p
   const Scratch scratch(DYVTE_SCRATCH(vq, p, decode_attention), vq);
   p.scratch = scratch.data();
   DYVTE_LAUNCH(vq, p, decode_attention);
+  return out;
+}
+
+Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
+                        bool causal) {
+  constexpr const char* op = "varlen_attention";
+  const View vq(op, "q", q), vk(op, "k", k), vv(op, "v", v), cu(op, "cu_seqlens", cu_seqlens);
+  if (vq.on_cuda()) fail(op, ": q must be on the CPU; FlashAttention serves CUDA");
+  VarlenAttentionParams p{};
+  p.dtype = data_type(vq);
+  check_shape(vq, {-1, -1, -1}, "[N, Hq, D]");
+  check_shape(vk, {vq.size[0], -1, vq.size[2]}, "[N, Hkv, D]");
+  check_shape(vv, {vk.size[0], vk.size[1], vk.size[2]}, "[N, Hkv, D]");
+  for (const View* t : {&vq, &vk, &vv}) {
+    check_like(*t, vq);
+    check_dense(*t, 1);
+  }
+  p.heads_q = vq.size[1];
+  p.heads_kv = vk.size[1];
+  p.dim = vq.size[2];
+  check_head_dim(vq, p.dim);
+  check_groups(vq, p.heads_q, vk, p.heads_kv);
+  check_index(cu, {-1}, "[B + 1]");
+  p.batch = cu.size[0] - 1;
+  if (p.batch < 0) fail(op, ": cu_seqlens must have shape [B + 1], got [0]");
+  check_device(vq, {&vk, &vv, &cu});
+  check_cumulative(cu, vq.size[0]);
+  p.q = vq.data;
+  p.k = vk.data;
+  p.v = vv.data;
+  p.q_stride = vq.row_stride();
+  p.k_stride = vk.row_stride();
+  p.v_stride = vv.row_stride();
+  p.cu = cu.as<int32_t>();
+  for (int64_t b = 0; b < p.batch; ++b) p.longest = std::max<int64_t>(p.longest, p.cu[b + 1] - p.cu[b]);
+  p.scale = static_cast<float>(scale);
+  p.causal = causal;
+  Tensor out = empty({vq.size[0], p.heads_q, p.dim}, vq.dtype, vq);
+  p.out = out.data_ptr();
+  if (p.longest * p.heads_q > 0) check_status(op, varlen_attention_cpu(p, torch_parallel_for));
   return out;
 }
 

@@ -22,6 +22,8 @@ void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const Tensor& cu_k, double scale);
 Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
                         const Tensor& kv_lens, double scale);
+Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
+                        bool causal);
 Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor silu_mul(const Tensor& gate_up);

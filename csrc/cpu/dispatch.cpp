@@ -6,6 +6,7 @@
 #include "dyvte/rope_append.h"
 #include "dyvte/silu_mul.h"
 #include "dyvte/token_score.h"
+#include "dyvte/varlen_attention.h"
 #include "isa.h"
 
 #if defined(__x86_64__)
@@ -35,6 +36,7 @@ DYVTE_KERNEL(exit_head_cpu, ExitHeadParams)
 DYVTE_KERNEL(rope_append_cpu, RopeAppendParams)
 DYVTE_KERNEL(token_score_cpu, TokenScoreParams)
 DYVTE_KERNEL(decode_attention_cpu, DecodeAttentionParams)
+DYVTE_KERNEL(varlen_attention_cpu, VarlenAttentionParams)
 DYVTE_KERNEL(linear_cpu, LinearParams)
 DYVTE_KERNEL(rms_norm_cpu, RmsNormParams)
 DYVTE_KERNEL(silu_mul_cpu, SiluMulParams)

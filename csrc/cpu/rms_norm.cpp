@@ -58,7 +58,7 @@ Status rms_norm_cpu(const RmsNormParams& p, ParallelFor parallel_for) {
   if (p.d == 0) return nullptr;
   by_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    parallel(parallel_for, p.outer * p.inner, max64(1, 65536 / p.d), [&](int64_t begin, int64_t end) {
+    parallel(parallel_for, p.outer * p.inner, max64(1, 16384 / p.d), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t o = row / p.inner, i = row % p.inner;
         const T* x = static_cast<const T*>(p.x) + o * p.x_outer + i * p.x_inner;

@@ -15,6 +15,7 @@
 #include "dyvte/rope_append.h"
 #include "dyvte/silu_mul.h"
 #include "dyvte/token_score.h"
+#include "dyvte/varlen_attention.h"
 #include "isa.h"
 #include "values.h"
 
@@ -27,6 +28,7 @@
   Status rms_norm_cpu(const RmsNormParams&, ParallelFor);                 \
   Status silu_mul_cpu(const SiluMulParams&, ParallelFor);                 \
   Status linear_cpu(const LinearParams&, ParallelFor);                    \
+  Status varlen_attention_cpu(const VarlenAttentionParams&, ParallelFor); \
   }
 
 DYVTE_TEST_ISA(generic)
@@ -47,7 +49,8 @@ struct Implementation {
   Status (*decode_attention)(const DecodeAttentionParams&, ParallelFor);
   Status (*rms_norm)(const RmsNormParams&, ParallelFor);
   Status (*silu_mul)(const SiluMulParams&, ParallelFor);
-  Status (*linear)(const LinearParams&, ParallelFor);  // CPU only
+  Status (*linear)(const LinearParams&, ParallelFor);                     // CPU only
+  Status (*varlen_attention)(const VarlenAttentionParams&, ParallelFor);  // CPU only
 };
 
 template <class Params, Status (*kernel)(const Params&, void*)>
@@ -55,10 +58,10 @@ Status on_cuda(const Params& p, ParallelFor) {
   return kernel(p, nullptr);
 }
 
-#define DYVTE_TEST_CPU(isa)                                                                      \
-  Implementation {                                                                               \
-    #isa, false, isa::exit_head_cpu, kv_compact_cpu, isa::rope_append_cpu, isa::token_score_cpu, \
-        isa::decode_attention_cpu, isa::rms_norm_cpu, isa::silu_mul_cpu, isa::linear_cpu         \
+#define DYVTE_TEST_CPU(isa)                                                                                         \
+  Implementation {                                                                                                  \
+    #isa, false, isa::exit_head_cpu, kv_compact_cpu, isa::rope_append_cpu, isa::token_score_cpu,                    \
+        isa::decode_attention_cpu, isa::rms_norm_cpu, isa::silu_mul_cpu, isa::linear_cpu, isa::varlen_attention_cpu \
   }
 
 inline std::vector<Implementation> implementations() {
@@ -70,7 +73,7 @@ inline std::vector<Implementation> implementations() {
   all.push_back({"cuda", true, on_cuda<ExitHeadParams, exit_head_cuda>, on_cuda<KvCompactParams, kv_compact_cuda>,
                  on_cuda<RopeAppendParams, rope_append_cuda>, on_cuda<TokenScoreParams, token_score_cuda>,
                  on_cuda<DecodeAttentionParams, decode_attention_cuda>, on_cuda<RmsNormParams, rms_norm_cuda>,
-                 on_cuda<SiluMulParams, silu_mul_cuda>, nullptr});
+                 on_cuda<SiluMulParams, silu_mul_cuda>, nullptr, nullptr});
   return all;
 }
 

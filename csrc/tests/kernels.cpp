@@ -225,6 +225,39 @@ void decode_attention(DType dtype, const std::vector<int64_t>& lens, int64_t hea
           });
 }
 
+void varlen_attention(DType dtype, const std::vector<int64_t>& lengths, int64_t heads_q, int64_t heads, int64_t dim,
+                      bool causal, int64_t shift) {
+  const Ints cu = cumulative(lengths);
+  VarlenAttentionParams p{};
+  p.batch = static_cast<int64_t>(lengths.size());
+  p.longest = *std::max_element(lengths.begin(), lengths.end());
+  p.heads_q = heads_q;
+  p.heads_kv = heads;
+  p.dim = dim;
+  const int64_t rows = cu[p.batch];
+  p.q_stride = p.k_stride = p.v_stride = (heads_q + 2 * heads) * dim + shift;
+  const Values qkv(dtype, rows * p.q_stride, shift);
+  char* base = static_cast<char*>(qkv.data());
+  p.q = base;
+  p.k = base + heads_q * dim * element_size(dtype);
+  p.v = base + (heads_q + heads) * dim * element_size(dtype);
+  p.cu = cu.data();
+  p.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  p.causal = causal;
+  p.dtype = dtype;
+  compare(label("varlen_attention", dtype, {rows, p.longest, heads_q, heads, dim, causal, shift}), rounding(dtype),
+          [&](const Implementation& with) {
+            const Values out(dtype, rows * heads_q * dim, shift);
+            out.fill(NAN);
+            p.out = out.data();
+            const auto kernel = with.varlen_attention ? with.varlen_attention : generic::varlen_attention_cpu;
+            check(kernel(p, threaded_for), "varlen_attention");
+            std::vector<float> result;
+            out.append_to(result);
+            return result;
+          });
+}
+
 void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t states, float rms_eps, bool bias,
                int64_t shift) {
   const int64_t rows = 57;
@@ -302,6 +335,12 @@ void attention(DType dtype, int64_t shift) {
   decode_attention(dtype, {40, 513}, 9, 1, 83, 64, shift);
   decode_attention(dtype, {64, 130}, 2, 1, 256, 32, shift);
   decode_attention(dtype, {37, 2}, 3, 1, 7, 8, shift);
+  for (bool causal : {false, true}) {
+    varlen_attention(dtype, {1}, 1, 1, 1, causal, shift);
+    varlen_attention(dtype, {0, 83, 7, 130, 1}, 6, 2, 64, causal, shift);
+    varlen_attention(dtype, {65, 17}, 3, 1, 83, causal, shift);
+    varlen_attention(dtype, {31}, 2, 2, 256, causal, shift);
+  }
   token_score(dtype, {1}, {83}, 2, 2, 64, shift);
   token_score(dtype, {1, 0, 7, 40, 5, 3}, {149, 9, 7, 67, 0, 1}, 6, 2, 83, shift);
   token_score(dtype, {0, 0}, {3, 4}, 2, 1, 7, shift);

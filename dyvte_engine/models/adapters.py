@@ -29,6 +29,7 @@ from .intern_vit import tell_states
 from .linear import PackedLinears
 from .rotary import rotations
 from .strict import load_whole, stored_config
+from .tower_attention import own_attention
 from .tower_graphs import TowerGraphs
 from .vila import is_vila, load_vila
 from .vision import VisionTower, padded_features
@@ -241,6 +242,8 @@ class VisionLanguageModel:
         visual = self.visual(inputs["input_ids"]).cpu()
         kept = full = int(visual.sum()) // max(n_images, 1)  # rows of a picture
         with ExitStack() as around:
+            if self.device.type == "cpu":
+                around.enter_context(own_attention())
             if self.packed_vision is not None:
                 around.enter_context(self.packed_vision)
             if policy is not None and policy.acts_in_tower and n_images > 0:

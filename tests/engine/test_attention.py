@@ -1,4 +1,7 @@
-"""The interfaces of the flash-attn packages, which themselves need a GPU: tests/engine/test_gpu.py runs those there."""
+"""Where attention is computed: backends, and vision towers on a CPU.
+
+The flash-attn packages themselves need a GPU: tests/engine/test_gpu.py runs those there.
+"""
 
 import sys
 from itertools import pairwise
@@ -6,9 +9,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dyvte_engine import DeviceError
+from dyvte_engine import DeviceError, ops
 from dyvte_engine.attention import _FUNCTIONS, _PACKAGES, BACKENDS, Lengths, choose_backend
+from dyvte_engine.models import tower_attention
+from tests import tiny
+from tests.engine.conftest import build
 
 LENGTHS = Lengths(torch.tensor([0, 3, 4, 11], dtype=torch.int32), [3, 1, 7])
 
@@ -52,9 +59,75 @@ def test_packages_are_called_by_their_interface(name, with_lse, monkeypatch):
 
 
 def test_every_backend_that_does_not_work_here_says_why():
-    assert choose_backend("auto", torch.device("cpu"), torch.float32, 64)[0] == "sdpa"
-    for name in BACKENDS[:-1]:
+    assert choose_backend("auto", torch.device("cpu"), torch.float32, 64)[0] == "native"
+    for name in BACKENDS[:-2]:
         with pytest.raises(DeviceError, match=f"{name}: runs on CUDA devices only"):
             choose_backend(name, torch.device("cpu"), torch.float32, 64)
-    with pytest.raises(DeviceError, match="accepted: auto, flash_attn_3, flash_attn_4, flash_attn, torch_flash, sdpa"):
+    with pytest.raises(
+        DeviceError, match="accepted: auto, flash_attn_3, flash_attn_4, flash_attn, torch_flash, native, sdpa"
+    ):
         choose_backend("flash", torch.device("cpu"), torch.float32, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_own_kernel_serves_a_cpu_but_long_prompts_with_matrix_units(dtype, amx, monkeypatch):
+    calls = counted(monkeypatch)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    for n in (1, 256, 257):
+        q, k, v = torch.randn(3, n, 4, 64).to(dtype).unbind()
+        lengths = Lengths(torch.tensor([0, n], dtype=torch.int32), [n])
+        got = _FUNCTIONS["native"](q, k[:, :2], v[:, :2], lengths, 0.125)
+        want = causal(q, k[:, :2], v[:, :2], 0.125)
+        torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert len(calls) == (2 if amx and dtype == torch.bfloat16 else 3)
+
+
+def counted(monkeypatch):
+    """A list with an entry for each call of the kernel."""
+    calls, kernel = [], ops.varlen_attention
+    monkeypatch.setattr(ops, "varlen_attention", lambda *a, **o: calls.append(a) or kernel(*a, **o))
+    return calls
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_towers_use_the_own_kernel(vision, monkeypatch):
+    engine, hf = build(vision=vision)
+    texts, images = tiny.prompts(seed=320, n=8, images=(1, 2))
+    inputs = engine.model.tokenize(texts, images)
+    calls = counted(monkeypatch)
+    got = engine.model.prepare(inputs)
+    assert 0 < len(calls) <= hf.config.vision_config.num_hidden_layers
+    assert all(len(cu) == 1 + sum(map(len, images)) for _, _, _, cu, _ in calls)
+    for text, pictures, mine in zip(texts, images, got, strict=True):
+        embeds, _, _ = tiny.embed(hf, engine.model.processor, text, pictures)
+        torch.testing.assert_close(mine.inputs_embeds, embeds, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": False}, {"is_causal": True}, {"dropout": 0.5}, {"output_attentions": True}, {"mask": True}],
+)
+def test_transformers_attention_is_as_it_was_where_the_kernel_does_not_fit(options, monkeypatch):
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    calls, module = counted(monkeypatch), torch.nn.Module()
+    module.is_causal = False
+    q, k, v = torch.randn(3, 2, 4, 9, 16).unbind()
+    mask = torch.rand(2, 1, 9, 9) > 0.3 if options.pop("mask", False) else None
+    arguments = (module, q, k, v, mask)
+    with tower_attention.own_attention():
+        torch.manual_seed(0)
+        got = ALL_ATTENTION_FUNCTIONS["sdpa"](*arguments, **options)[0]
+        causal_pair = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k[:, :, :5], v[:, :, :5], None)[0]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    torch.manual_seed(0)
+    torch.testing.assert_close(got, before(*arguments, **options)[0])
+    torch.testing.assert_close(causal_pair, before(module, q, k[:, :, :5], v[:, :, :5], None)[0])
+    assert len(calls) == (mask is None and options in ({}, {"is_causal": False}))
+
+
+def test_transformers_attention_comes_back_after_an_error():
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(ValueError, match="stop"), tower_attention.own_attention():
+        raise ValueError("stop")
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dyvte_engine import DeviceError, Engine, EngineConfig, FixedExit, InvalidArgumentError, ToMe
+from dyvte_engine.models import linear
 from dyvte_engine.models.linear import Linear, PackedLinears, packing_fault
 from tests import tiny
 from tests.engine.conftest import build, logits_errors
@@ -33,14 +34,26 @@ def test_products(k, n, rows, dtype):
     assert space[rows:].isnan().all()
 
 
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD"])
+def test_long_float32_products_are_left_to_mkl_on_intel_only(maker, monkeypatch):
+    monkeypatch.setattr(linear, "_intel", lambda: maker == "GenuineIntel")
+    calls, product = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(a) or product(*a))
+    layer = Linear(torch.randn(24, 48))
+    layer.pack()
+    for rows in (48, 49):
+        layer(torch.randn(rows, 48))
+    assert len(calls) == (1 if maker == "GenuineIntel" else 2)
+
+
 def test_modules_are_packed_only_while_entered():
-    linear = torch.nn.Linear(32, 16)
+    module = torch.nn.Linear(32, 16)
     x = torch.randn(4, 9, 32)
-    want = linear(x)
-    with PackedLinears([linear]):
-        assert "forward" in linear.__dict__
-        torch.testing.assert_close(linear(x), want)
-    assert "forward" not in linear.__dict__
+    want = module(x)
+    with PackedLinears([module]):
+        assert "forward" in module.__dict__
+        torch.testing.assert_close(module(x), want)
+    assert "forward" not in module.__dict__
 
 
 @pytest.mark.parametrize(("decoder", "vision"), FAMILIES)

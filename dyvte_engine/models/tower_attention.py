@@ -1,0 +1,42 @@
+"""Vision towers on a CPU: transformers' code computes its attention with the own kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .. import ops
+from ..attention import native_gains
+
+_KIND = "sdpa"  # what transformers chooses by itself; a model that was asked for another keeps it
+_KNOWN = {"scaling", "is_causal", "dropout"}
+
+
+@contextmanager
+def own_attention() -> Iterator[None]:
+    """While this runs, attention without a mask is `varlen_attention`; everything else is as before."""
+    before = ALL_ATTENTION_FUNCTIONS[_KIND]
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+        """q, k and v [B, H, n, D] -> [B, n, H, D]."""
+        batch, _, n, dim = q.shape
+        asked = {name for name, value in options.items() if value is not None and value is not False}
+        causal = options.get("is_causal", getattr(module, "is_causal", True))
+        plain = attention_mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
+        if not (plain and q.shape == k.shape == v.shape and native_gains(q.dtype, n)):
+            return before(module, q, k, v, attention_mask, **options)
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+        cu = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32)
+        out = ops.varlen_attention(q, k, v, cu, options.get("scaling") or dim**-0.5, causal=False)
+        return out.unflatten(0, (batch, n)), None
+
+    ALL_ATTENTION_FUNCTIONS[_KIND] = attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[_KIND]
