@@ -45,12 +45,21 @@ def machine(device: torch.device) -> Data:
         "device": str(device),
     }
     if device.type == "cuda":
-        about |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        about |= {"gpu": torch.cuda.get_device_name(device), "driver": _driver(), "cuda": torch.version.cuda}
     return about
 
 
+def _driver() -> str:
+    """Version of the GPU's driver. Raises FileNotFoundError or CalledProcessError where nvidia-smi does not tell it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
+    """What git says of these files, or, for a copy without git, the environment's DYVTE_COMMIT; "" without either."""
+    if "DYVTE_COMMIT" in os.environ:
+        return os.environ["DYVTE_COMMIT"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:

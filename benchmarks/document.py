@@ -1,7 +1,7 @@
 """Writes docs/benchmarks.md and its plots from recorded results; nothing in the page is typed by hand.
 
-Results are copied into docs/benchmarks/ beside the plots, so the page can be made again from there:
-`python -m benchmarks.document [--results outputs/benchmarks]`.
+Records lie in benchmarks/results. `python -m benchmarks.document` makes the page from them, with `--results
+outputs/benchmarks` it takes what lies there among them first.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from benchmarks.common import Data
 from benchmarks.report import Sheet, limits_line, save_figure
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
 ORDER = ("policies", "curves", "breakdown", "growth", "kernels", "versus")
 INTRO = """# Benchmarks
 
-Made by `make bench-docs` from the results in [docs/benchmarks](benchmarks); do not edit. `make bench` measures on a
-CPU, `make gpu-bench` on a GPU.
+Made by `make bench-docs` from the results in [benchmarks/results](../benchmarks/results); do not edit. `make bench`
+measures on a CPU, `make gpu-bench` on a GPU.
 
 How to read it: everything compared in a table ran in one process in turn (`versus`: processes in turn), so ratios hold
 where absolute times depend on what else the machine did. Figures are medians with quartiles. Limits are measured with
@@ -50,8 +50,8 @@ def page(results: Sequence[tuple[str, Data]]) -> str:
 
 
 def _machine(data: Data) -> str:
-    about = dict(data["machine"])
-    where = about.pop("gpu", None) or about["cpu"]
+    about = data["machine"]
+    where = f"{about['gpu']}, driver {about['driver']}" if "gpu" in about else about["cpu"]
     rest = f"{about['threads']} threads, load {about['load']} at the start, torch {about['torch']}, transformers "
     rest += f"{about['transformers']}, commit {about['commit']}, Python {about['python']}"
     return f"{data['date']}; {where}, {rest}. {limits_line(data)}"
@@ -71,25 +71,38 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
 
 
+def records(root: Path) -> list[tuple[str, Data]]:
+    """(file name, data) of every record below a repository's root."""
+    return [(p.stem, json.loads(p.read_text())) for p in sorted((root / "benchmarks" / "results").glob("*.json"))]
+
+
+def take(path: Path, root: Path) -> None:
+    """Put a result among the records. Raises ValueError for one that does not tell where it was measured."""
+    data = json.loads(path.read_text())
+    if data.get("benchmark") not in ORDER:
+        print(f"{path}: left out, no benchmark of this page")
+        return
+    about = data["machine"]
+    wanted = ("device", "torch", "commit", *(("gpu", "driver") if about["device"].startswith("cuda") else ()))
+    missing = [name for name in wanted if not about.get(name)]
+    if missing:
+        raise ValueError(f"{path} does not tell {', '.join(missing)} (without git DYVTE_COMMIT tells the commit)")
+    (root / "benchmarks" / "results" / path.name).write_text(path.read_text())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=DOCS / "benchmarks", help="folder of JSON files to take in")
-    parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--results", type=Path, help="folder of JSON files to take among the records")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository written to")
     args = parser.parse_args(argv)
-    kept = args.docs / "benchmarks"
-    kept.mkdir(parents=True, exist_ok=True)
-    for path in sorted(args.results.glob("*.json")):
-        data = json.loads(path.read_text())
-        if data.get("benchmark") not in ORDER:
-            print(f"{path}: left out, no benchmark of this page")
-            continue
-        if args.results.resolve() != kept.resolve():
-            (kept / path.name).write_text(path.read_text())
+    for path in sorted(args.results.glob("*.json")) if args.results else ():
+        take(path, args.root)
+    found = records(args.root)
+    for name, data in found:
         module = importlib.import_module(f"benchmarks.{data['benchmark']}")
-        save_figure(module.figure(data), kept / f"{path.stem}.png")
-    results = [(path.stem, json.loads(path.read_text())) for path in sorted(kept.glob("*.json"))]
-    (args.docs / "benchmarks.md").write_text(page(results))
-    print(args.docs / "benchmarks.md")
+        save_figure(module.figure(data), args.root / "docs" / "benchmarks" / f"{name}.png")
+    (args.root / "docs" / "benchmarks.md").write_text(page(found))
+    print(args.root / "docs" / "benchmarks.md")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # Benchmarks at published model sizes with random weights made on the GPU; no network, no virtual environment. Needs what
 # gpu_check.sh needs, rich and matplotlib, and 60 GiB of GPU memory. Sized for 10 minutes on an H100 beside the build; with
 # FULL=1 every batch size, 512-token answers and the growth curves too (about an hour). Results: outputs/benchmarks; then
-# `make bench-docs` puts them into docs/benchmarks.md.
+# `make bench-docs` puts them into docs/benchmarks.md. Without a git checkout DYVTE_COMMIT tells the records their commit.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/gpu_build.sh

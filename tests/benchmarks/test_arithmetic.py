@@ -1,6 +1,8 @@
 """What the benchmarks compute from their measurements: fits, intervals, limits, counts of work. No time is tested."""
 
 import math
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +84,26 @@ def test_peak_is_the_most_held_at_one_time():
         return b * 2, b
 
     assert 2 << 20 <= common.peak_bytes(call, CPU) < (2 << 20) + 4096
+
+
+def test_the_head_of_a_gpu_record_tells_gpu_driver_and_commit(tmp_path, monkeypatch):
+    """With a stand-in for the GPU and for what tells its driver."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.delenv("DYVTE_COMMIT", raising=False)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n[ $1 = --query-gpu=driver_version ] && printf '550.54.15\\n550.54.15\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    describe = ["git", "describe", "--always", "--dirty"]
+    told = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    monkeypatch.chdir(tmp_path)
+    about = common.machine(torch.device("cuda:1"))
+    assert (about["device"], about["gpu"], about["driver"]) == ("cuda:1", "GPU 1", "550.54.15")
+    assert about["commit"] == told.strip()  # that of the benchmarks, wherever they are called
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        common.machine(torch.device("cuda:1"))
+    assert "driver" not in common.machine(CPU)
 
 
 def test_union_of_spans():

@@ -10,6 +10,8 @@ from benchmarks import breakdown, curves, document, growth, kernels, policies, v
 from benchmarks.kernel_cases import SIZES, Inputs, TooLarge
 from tests import tiny
 
+COMMIT = "v1-2-gabc"  # as where there is no git
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -18,7 +20,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYVTE_COMMIT", COMMIT)
+        yield tmp_path_factory.mktemp("results")
 
 
 def run(module, out, *argv):
@@ -31,6 +35,7 @@ def run(module, out, *argv):
     assert data["command"].startswith(f"python -m benchmarks.{name} ")
     assert data["limits"]["flops"] > 0 and data["limits"]["bytes"] > 0
     assert data["machine"]["threads"] >= 1
+    assert data["machine"]["commit"] == COMMIT
     return data
 
 
@@ -176,16 +181,50 @@ def test_curves_has_accuracy_and_both_costs(out):
     assert points["VTW", "after 3"]["exit_layer"] == 3
 
 
-def test_page_is_made_of_the_results(out, tmp_path, compared):
-    document.main(["--results", str(out), "--docs", str(tmp_path)])
-    text = (tmp_path / "benchmarks.md").read_text()
+@pytest.fixture
+def repository(tmp_path):
+    """The folders that the documents' command writes into."""
+    for folder in ("docs/benchmarks", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    return tmp_path
+
+
+def test_page_is_made_of_the_results(out, repository, compared):
+    document.main(["--results", str(out), "--root", str(repository)])
+    page = repository / "docs" / "benchmarks.md"
+    text = page.read_text()
     case = next(c for c in compared["cases"] if c["method"] == "FastV")
     assert policies.milliseconds(case["prefill"]) in text
     assert compared["command"] in text
-    assert (tmp_path / "benchmarks" / "policies.png").is_file()
-    again = tmp_path / "again"
-    document.main(["--results", str(tmp_path / "benchmarks"), "--docs", str(again)])
-    assert (again / "benchmarks.md").read_text() == text
+    plot = repository / "docs" / "benchmarks" / "policies.png"
+    plot.unlink()
+    page.unlink()
+    document.main(["--root", str(repository)])  # from the records alone
+    assert page.read_text() == text
+    assert plot.is_file()
+
+
+def test_page_tells_the_gpu_and_its_driver(compared):
+    machine = compared["machine"] | {"device": "cuda", "gpu": "H100", "driver": "550.54"}
+    text = document.page([("policies", compared | {"machine": machine})])
+    assert "; H100, driver 550.54, " in text
+    assert "No result of a GPU" not in text and "No result of a GPU" in document.page([("policies", compared)])
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"commit": ""}, "commit"),
+        ({"device": "cuda:0", "gpu": "H100"}, "driver"),
+        ({"torch": "", "device": "cuda", "driver": "550.54"}, "torch, gpu"),
+    ],
+)
+def test_a_record_says_where_it_was_measured(compared, repository, tmp_path, changed, told):
+    path = tmp_path / "policies.json"
+    path.write_text(json.dumps(compared | {"machine": compared["machine"] | changed}))
+    with pytest.raises(ValueError, match=f"does not tell {told} "):
+        document.take(path, repository)
+    assert not list((repository / "benchmarks" / "results").iterdir())
 
 
 def test_versus_runs_what_it_can_and_says_what_it_cannot(checkpoint, out, tmp_path):
@@ -219,6 +258,8 @@ def test_versus_arithmetic():
 
 
 def test_the_page_in_the_repository_is_that_of_its_results():
-    results = [(p.stem, json.loads(p.read_text())) for p in sorted((document.DOCS / "benchmarks").glob("*.json"))]
-    assert results
-    assert (document.DOCS / "benchmarks.md").read_text() == document.page(results)
+    found = document.records(document.ROOT)
+    assert found
+    assert (document.ROOT / "docs" / "benchmarks.md").read_text() == document.page(found)
+    plots = {p.stem for p in (document.ROOT / "docs" / "benchmarks").iterdir()}
+    assert plots == {name for name, _ in found}
