@@ -14,7 +14,7 @@ from .. import ops
 from ..attention import native_gains
 
 _KIND = "sdpa"  # what transformers chooses by itself; a model that was asked for another keeps it
-_KNOWN = {"scaling", "is_causal", "dropout"}
+_KNOWN = {"scaling", "is_causal", "dropout", "output_hidden_states", "output_attentions", "return_dict", "use_cache"}
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def own_attention() -> Iterator[None]:
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
         """q, k and v [B, H, n, D] -> [B, n, H, D]."""
         batch, _, n, dim = q.shape
-        asked = {name for name, value in options.items() if value is not None and value is not False}
+        asked = {name for name, value in options.items() if value is not None}
         causal = options.get("is_causal", getattr(module, "is_causal", True))
         plain = attention_mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
         if not (plain and q.shape == k.shape == v.shape and native_gains(q.dtype, n)):

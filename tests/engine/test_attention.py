@@ -106,7 +106,14 @@ def test_towers_use_the_own_kernel(vision, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"is_causal": False}, {"is_causal": True}, {"dropout": 0.5}, {"output_attentions": True}, {"mask": True}],
+    [
+        {},
+        {"is_causal": False},
+        {"is_causal": True},
+        {"dropout": 0.5},
+        {"position_bias": torch.ones(9, 9)},
+        {"mask": True},
+    ],
 )
 def test_transformers_attention_is_as_it_was_where_the_kernel_does_not_fit(options, monkeypatch):
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
