@@ -1,6 +1,6 @@
-"""Writes docs/benchmarks.md and its plots from recorded results; nothing in the page is typed by hand.
+"""Writes docs/benchmarks.md, its plots and README.md's tables from recorded results; none of it is typed by hand.
 
-Records lie in benchmarks/results. `python -m benchmarks.document` makes the page from them, with `--results
+Records lie in benchmarks/results. `python -m benchmarks.document` works from them, with `--results
 outputs/benchmarks` it takes what lies there among them first.
 """
 
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import Data
-from benchmarks.report import Sheet, limits_line, save_figure
+from benchmarks.report import limits_line, markdown, save_figure
+from benchmarks.summary import NO_GPU, readme
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("policies", "curves", "breakdown", "growth", "kernels", "versus")
@@ -34,7 +35,7 @@ def page(results: Sequence[tuple[str, Data]]) -> str:
     """Markdown of all results, (file name, data) each."""
     parts = [INTRO]
     if not any("gpu" in data["machine"] for _, data in results):
-        parts.append("No result of a GPU is recorded yet.")
+        parts.append(NO_GPU)
     for name, data in sorted(results, key=lambda r: (ORDER.index(r[1]["benchmark"]), r[0])):
         module = importlib.import_module(f"benchmarks.{data['benchmark']}")
         summary = (module.__doc__ or "").strip().splitlines()[0]
@@ -55,20 +56,6 @@ def _machine(data: Data) -> str:
     rest = f"{about['threads']} threads, load {about['load']} at the start, torch {about['torch']}, transformers "
     rest += f"{about['transformers']}, commit {about['commit']}, Python {about['python']}"
     return f"{data['date']}; {where}, {rest}. {limits_line(data)}"
-
-
-def markdown(sheet: Sheet) -> str:
-    lines = [f"**{sheet.title}**" + (f" ({_escaped(sheet.note)})" if sheet.note else ""), ""]
-    lines += [_row(sheet.columns), _row(["---"] * len(sheet.columns))]
-    return "\n".join(lines + [_row(row) for row in sheet.rows])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_escaped, cells)) + " |"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*")
 
 
 def records(root: Path) -> list[tuple[str, Data]]:
@@ -101,8 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, data in found:
         module = importlib.import_module(f"benchmarks.{data['benchmark']}")
         save_figure(module.figure(data), args.root / "docs" / "benchmarks" / f"{name}.png")
-    (args.root / "docs" / "benchmarks.md").write_text(page(found))
-    print(args.root / "docs" / "benchmarks.md")
+    entry, detail = args.root / "README.md", args.root / "docs" / "benchmarks.md"
+    entry.write_text(readme(entry.read_text(), found))
+    detail.write_text(page(found))
+    print(entry, detail)
 
 
 if __name__ == "__main__":

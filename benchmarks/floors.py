@@ -8,7 +8,6 @@ its data sheet. `python -m benchmarks.floors --page docs/performance.md` writes 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import Limits
-from benchmarks.report import Sheet, number, percent
+from benchmarks.report import Sheet, into_page, markdown, number, percent
 from benchmarks.roofline import Work, weight_bytes
 from dyvte_engine.config import DecoderShape
 from dyvte_engine.flops import true_layer, vision_flops
@@ -26,7 +25,6 @@ from dyvte_engine.models.presets import PRESETS, preset
 
 PHASES = ("vision", "layers with the picture", "layers after the exit", "LM head", "decoding")
 ITEM = 2  # bytes of a bfloat16
-MARKS = ("<!-- floors: begin -->", "<!-- floors: end -->")
 
 
 @dataclass(frozen=True)
@@ -123,14 +121,6 @@ def sheets(args: argparse.Namespace) -> list[Sheet]:
     ]
 
 
-def into_page(page: str, tables: str) -> str:
-    """The page with what lies between `MARKS` replaced."""
-    pattern = re.compile(f"{re.escape(MARKS[0])}.*{re.escape(MARKS[1])}", re.DOTALL)
-    if not pattern.search(page):
-        raise ValueError(f"the page has no {MARKS[0]} ... {MARKS[1]}")
-    return pattern.sub(lambda _: f"{MARKS[0]}\n{tables}\n{MARKS[1]}", page)
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model", default="llava-1.5-13b", choices=list(PRESETS))
@@ -147,14 +137,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    from benchmarks.document import markdown
-
     args = parser().parse_args(argv)
     text = "\n\n".join(markdown(sheet) for sheet in sheets(args))
     if args.page is None:
         print(text)
     else:
-        args.page.write_text(into_page(args.page.read_text(), text))
+        args.page.write_text(into_page(args.page.read_text(), "floors", text))
 
 
 if __name__ == "__main__":

@@ -187,10 +187,10 @@ def _times_row(c: Data, parts: Sequence[str], counts: Sequence[int]) -> list[str
     if "prefill" not in c:
         return [c["method"], "out of memory", *[""] * (len(parts) + len(counts))]
     until = [milliseconds(c["until"].get(str(n))) for n in counts]
-    return [c["method"], *(milliseconds(c[p]) for p in parts), *until, _exits(c)]
+    return [c["method"], *(milliseconds(c[p]) for p in parts), *until, exits(c)]
 
 
-def _exits(c: Data) -> str:
+def exits(c: Data) -> str:
     """Mean layer of those that left, and how many did where not all."""
     if c["exit_layer"] is None:
         return ""

@@ -7,7 +7,8 @@ from recorded results (`benchmarks.document`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,33 @@ def number(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.0f} %"
+def percent(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def milliseconds(value: Data | None) -> str:
     """A `spread` of seconds; sub-millisecond figures get three digits."""
     return "" if value is None else scaled(value, 1e3, 1 if value["median"] >= 0.01 else 2)
+
+
+def markdown(sheet: Sheet) -> str:
+    lines = [f"**{sheet.title}**" + (f" ({_escaped(sheet.note)})" if sheet.note else ""), ""]
+    lines += [_row(sheet.columns), _row(["---"] * len(sheet.columns))]
+    return "\n".join(lines + [_row(row) for row in sheet.rows])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
+def into_page(page: str, name: str, text: str) -> str:
+    """The page with what lies between its two marks of this name replaced. Raises ValueError where it has none."""
+    begin, end = (f"<!-- {name}: {edge} -->" for edge in ("begin", "end"))
+    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"the page has no {begin} ... {end}")
+    return pattern.sub(lambda _: f"{begin}\n{text}\n{end}", page)

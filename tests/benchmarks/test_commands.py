@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 
-from benchmarks import breakdown, curves, document, growth, kernels, policies, versus, workload
+from benchmarks import breakdown, curves, document, growth, kernels, policies, summary, versus, workload
 from benchmarks.kernel_cases import SIZES, Inputs, TooLarge
 from tests import tiny
 
 COMMIT = "v1-2-gabc"  # as where there is no git
+README = "".join(f"before\n<!-- {x}: begin -->\nold\n<!-- {x}: end -->\nafter\n" for x in ("nano", "speed"))
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +184,10 @@ def test_curves_has_accuracy_and_both_costs(out):
 
 @pytest.fixture
 def repository(tmp_path):
-    """The folders that the documents' command writes into."""
+    """The folders and the page that the documents' command writes into."""
     for folder in ("docs/benchmarks", "benchmarks/results"):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "README.md").write_text(README)
     return tmp_path
 
 
@@ -202,6 +204,34 @@ def test_page_is_made_of_the_results(out, repository, compared):
     document.main(["--root", str(repository)])  # from the records alone
     assert page.read_text() == text
     assert plot.is_file()
+
+
+def test_readme_quotes_the_records(out, repository, compared):
+    document.main(["--results", str(out), "--root", str(repository)])
+    text = (repository / "README.md").read_text()
+    assert text.startswith("before\n<!-- nano: begin -->\n") and text.endswith("<!-- speed: end -->\nafter\n")
+    assert "old" not in text
+    lines = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith(f"| {compared['args']['model']}")]
+    # DyVTE at layer 1 is the same exit as DyVTE's here
+    assert [line[0] for line in lines] == ["KeepAll", "DyVTE", "DyVTE+FastV"]
+    case = next(c for c in compared["cases"] if c["method"] == "DyVTE" and c["batch"] == 1)
+    ratios = [case["prefill_speedup"], case["speedup"]["1"], case["per_token_speedup"]]
+    assert lines[1][1:5] == ["1.0", *(f"{r['median']:.2f}" for r in ratios)]
+    assert "| easy-VQA test half, all | 9,673 | 99.9 % | 99.8 - 99.9 % | 67.0 % |" in text
+    assert "| generated scenes | 1,000 | 98.7 % | 97.8 - 99.2 % | 6.5 | 8 |" in text
+
+
+def test_readme_has_a_table_for_each_machine(compared):
+    other = [c | {"exit_layer": 0.0} if c["method"] == "DyVTE" else c for c in compared["cases"]]
+    on_gpu = compared | {"machine": compared["machine"] | {"gpu": "H100"}, "cases": other}
+    first, second = summary.speed([compared, on_gpu])
+    assert first.title == f"{compared['machine']['cpu']}, {compared['machine']['threads']} threads"
+    assert second.title == "H100"
+    assert [row[1] for row in second.rows] == ["KeepAll", "DyVTE", "DyVTE at layer 1", "DyVTE+FastV"]
+    assert summary.NO_GPU in summary.readme(README, [("a", compared)])
+    assert summary.NO_GPU not in summary.readme(README, [("a", compared), ("b", on_gpu)])
+    with pytest.raises(ValueError, match="speed: begin"):
+        summary.readme("no marks", [])
 
 
 def test_page_tells_the_gpu_and_its_driver(compared):
@@ -257,9 +287,11 @@ def test_versus_arithmetic():
     assert found["same_text"] == 0.0
 
 
-def test_the_page_in_the_repository_is_that_of_its_results():
+def test_pages_in_the_repository_are_those_of_its_records():
     found = document.records(document.ROOT)
     assert found
+    readme = (document.ROOT / "README.md").read_text()
+    assert readme == summary.readme(readme, found)
     assert (document.ROOT / "docs" / "benchmarks.md").read_text() == document.page(found)
     plots = {p.stem for p in (document.ROOT / "docs" / "benchmarks").iterdir()}
     assert plots == {name for name, _ in found}

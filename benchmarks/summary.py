@@ -1,0 +1,112 @@
+"""The tables of README.md, from the records: what a reader asks first of what docs/benchmarks.md has in full."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from benchmarks.common import Data
+from benchmarks.policies import exits
+from benchmarks.report import Sheet, into_page, markdown, number, percent
+from dyvte_engine import NANO
+
+METHODS = ("KeepAll", "DyVTE", "DyVTE+FastV")
+NO_GPU = "No result of a GPU is recorded yet."
+BLIND = "blind, majority answer of the training questions"
+NANO_QUESTIONS = {  # (data, kind) in nano's report.json
+    "easy-VQA test half, all": ("easy_vqa", "all"),
+    "of these presence (yes/no)": ("easy_vqa", "presence"),
+    "generated scenes: presence": ("scenes", "presence"),
+    "colour": ("scenes", "color"),
+    "shape": ("scenes", "shape"),
+    "count": ("scenes", "count"),
+    "left, right, above, below": ("scenes", "spatial"),
+    "a printed word, seen in training": ("scenes", "word, seen"),
+    "a printed word, never seen": ("scenes", "word, unseen"),
+}
+
+
+def readme(page: str, results: Sequence[tuple[str, Data]]) -> str:
+    """README.md with its tables as the records have them now."""
+    measured = [data for _, data in results]
+    parts = [markdown(sheet) for sheet in (*speed(measured), *engines(measured))]
+    if not any("gpu" in data["machine"] for data in measured):
+        parts.append(NO_GPU)
+    page = into_page(page, "speed", "\n\n".join(parts))
+    return into_page(page, "nano", "\n\n".join(map(markdown, (nano_answers(), nano_exits()))))
+
+
+def speed(measured: Sequence[Data]) -> list[Sheet]:
+    """A table for each machine: how many times faster than transformers, one request at a time."""
+    rows: dict[str, list[list[str]]] = {}
+    for data in measured:
+        if data["benchmark"] == "policies":
+            rows.setdefault(_place(data), []).extend(_speed_row(data["args"], c) for c in _told(data))
+    columns = ["model", "method", "exit after", "prefill x", "first token x", "per token x", "of the limit"]
+    note = "medians; first token: with processor and vision; of the limit: least time of a token over the measured one"
+    return [Sheet(place, columns, lines, note) for place, lines in rows.items()]
+
+
+def _place(data: Data) -> str:
+    about = data["machine"]
+    return about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
+
+
+def _told(data: Data) -> list[Data]:
+    """The cases shown, at batch 1; an exit at half depth where nothing else left after the same layer."""
+    told: dict[tuple[str, str], Data] = {}
+    for c in data["cases"]:
+        method = c["method"].split(" at layer ")[0]
+        if c["batch"] == 1 and "prefill" in c and method in METHODS:
+            told.setdefault((method, exits(c)), c)
+    return list(told.values())
+
+
+def _speed_row(args: Data, c: Data) -> list[str]:
+    ratios = (c["prefill_speedup"], c["speedup"]["1"], c["per_token_speedup"])
+    medians = [number(r["median"], 2) for r in ratios]
+    return [f"{args['model']}, {args['dtype']}", c["method"], exits(c), *medians, percent(c["share"]["per_token"])]
+
+
+def engines(measured: Sequence[Data]) -> list[Sheet]:
+    """Times on other engines, one request at a time."""
+    sheets = []
+    for data in measured:
+        if data["benchmark"] == "versus":
+            rows = [
+                [name, *(number(1e3 * e[part]["median"]) for part in ("first", "whole")), percent(e["same_text"])]
+                for name, e in data["engines"].items()
+            ]
+            n, model = data["args"]["new_tokens"], data["args"]["model"]
+            columns = ["engine", "first token, ms", f"{n} tokens, ms", "same answer"]
+            sheets.append(Sheet(f"{model} on other engines, {_place(data)}", columns, rows, "medians"))
+    return sheets
+
+
+def nano_answers() -> Sheet:
+    report = json.loads((NANO / "report.json").read_text())
+    rows = []
+    for name, (data, kind) in NANO_QUESTIONS.items():
+        model, blind = (report[data][who][kind] for who in ("model", BLIND))
+        rows.append([name, f"{model['n']:,}", percent(model["share"], 1), _interval(model), percent(blind["share"], 1)])
+    note = "blind: the most frequent training answer to the question"
+    return Sheet("Answers on held-out data", ["questions", "n", "right", "95 % interval", "blind"], rows, note)
+
+
+def nano_exits() -> Sheet:
+    report = json.loads((NANO / "exit_heads_report.json").read_text())
+    rows = []
+    for name, data in (("easy-VQA test half", "easy_vqa_test"), ("generated scenes", "heldout_scenes")):
+        found = report[data]
+        same = found["agreement"]
+        fixed = next(layer for layer, share in enumerate(found["fixed_exit_agreement"]) if share >= same["share"])
+        figures = [f"{same['n']:,}", percent(same["share"], 1), _interval(same), number(found["mean_exit_layer"])]
+        rows.append([name, *figures, str(fixed)])
+    columns = ["questions", "n", "answered as without an exit", "95 % interval", "mean exit layer", "fixed exit"]
+    note = f"layers 0-{len(report['calibration']['exit_histogram']) - 1}; fixed exit: the first layer that does as well"
+    return Sheet("Its exit heads", columns, rows, note)
+
+
+def _interval(share: Data) -> str:
+    low, high = (100 * x for x in share["ci95"])
+    return f"{low:.1f} - {high:.1f} %"
