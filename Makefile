@@ -92,6 +92,7 @@ bench: build ## benchmarks, quick set for a CPU (under 10 minutes); tables, JSON
 	$(BENCH).policies --name policies-llava-200m-bf16 --model llava-200m --dtype bfloat16 --batch 1 --new-tokens 1 3 16 --seconds 25
 	$(BENCH).curves --n 40 --seconds 30
 	$(BENCH).breakdown --seconds 5
+	$(BENCH).decisions --seconds 4
 	$(BENCH).growth --seconds 8
 	$(BENCH).kernels --batch 1 --seconds 0.3
 

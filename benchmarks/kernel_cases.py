@@ -43,11 +43,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """Two forms of one operation, and the bytes that any form must read and write."""
+    """Two forms of one operation, and what any form must do: bytes to move, and where they count, FLOPs."""
 
     ours: Callable[[], Any]
     torch_form: Callable[[], Any]
     bytes: int
+    flops: float = 0.0
 
 
 class TooLarge(Exception):
@@ -207,6 +208,29 @@ def silu_mul(i: Inputs) -> Case:
     return Case(lambda: ops.silu_mul(x), lambda: F.silu(x[:, :m]) * x[:, m:], x.nbytes * 3 // 2)
 
 
+def linear_decode(i: Inputs) -> Case:
+    """The largest weight of a layer times one row of each sequence."""
+    x, weight = i.randn(i.batch, i.s.hidden), i.randn(2 * i.s.intermediate, i.s.hidden)
+    return Case(
+        lambda: ops.linear(x, weight), lambda: F.linear(x, weight), weight.nbytes, 2.0 * i.batch * weight.numel()
+    )
+
+
+def varlen_attention(i: Inputs) -> Case:
+    """Against one SDPA call for all sequences, which have equal lengths here."""
+    s = i.s
+    qkv = i.randn(i.batch * s.rows, s.heads + 2 * s.kv_heads, s.head_dim)
+    q, k, v = qkv.split((s.heads, s.kv_heads, s.kv_heads), 1)
+    cu, scale = i.ints(torch.arange(i.batch + 1) * s.rows), s.head_dim**-0.5
+
+    def torch_form() -> Tensor:
+        a, b, c = (t.unflatten(0, (i.batch, s.rows)).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=s.heads != s.kv_heads)
+
+    flops = 2.0 * i.batch * s.heads * s.head_dim * s.rows * (s.rows + 1)  # half of two full products
+    return Case(lambda: ops.varlen_attention(q, k, v, cu, scale), torch_form, qkv.nbytes + q.nbytes, flops)
+
+
 CASES = (
     exit_head,
     kv_compact,
@@ -217,3 +241,9 @@ CASES = (
     add_rms_norm,
     silu_mul,
 )
+CPU_CASES = (linear_decode, varlen_attention)  # on CUDA torch's own products and FlashAttention serve
+
+
+def cases(device: torch.device) -> tuple[Callable[[Inputs], Case], ...]:
+    """Every operation there is on this device."""
+    return CASES + CPU_CASES if device.type == "cpu" else CASES

@@ -1,7 +1,7 @@
 """Every kernel against the plain torch form of the same thing, torch.compile's, and this machine's copy bandwidth.
 
 `python -m benchmarks.kernels --help`. Interleaved rounds; on CUDA times come from CUDA events after the L2 cache was
-overwritten. "share" is bytes that must move, over time, over the measured copy bandwidth.
+overwritten. "share" is the least time that the measured copy bandwidth and matmul rate allow, over the time taken.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.common import (
     Data,
+    Limits,
     Timings,
     header,
     interleave,
@@ -24,7 +25,7 @@ from benchmarks.common import (
     rounds_within,
     spread,
 )
-from benchmarks.kernel_cases import CASES, SIZES, Case, Inputs, TooLarge
+from benchmarks.kernel_cases import SIZES, Case, Inputs, TooLarge, cases
 from benchmarks.report import COLORS, Sheet, finish, new_figure, number, percent, scaled
 
 Calls = dict[str, Callable[[], Any]]
@@ -84,7 +85,11 @@ def measure_case(make: Callable[[Inputs], Case], inputs: Inputs, seconds: float,
     rounds = rounds_within(seconds, least=5, most=51)
     on_gpu = inputs.device.type == "cuda"
     times = cold_times(calls, rounds, inputs.device) if on_gpu else interleave(calls, rounds, inputs.device, warmup=0)
-    entry |= {"bytes": case.bytes, "seconds": {name: spread(values) for name, values in times.items()}}
+    entry |= {
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "seconds": {name: spread(values) for name, values in times.items()},
+    }
     entry["speedup"] = {k: paired_ratio(v, times["dyvte"]) for k, v in times.items() if k != "dyvte"}
     return entry
 
@@ -92,15 +97,16 @@ def measure_case(make: Callable[[Inputs], Case], inputs: Inputs, seconds: float,
 def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
     data = header("kernels", args, argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    data["cases"] = []
+    data["cases"], limits = [], Limits(**data["limits"])
     for size in args.sizes:
         for batch in args.batch:
-            for make in CASES:
+            for make in cases(device):
                 inputs = Inputs(SIZES[size], batch, dtype, device, memory_budget(device))
                 with_compile = size in args.compile and batch == args.batch[0]
                 entry = {"size": size, **measure_case(make, inputs, args.seconds, with_compile)}
                 if "bytes" in entry:
-                    entry["share"] = entry["bytes"] / entry["seconds"]["dyvte"]["median"] / data["limits"]["bytes"]
+                    least = limits.seconds(entry["flops"], entry["bytes"])
+                    entry["share"] = least / entry["seconds"]["dyvte"]["median"]
                 data["cases"].append(entry)
     return data
 
@@ -109,7 +115,7 @@ def tables(data: Data) -> list[Sheet]:
     sheets = []
     for size in dict.fromkeys(c["size"] for c in data["cases"]):
         rows = [_row(c) for c in data["cases"] if c["size"] == size]
-        columns = ["op", "batch", "us (quartiles)", "GB/s", "share of copy", "x torch", "x torch.compile"]
+        columns = ["op", "batch", "us (quartiles)", "GB/s", "share of limit", "x torch", "x torch.compile"]
         sheets.append(Sheet(f"Kernels at {size} shapes, {data['args']['dtype']}", columns, rows))
     return sheets
 
@@ -141,8 +147,8 @@ def figure(data: Data) -> Figure:
         axis.bar([ops.index(op) + i * width for op in share], list(share.values()), width, label=size, color=COLORS[i])
     axis.axhline(100, color="black", linewidth=0.8)
     axis.set_xticks([i + 0.4 - width / 2 for i in range(len(ops))], ops, rotation=20, ha="right", fontsize=8)
-    axis.set_ylabel("% of copy bandwidth")
-    axis.set_title(f"Kernels, batch {batch}: bytes that must move / time, against a plain copy", fontsize=9)
+    axis.set_ylabel("% of the limit")
+    axis.set_title(f"Kernels, batch {batch}: least time by copy bandwidth and matmul rate / time taken", fontsize=9)
     axis.legend(fontsize=7)
     return fig
 

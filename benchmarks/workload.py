@@ -77,19 +77,26 @@ def questions(model: str, n: int, split: str = "heldout") -> tuple[list[str], li
     return [i.question.text for i in items], [[i.picture] * copies for i in items]
 
 
-def forced_exit(engine: Engine, layer: int) -> DynamicExit:
-    """Exit heads of the paper's size whose last weights say "exit" after `layer` and "stay" before it.
+def forced_exit(engine: Engine, layer: int, light: bool = False) -> DynamicExit:
+    """Exit heads of the paper's size, or light ones, whose weights say "exit" after `layer` and "stay" before it.
 
     The work is that of real heads: a call after every layer up to `layer`.
     """
     shape = engine.model.shape
-    config = ExitHeadConfig(shape.hidden_size, shape.num_layers, head_hidden=min(2048, shape.hidden_size // 2))
+    form: dict[str, Any] = dict(head_hidden=min(2048, shape.hidden_size // 2))
+    if light:
+        form = dict(head_hidden=min(256, shape.hidden_size // 2), rms_eps=1e-6, shared=True)
     with torch.device(engine.config.device):
-        heads = ExitHeads(config, seed=None).to(engine.config.dtype).requires_grad_(False)
-    # gelu's mean over random inputs is above 0, so a column of ones sums to a positive logit.
+        heads = ExitHeads(ExitHeadConfig(shape.hidden_size, shape.num_layers, **form), seed=None)
+    heads = heads.to(engine.config.dtype).requires_grad_(False)
     heads.w2.data.fill_(0.0)
-    heads.w2.data[:layer, 0] = 1.0
-    heads.w2.data[layer:, 1] = 1.0
+    if heads.b1 is None:  # gelu's mean over random inputs is above 0, so a column of ones sums to a positive logit
+        heads.w2.data[:layer, 0] = 1.0
+        heads.w2.data[layer:, 1] = 1.0
+    else:  # far below 0 gelu gives 0 or a little less, far above what it was given
+        heads.b1.data[:layer] = -20.0
+        heads.b1.data[layer:] = 20.0
+        heads.w2.data[0, 1] = 1.0
     return DynamicExit(heads, threshold=0.5)
 
 

@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import breakdown, curves, document, growth, kernels, policies, summary, versus, workload
-from benchmarks.kernel_cases import SIZES, Inputs, TooLarge
+from benchmarks import breakdown, curves, decisions, document, growth, kernels, policies, summary, versus, workload
+from benchmarks.common import Limits
+from benchmarks.kernel_cases import CASES, CPU_CASES, SIZES, Inputs, TooLarge
 from tests import tiny
+from tests.engine.conftest import build
 
 COMMIT = "v1-2-gabc"  # as where there is no git
 README = "".join(f"before\n<!-- {x}: begin -->\nold\n<!-- {x}: end -->\nafter\n" for x in ("nano", "speed"))
@@ -151,18 +153,20 @@ def test_growth_counts_bytes_and_fits_exponents(out):
 
 def test_kernels_times_every_operation(out):
     data = run(kernels, out, "--sizes", "nano", "--batch", "1", "--compile", "--seconds", "0")
-    assert len(data["cases"]) == 8
+    assert [c["op"] for c in data["cases"]] == [case.__name__ for case in CASES + CPU_CASES]
+    limits = Limits(**data["limits"])
     for c in data["cases"]:
         check_spread(c["seconds"]["dyvte"])
         check_spread(c["speedup"]["torch"])
-        assert c["share"] == pytest.approx(c["bytes"] / c["seconds"]["dyvte"]["median"] / data["limits"]["bytes"])
+        least = max(c["bytes"] / limits.bytes, c["flops"] / limits.flops)
+        assert c["share"] == pytest.approx(least / c["seconds"]["dyvte"]["median"])
 
 
 def test_a_case_that_does_not_fit_is_left_out_and_said_so():
     inputs = Inputs(SIZES["nano"], 1, torch.float32, torch.device("cpu"), budget=1000)
     with pytest.raises(TooLarge):
         inputs.randn(16, 16)
-    entry = kernels.measure_case(kernels.CASES[0], inputs, 0.0, with_compile=False)
+    entry = kernels.measure_case(CASES[0], inputs, 0.0, with_compile=False)
     assert entry == {"op": "exit_head", "batch": 1, "skipped": entry["skipped"]}
 
 
@@ -295,3 +299,28 @@ def test_pages_in_the_repository_are_those_of_its_records():
     assert (document.ROOT / "docs" / "benchmarks.md").read_text() == document.page(found)
     plots = {p.stem for p in (document.ROOT / "docs" / "benchmarks").iterdir()}
     assert plots == {name for name, _ in found}
+
+
+def test_decisions_compares_ways_to_ask_for_one_exit(checkpoint, out):
+    data = run(decisions, out, "--model", checkpoint, "--batch", "2", "--exit", "2", "--seconds", "0")
+    cases = {c["method"]: c for c in data["cases"]}
+    asked = {name: c["asked"] for name, c in cases.items() if "paper" in name}
+    assert list(asked.values()) == [3, 2, 3, 3]
+    assert cases["KeepAll"]["asked"] == cases[decisions.NOBODY]["asked"] == 0
+    heads = 2 * (2 * 64 * 32) + 2 * 2 * 32
+    assert all(cases[name]["head_bytes"] == 2 * heads for name in asked)  # float32
+    assert cases["light heads"]["head_bytes"] == 4 * (2 * 64 * 32 + 2 * 32 + 32)
+    for c in cases.values():
+        check_spread(c["seconds"])
+        assert c["extra"]["n"] == c["seconds"]["n"]
+    with pytest.raises(SystemExit, match="--exit is 3; accepted: 0 to 2"):
+        run(decisions, out, "--model", checkpoint, "--batch", "1", "--exit", "3", "--seconds", "0")
+
+
+@pytest.mark.parametrize("light", [False, True])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_forced_heads_exit_where_they_are_told(layer, light):
+    engine, _ = build()
+    texts, images = tiny.prompts(seed=7, n=4, images=(1, 2))
+    engine.policy = workload.forced_exit(engine, layer, light)
+    assert [r.stats.exit_layer for r in engine.generate(texts, images, chat=False, max_new_tokens=1)] == [layer] * 4
