@@ -138,18 +138,16 @@ class Pack:
 
         Returns the smaller pack and the int64 row numbers that stay, or None when nothing leaves.
         """
-        stay = torch.ones_like(self.visual)
-        n_visual, start = list(self.n_visual), 0
-        for b, keep in enumerate(decision):
-            end = start + self.n_visual[b]
-            if keep is not None and len(keep) < self.n_visual[b]:
-                rows = self.visual_rows[start:end].long()
-                stay[rows] = False
-                stay[rows[keep]] = True
-                n_visual[b] = len(keep)
-            start = end
+        n_visual = [n if keep is None else len(keep) for keep, n in zip(decision, self.n_visual, strict=True)]
         if n_visual == self.n_visual:
             return None
+        stay, start = torch.ones_like(self.visual), 0
+        for keep, before, after in zip(decision, self.n_visual, n_visual, strict=True):
+            if keep is not None and after < before:
+                rows = self.visual_rows[start : start + before].long()
+                stay[rows] = False
+                stay[rows[keep]] = True
+            start += before
         host = [n - old + new for n, old, new in zip(self.lengths.host, self.n_visual, n_visual, strict=True)]
         index = torch.nonzero_static(stay, size=sum(host))[:, 0]
         pack = replace(
