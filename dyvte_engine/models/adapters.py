@@ -240,21 +240,21 @@ class VisionLanguageModel:
         `lengths` of the B prompts; `n_images` of all of them, looked at where every picture has equally many rows.
         """
         visual = self.visual(inputs["input_ids"]).cpu()
-        kept = full = int(visual.sum()) // max(n_images, 1)  # rows of a picture
+        full = int(visual.sum()) // max(n_images, 1)  # rows of a picture
         with ExitStack() as around:
             if self.device.type == "cpu":
                 around.enter_context(own_attention())
             if self.packed_vision is not None:
                 around.enter_context(self.packed_vision)
-            if policy is not None and policy.acts_in_tower and n_images > 0:
-                around.enter_context(policy.in_tower(self.vision))
-                seen = around.enter_context(padded_features(self.vision.projector, full))
-                entry = self._run_to_entry(inputs)
-                kept = seen[0]
-            else:
-                if self.tower_graphs is not None:
-                    around.enter_context(self.tower_graphs)
-                entry = self._run_to_entry(inputs)
+            inside = policy if policy is not None and policy.acts_in_tower and n_images > 0 else None
+            key, seen = None, [full]
+            if inside is not None:
+                around.enter_context(inside.in_tower(self.vision))
+                key, seen = inside.tower_key, around.enter_context(padded_features(self.vision.projector, full))
+            if self.tower_graphs is not None and (inside is None or key is not None):
+                around.enter_context(self.tower_graphs.entered(key))
+            entry = self._run_to_entry(inputs)
+        kept = seen[0]
         positions = self._positions(entry, len(lengths))
         added = _additions(entry)
         out = []

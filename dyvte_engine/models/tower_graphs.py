@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ _MOST = 8  # shapes that get a graph of their own; each holds the activations of
 
 
 class TowerGraphs:
-    """While it is entered, `tower` runs captured: one graph for each shape of pixels, for those that come first.
+    """Runs `tower` captured: one graph for each shape of pixels and policy inside, for those that come first.
 
     For towers that see pictures of one size. A call with more tensors than pixels, or of a further shape, runs plainly.
     What a replay gives lies at fixed addresses and holds until the next one.
@@ -23,23 +24,28 @@ class TowerGraphs:
     def __init__(self, tower: nn.Module, capture: Callable[..., Replay[Any]] = capture_cuda):
         self.tower, self._capture = tower, capture
         self._plain = tower.forward
+        self._inside: Hashable = None
         self._replays: dict[Any, tuple[Tensor, Replay[Any]]] = {}
         self._memory: list[Any] = []
 
-    def __enter__(self) -> None:
-        self._plain, self._own = self.tower.forward, "forward" in self.tower.__dict__
+    @contextmanager
+    def entered(self, inside: Hashable = None) -> Iterator[None]:
+        """While this runs, the tower does so. `inside`: the `tower_key` of the policy that acts in it, if one does."""
+        own = "forward" in self.tower.__dict__
+        self._plain, self._inside = self.tower.forward, inside
         self.tower.forward = self._forward
-
-    def __exit__(self, *exc: object) -> None:
-        if self._own:
-            self.tower.forward = self._plain
-        else:
-            del self.tower.forward
+        try:
+            yield
+        finally:
+            if own:
+                self.tower.forward = self._plain
+            else:
+                del self.tower.forward
 
     def _forward(self, pixel_values: Tensor, **options: Any) -> Any:
         if not all(isinstance(value, (bool, int, str, type(None))) for value in options.values()):
             return self._plain(pixel_values, **options)
-        key = (pixel_values.shape, pixel_values.dtype, tuple(sorted(options.items())))
+        key = (self._inside, pixel_values.shape, pixel_values.dtype, tuple(sorted(options.items())))
         if key not in self._replays:
             out = self._plain(pixel_values, **options)  # libraries set themselves up
             if len(self._replays) < _MOST:

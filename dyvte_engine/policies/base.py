@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,14 @@ class VisualTokenPolicy:
     def tower_merges(self) -> tuple[int, ...]:
         """Rows that each block of the vision tower merges away, for the count of FLOPs."""
         return ()
+
+    @property
+    def tower_key(self) -> Hashable | None:
+        """Names what `in_tower` does, if all of it is tensor work of fixed shapes inside the tower: it may be captured.
+
+        None: it needs Python at every call.
+        """
+        return None
 
     def bind(self, model: Any) -> VisualTokenPolicy:
         """This policy, ready to run on `model` (a `VisionLanguageModel`); a typed error if it cannot."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,10 @@ class Composed(VisualTokenPolicy):
     @property
     def tower_merges(self) -> tuple[int, ...]:
         return next((part.tower_merges for part in self.parts if part.tower_merges), ())
+
+    @property
+    def tower_key(self) -> Hashable | None:
+        return next((part.tower_key for part in self.parts if part.acts_in_tower), None)
 
     def bind(self, model: Any) -> Composed:
         return Composed(tuple(part.bind(model) for part in self.parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,10 @@ class ToMe(VisualTokenPolicy):
         if not 0 < self.keep <= 1:
             raise InvalidArgumentError(f"ToMe keep is {self.keep}; accepted: above 0 up to 1")
 
+    @property
+    def tower_key(self) -> Hashable:
+        return ToMe, self.tower_merges
+
     def bind(self, model: Any) -> ToMe:
         tower = model.vision
         leave = tower.tokens - max(round(self.keep * tower.tokens), 1)
@@ -65,7 +69,10 @@ class ToMe(VisualTokenPolicy):
 
 
 class _Merged:
-    """What the tokens of all pictures stand for: `size` f32 [P, N] patches, `place` f32 [P, N] their mean index."""
+    """What the tokens of all pictures stand for: `size` f32 [P, N] patches, `place` f32 [P, N] their mean index.
+
+    From the first merge to the last block whose output is used; the tower's next call begins anew.
+    """
 
     def __init__(self, cls: int):
         self.cls = cls
@@ -85,11 +92,12 @@ class _Merged:
         self.place = means[..., -1]
         return means[..., :-1].to(x.dtype)
 
-    def in_order(self, x: Tensor) -> Tensor:
+    def finish(self, x: Tensor) -> Tensor:
+        """x [P, N, d] by place."""
         if self.size is None:
             return x
         order = self.place.argsort(dim=-1, stable=True)
-        self.size, self.place = self.size.gather(1, order), self.place.gather(1, order)
+        self.size = None
         return x.gather(1, order[..., None].expand_as(x))
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -138,7 +146,7 @@ def _merging(block: Any, r: int, merged: _Merged, last: bool) -> Iterator[None]:
         if r > 0:
             x = merged.merge(x, key, r)
         if last:
-            x = merged.in_order(x)
+            x = merged.finish(x)
         return whole(x, *args, **kwargs)
 
     def nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
