@@ -31,7 +31,6 @@ def decode_step(
     layers = decoder.layers
     cu = torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
     kv_lens = lens + 1
-    norms = [layer.input_norm for layer in layers[1:]] + [decoder.norm]
     hidden = F.embedding(tokens, decoder.embed.weight)  # [B, d]
     x = ops.rms_norm(hidden, layers[0].input_norm, decoder.eps)
     for number, layer in enumerate(layers):
@@ -39,8 +38,7 @@ def decode_step(
         table = block_table[number]
         ops.rope_append_(q, k, v, decoder.cos_sin, positions[number], cu, pool.k, pool.v, table, lens[number])
         attended = ops.decode_attention(q, pool.k, pool.v, table, kv_lens[number], decoder.scale)
-        x = ops.add_rms_norm_(hidden, layer.project_out(attended), layer.post_norm, layer.eps)
-        x = ops.add_rms_norm_(hidden, layer.mlp(x), norms[number], decoder.eps)
+        x = decoder.after_attention(number, hidden, attended)
     lens += 1
     positions += 1
     return decoder.logits(x)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .assets import resolve_model
-from .attention import choose_backend
+from .attention import CAPTURABLE, choose_backend
 from .config import EngineConfig
 from .decode import DecodeGraphs
 from .errors import DeviceError, InvalidArgumentError, PromptError
@@ -27,6 +27,7 @@ from .models.presets import preset
 from .models.random_model import byte_processor, random_model
 from .policies import KeepAll, VisualTokenPolicy
 from .prefill import Watch, prefill
+from .prefill_graphs import TextGraphs
 from .prompts import as_batch, is_single, render
 from .sampling import merge_config
 from .segments import Pack, runs
@@ -56,9 +57,11 @@ class Engine:
             if fault is not None:
                 raise DeviceError(f"pack_weights does not work here with {config.dtype}: {fault}")
             model.pack()
-        self._graphs = None
+        self._graphs = self._text_graphs = None
         if config.device.type == "cuda" and config.cuda_graphs:
             self._graphs = DecodeGraphs(model.decoder, self.pool)
+            if self.attn_backend in CAPTURABLE:
+                self._text_graphs = TextGraphs(model.decoder, self.pool, self._attend)
             model.capture_tower()
         self.policy = policy or KeepAll()
 
@@ -90,8 +93,8 @@ class Engine:
                 max_len defaults to the model's positions, at most 4096.
             page_size: rows of one K/V page.
             drop_early_kv: after the prefill, take the rows that left out of the earlier layers' K/V too.
-            cuda_graphs: on CUDA, decoding and towers of one picture size run as graphs, captured at the first use of
-                each batch size and length bucket, and of each number of pictures.
+            cuda_graphs: on CUDA, decoding, prefill layers without visual tokens (not with "sdpa") and towers of one
+                picture size run as graphs, captured at first use for each batch size, bucket of lengths or pictures.
             pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout the matrix units read
                 (faster prompts); "auto": where all weights take at most a quarter of the machine's memory.
 
@@ -309,6 +312,7 @@ class Engine:
                 self.policy,
                 self.config.drop_early_kv,
                 watch,
+                self._text_graphs,
             )
             return Running(self.model.decoder, cache, done, self._graphs)
         except BaseException:

@@ -20,15 +20,19 @@ from .transfer import to_device, upload
 
 
 class PagePool:
-    """K and V pages `[n_pages, page_size, Hkv, D]`, shared by all layers and sequences of one engine."""
+    """K and V pages `[n_pages + 1, page_size, Hkv, D]`, shared by all layers and sequences of one engine.
+
+    The last one, `spare`, is never given to anybody: rows that fill up a batch of fixed size write there.
+    """
 
     def __init__(self, shape: DecoderShape, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
-        size = (n_pages, page_size, shape.num_kv_heads, shape.head_dim)
+        size = (n_pages + 1, page_size, shape.num_kv_heads, shape.head_dim)
         self.k = torch.empty(size, dtype=dtype, device=device)
         self.v = torch.empty(size, dtype=dtype, device=device)
         self.page_size = page_size
         self.page_bytes = 2 * self.k[0].nbytes
         self.allocator = ops.PageAllocator(n_pages)
+        self.spare = n_pages
 
     def take(self, n: int) -> list[int]:
         """n page numbers, all or none. Raises CacheError when fewer are free."""

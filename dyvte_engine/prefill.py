@@ -14,6 +14,7 @@ from .attention import AttentionFn
 from .kv_cache import KVCache
 from .models.decoder import Decoder
 from .policies import Decision, LayerState, VisualTokenPolicy
+from .prefill_graphs import TextGraphs
 from .segments import Pack
 
 # Called in every layer with its number, the rotated q [N, Hq, D] and k [N, Hkv, D] of all its rows, and their pack.
@@ -45,17 +46,18 @@ def prefill(
     policy: VisualTokenPolicy,
     drop_early_kv: bool = False,
     watch: Watch | None = None,
+    graphs: TextGraphs | None = None,
 ) -> Prefilled:
     """Run packed prompts through all layers and fill an empty cache.
 
     inputs_embeds [N, d] with its `pack`. With `drop_early_kv` the rows that left are afterwards compacted out of the
     earlier layers' K/V too, so that decoding no longer attends to them anywhere. `watch` sees every layer's attention.
+    `graphs` run the layers that see text only, unless they are watched.
     """
     num_layers = decoder.shape.num_layers
     ask = policy.layers(num_layers) if any(pack.n_visual) else set()
     if not drop_early_kv:
         ask = ask - {num_layers - 1}  # nothing follows the last layer
-    norms = [layer.input_norm for layer in decoder.layers[1:]] + [decoder.norm]
     packs: list[Pack] = []
     exit_layers: list[int | None] = [None] * len(pack.n_visual)
     memory: dict[VisualTokenPolicy, Any] = {}
@@ -70,6 +72,12 @@ def prefill(
     x = ops.rms_norm(hidden, decoder.layers[0].input_norm, decoder.eps)
     space = decoder.space(len(hidden))
     for number, layer in enumerate(decoder.layers):
+        if graphs is not None and watch is None and graphs.take(number, pack):
+            if number >= reserved:
+                cache.reserve(range(number, num_layers), pack.lengths.host)
+            packs += [pack] * (num_layers - number)
+            x, only_last = graphs.run(number, cache, pack, hidden, x), True
+            break
         q, k, v = layer.project_qkv(x)
         if pending is not None:
             pack, stay = _leave(policy, *pending, exit_layers)
@@ -88,12 +96,8 @@ def prefill(
             watch(number, q, k, pack)
         if only_last:
             hidden = hidden[pack.last_rows]
-        x = ops.add_rms_norm_(hidden, layer.project_out(attended), layer.post_norm, layer.eps)
-        out = layer.mlp(x, space)
-        if number < len(pack.additions):
-            hidden += out
-            out = pack.additions[number][pack.source]
-        x = ops.add_rms_norm_(hidden, out, norms[number], decoder.eps)
+        added = pack.additions[number][pack.source] if number < len(pack.additions) else None
+        x = decoder.after_attention(number, hidden, attended, space, added)
         if asked:
             state = LayerState(number, decoder, hidden, q, k, pack, memory)
             decision = policy.decide(state)

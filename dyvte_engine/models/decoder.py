@@ -130,6 +130,22 @@ class Decoder:
             return None
         return self.norm.new_empty(rows, 2 * self.shape.intermediate_size)
 
+    def after_attention(
+        self, number: int, hidden: Tensor, attended: Tensor, space: Tensor | None = None, added: Tensor | None = None
+    ) -> Tensor:
+        """The rest of layer `number`: hidden [N, d] becomes what leaves it; returns that, normalised for the next.
+
+        attended [N, Hq, D]; `space` as for `mlp`; `added` [N, d] is added to the residual stream at the end.
+        """
+        layer = self.layers[number]
+        x = ops.add_rms_norm_(hidden, layer.project_out(attended), layer.post_norm, layer.eps)
+        out = layer.mlp(x, space)
+        if added is not None:
+            hidden += out
+            out = added
+        following = self.norm if number == len(self.layers) - 1 else self.layers[number + 1].input_norm
+        return ops.add_rms_norm_(hidden, out, following, self.eps)
+
     def rotate(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         """x [n, H, D] turned as keys and queries are, cos_sin f32 [n, rot_dim]; in plain torch, for scores only."""
         cos, sin = cos_sin[:, None].chunk(2, dim=-1)

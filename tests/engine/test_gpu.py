@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dyvte_engine import DynamicExit, FastV, FixedExit, KeepAll, compose
-from dyvte_engine.attention import BACKENDS, try_backend
+from dyvte_engine.attention import BACKENDS, CAPTURABLE, try_backend
 from tests import tiny
 from tests.engine.conftest import build, logits_errors
 from tests.engine.test_exit import random_heads
@@ -50,16 +50,18 @@ def test_backends_stay_within_twice_torchs_error(backend, dtype):
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     engine, low = build(dtype=dtype, device="cuda", attn_backend=backend)
+    assert (engine._text_graphs is not None) == (backend in CAPTURABLE)
     exact = tiny.model().to("cuda", dtype).double()
-    texts, images = tiny.prompts(seed=81, n=8)
-    ours, theirs = logits_errors(engine, low, exact, texts, images)
-    assert ours <= 2 * theirs
+    for images in ((1, 2, 3), (0,)):  # without a picture all layers run as graphs, after the first prompt as replays
+        ours, theirs = logits_errors(engine, low, exact, *tiny.prompts(seed=81, n=8, images=images))
+        assert ours <= 2 * theirs
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # with the second, text-only layers are graphs too
 @pytest.mark.parametrize("name", POLICIES)
-def test_neither_prefill_nor_decoding_waits_for_the_device(name):
+def test_neither_prefill_nor_decoding_waits_for_the_device(name, dtype):
     """torch raises where an operation waits; the decision of the heads is read by an event, behind queued work."""
-    engine, _ = build(device="cuda", policy=POLICIES[name], page_size=4)
+    engine, _ = build(device="cuda", dtype=dtype, policy=POLICIES[name], page_size=4)
     texts, images = tiny.prompts(seed=82, n=8, images=(1, 2))
     prompts = engine.model.prepare(engine.model.tokenize(texts, images))
     tokens = torch.full((8,), 7, device="cuda")

@@ -1,38 +1,86 @@
-"""Decoding and vision towers at fixed addresses give what they give plainly.
+"""Decoding, text-only layers and vision towers at fixed addresses give what they give plainly.
 
 On the CPU a stand-in for the graph runs the step again at each replay; with `-m gpu` the same tests run real graphs.
 """
 
+import functools
 import gc
+import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dyvte_engine import DynamicExit, FixedExit, KeepAll, ToMe
+from dyvte_engine import (
+    DynamicExit,
+    Engine,
+    EngineConfig,
+    FastV,
+    FixedExit,
+    KeepAll,
+    ToMe,
+    VisionZip,
+    VisualTokenPolicy,
+    compose,
+)
 from dyvte_engine.decode import DecodeGraphs
 from dyvte_engine.graphs import capture_cuda
+from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.tower_graphs import TowerGraphs
+from dyvte_engine.prefill_graphs import TextGraphs
 from tests import tiny
 from tests.engine.conftest import build
-from tests.engine.test_exit import random_heads
+from tests.engine.test_exit import LAYERS, Later, random_heads
+from tests.families import zoo
+from tests.policies import shared
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+class Operations(TorchDispatchMode):
+    """Everything that torch is asked to do while it is entered, on which tensors; what that wrote is taken back."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a graph cannot read values on the host"
+        kwargs = kwargs or {}
+        named = dict(zip((a.name for a in function._schema.arguments), args)) | kwargs
+        for argument in function._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                storage = named[argument.name].untyped_storage()
+                self.before.setdefault(storage._cdata, (storage, storage.clone()))
+        out = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, out))
+        return out
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        for storage, old in self.before.values():
+            storage.copy_(old)
+
+
+def storages(values):
+    return {v.untyped_storage()._cdata for v in tree_leaves(values) if isinstance(v, torch.Tensor)}
+
+
 class Captures:
-    """What stands for `capture_cuda`: a replay computes at the same addresses and writes into the same result."""
+    """What stands for `capture_cuda`: a replay runs no Python of the step, but its operations at the same addresses."""
 
     def __call__(self, step, memory):
-        result = None
+        with Operations() as operations:
+            result = step()
 
         def replay():
-            nonlocal result
-            out = step()
-            result = out if result is None else result
-            for there, new in zip(tree_leaves(result), tree_leaves(out), strict=True):
-                if isinstance(new, torch.Tensor):
-                    there.copy_(new)
+            for function, args, kwargs, out in operations.calls:
+                new, given = function(*args, **kwargs), storages((args, kwargs))
+                for there, value in zip(tree_leaves(out), tree_leaves(new), strict=True):
+                    if isinstance(value, torch.Tensor) and not storages(there) & given:
+                        there.copy_(value)
             return result
 
         return replay
@@ -134,12 +182,244 @@ def test_a_captured_tower_gives_the_same_rows(vision, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_policies_in_the_tower_pass_by_the_graphs(device):
-    engine, plain = (build(device=device, cuda_graphs=False, policy=ToMe(0.5))[0] for _ in range(2))
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_merging_runs_in_the_captured_tower(vision, device):
+    """Policies in turn, on the same shapes of pixels; VisionZip reads the tower by hooks and passes by the graphs."""
+    engine, plain = (shared.build(vision, device=device, cuda_graphs=False)[0] for _ in range(2))
     capture = Captures() if device == "cpu" else capture_cuda
     engine.model.tower_graphs = TowerGraphs(engine.model.hf.model.vision_tower, capture)
     texts, images = tiny.prompts(seed=94, n=6, images=(1, 2))
-    for policy in (KeepAll(), ToMe(0.5), KeepAll()):
+    merging = [ToMe(0.5), ToMe(0.3), compose(ToMe(0.7), FixedExit(1))]
+    for policy in 2 * [KeepAll(), *merging, VisionZip(5, 2)]:
         engine.policy = plain.policy = policy
-        answers = [e.generate(texts, images, chat=False, max_new_tokens=4) for e in (engine, plain)]
-        assert [r.token_ids for r in answers[0]] == [r.token_ids for r in answers[1]]
+        for batch in (slice(0, 3), slice(3, 6)):
+            got, want = (e.prepare(texts[batch], images[batch], chat=False) for e in (engine, plain))
+            assert [g.pictures for g in got] == [w.pictures for w in want]
+            for g, w in zip(got, want):
+                torch.testing.assert_close(g.inputs_embeds, w.inputs_embeds)
+    shapes = {(inside, pixels[0]) for inside, pixels, *_ in engine.model.tower_graphs._replays}
+    numbers = {sum(map(len, images[batch])) for batch in (slice(0, 3), slice(3, 6))}
+    assert len(numbers) == 2
+    assert shapes == set(
+        itertools.product((None, *(policy.bind(plain.model).tower_key for policy in merging)), numbers)
+    )
+
+
+def attend_by_offsets(q, k, v, lengths, scale):
+    """Knows where sequences begin from the device alone, and weighs the rows of all others by 0."""
+    rows = torch.arange(len(q), dtype=torch.int32, device=q.device)
+    sequence = torch.bucketize(rows, lengths.cu, right=True)
+    seen = (sequence[:, None] == sequence) & (rows[:, None] >= rows)
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    logits = torch.einsum("nhd,mhd->hnm", q, k) * scale
+    return torch.einsum("hnm,mhd->nhd", logits.masked_fill(~seen, -torch.inf).softmax(dim=-1), v)
+
+
+def add_text_graphs(engine, device):
+    """The engine's graphs, and a list that gets one entry for each capture."""
+    captures, capture = [], Captures() if device == "cpu" else capture_cuda
+
+    def counted(step, memory):
+        captures.append(step)
+        return capture(step, memory)
+
+    engine._text_graphs = TextGraphs(engine.model.decoder, engine.pool, attend_by_offsets, counted)
+    return engine._text_graphs, captures
+
+
+def with_text_graphs(device, policy=None, **options):
+    engine, plain = with_graphs(device, policy, **options)
+    return engine, plain, *add_text_graphs(engine, device)
+
+
+close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)  # products of more rows sum otherwise
+
+
+def state(running):
+    """All that a prefill left: logits, and K and V of each (layer, sequence), read through the page tables."""
+    cache, out = running.cache, [running.logits, running.cache.positions, running.cache.lens]
+    for table, lens in zip(cache.block_table.long(), cache.host_lens.tolist()):
+        for pages, n in zip(table, lens):
+            out += [pool[pages].flatten(0, 1)[:n].clone() for pool in (cache.pool.k, cache.pool.v)]
+    return out
+
+
+def captured_layers(exits, pictures, late):
+    """The layers that must run as graphs: those after the last exit; after one more, if its decision is read late."""
+    if not any(pictures):
+        return list(range(LAYERS))
+    gone = [exit for exit, own in zip(exits, pictures) if own]
+    if None in gone:
+        return []
+    return list(range(max(gone) + 1 + late, LAYERS))
+
+
+@dataclass(frozen=True, eq=False)
+class OneByOne(VisualTokenPolicy):
+    """Sequence b loses its visual tokens after layer b."""
+
+    def layers(self, num_layers):
+        return set(range(num_layers - 1))
+
+    def decide(self, state):
+        return [state.pack.source[:0] if b == state.layer else None for b in range(len(state.pack.n_visual))]
+
+
+EXITS = {
+    "keep-all": KeepAll(),
+    **{f"after {layer}": FixedExit(layer) for layer in range(-1, LAYERS)},
+    "one by one": OneByOne(),
+    "dynamic": DynamicExit(random_heads(4), 0.7),
+    "late": Later(FixedExit(1)),
+    "fastv+fixed": compose(FastV(1, 0.5), FixedExit(2)),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("drop_early_kv", [False, True])
+@pytest.mark.parametrize("name", EXITS)
+def test_text_layers_equal_those_without_graphs(name, drop_early_kv, device):
+    """Batches of 1 to 3 in turn, first captured, then replayed with other prompts of other lengths."""
+    engine, plain, graphs, _ = with_text_graphs(device, EXITS[name], drop_early_kv=drop_early_kv)
+    texts, images = tiny.prompts(seed=95, n=24)
+    late = name == "late" or (name, device) == ("dynamic", "cuda")
+    seen = set()
+    for start in range(0, 24, 3):
+        for batch in (slice(start, start + 1), slice(start + 1, start + 3), slice(start, start + 3)):
+            prompts = plain.model.prepare(plain.model.tokenize(texts[batch], images[batch]))
+            with plain.prefill_prepared(prompts) as want, engine.prefill_prepared(prompts) as got:
+                assert got.exit_layers == want.exit_layers
+                assert got.rows == want.rows
+                close(state(got), state(want))
+                close(got.step([5] * len(prompts)), want.step([5] * len(prompts)))
+                layers = captured_layers(want.exit_layers, images[batch], late)
+                rows = next(r for r in (32, 64, 128, 192, 256) if r >= sum(want.rows[-1]))
+                seen |= {(layer, len(prompts), rows) for layer in layers}
+            assert set(graphs._replays) == seen
+    assert engine.pool.bytes_held == 0
+    assert seen
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_answers_equal_those_without_text_graphs(device):
+    engine, plain, graphs, captures = with_text_graphs(device, EXITS["dynamic"])
+    texts, images = tiny.prompts(seed=96, n=24)
+    options = {"chat": False, "max_new_tokens": 8}
+    want = [r.token_ids for r in plain.generate(texts, images, **options)]
+    for _ in range(2):
+        assert [r.token_ids for r in engine.generate(texts, images, **options)] == want
+        assert len(captures) == len(graphs._replays) > 0, "captured again"
+
+
+def text_prompts(engine, lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    embeds = [torch.randn(n, engine.model.shape.hidden_size, generator=generator) for n in lengths]
+    return embeds, [torch.zeros(n, dtype=torch.bool) for n in lengths]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("lengths", "bucket"),
+    [
+        *(([n], 32) for n in (1, 2, 31, 32)),
+        ([33], 64),
+        ([31, 1], 32),
+        ([1, 31, 1], 64),
+        ([100, 29], 192),
+        ([170, 171, 171], 512),
+        ([171, 171, 171], None),
+    ],
+)
+def test_buckets_of_rows(lengths, bucket, device):
+    """Also full ones, in which the sequence that fills up is empty, and more rows than the largest holds."""
+    engine, plain, graphs, _ = with_text_graphs(device)
+    entry = text_prompts(engine, lengths)
+    for _ in range(2):
+        with engine.prefill(*entry) as got, plain.prefill(*entry) as want:
+            close(state(got), state(want))
+    assert set(graphs._replays) == ({(n, len(lengths), bucket) for n in range(LAYERS)} if bucket else set())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_running_batches_keep_their_pages(device):
+    """Prompts of one bucket come and go; what others hold stays bit for bit, and theirs goes where it should."""
+    engine, plain, _, captures = with_text_graphs(device)
+    kept = [engine.prefill(*text_prompts(engine, [n, 7], seed=n)) for n in (9, 24)]
+    before = [state(running) for running in kept]
+    for seed, n in enumerate((3, 20, 11, 16)):
+        entry = text_prompts(engine, [n, 5], seed)
+        with engine.prefill(*entry) as got, plain.prefill(*entry) as want:
+            close(state(got), state(want))
+    assert len(captures) == LAYERS
+    for running, old in zip(kept, before):
+        assert all(torch.equal(now, then) for now, then in zip(state(running), old, strict=True))
+        running.close()
+    assert engine.pool.bytes_held == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_fill_up_write_to_the_spare_page_alone(device):
+    engine, _, _, _ = with_text_graphs(device)
+    pool = engine.pool
+    pool.k.fill_(7)
+    pool.v.fill_(7)
+    with engine.prefill(*text_prompts(engine, [10, 9])) as running:
+        held = {page for layer in running.cache._pages for pages in layer for page in pages}
+    written = {page for t in (pool.k, pool.v) for page in (t != 7).flatten(1).any(dim=1).nonzero()[:, 0].tolist()}
+    assert written == held | {pool.spare}
+    assert sorted(pool.take(pool.allocator.free_count)) == list(range(pool.spare)), "it is given to somebody"
+
+
+@pytest.mark.parametrize("decoder", tiny.DECODERS)
+def test_rows_that_fill_up_are_as_new_for_every_prompt(decoder):
+    """NaN among them would reach the others, and what added up over prompts would end in it."""
+    engine, _ = build(decoder, page_size=4)
+    graphs, _ = add_text_graphs(engine, "cpu")
+    entry, fill = text_prompts(engine, [10, 9]), []
+    for leftover in (0, torch.nan, 1e30):
+        graphs._hidden[19:] = graphs._x[19:] = leftover
+        engine.prefill(*entry).close()
+        fill.append(torch.cat((graphs._hidden[19:32], graphs._x[19:32])))
+    assert fill[0].isfinite().all()
+    assert all(torch.equal(f, fill[0]) for f in fill)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_a_prefill_gave_holds_through_the_next(device, monkeypatch):
+    engine, _, _, _ = with_text_graphs(device)
+    given, logits = [], engine.model.decoder.logits
+    monkeypatch.setattr(engine.model.decoder, "logits", lambda hidden: given.append(hidden) or logits(hidden))
+    for seed in range(3):  # captured, replayed, replayed
+        engine.prefill(*text_prompts(engine, [10, 9], seed)).close()
+        if seed == 1:
+            before = given[1].clone()
+    assert torch.equal(given[1], before)
+
+
+def test_watched_layers_pass_by_the_graphs():
+    engine, _, graphs, _ = with_text_graphs("cpu")
+    prompts = engine.prepare(["w3 w4"], [None], chat=False)
+    seen = []
+    engine.prefill_prepared(prompts, lambda number, q, k, pack: seen.append(number)).close()
+    assert seen == list(range(LAYERS))
+    assert not graphs._replays
+
+
+@pytest.mark.parametrize("layer", [-1, 1])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_text_layers_of_families_with_several_axes_and_deepstack(family, layer):
+    """Their angles are not those of a position; what deepstack adds after the first layers is added plainly."""
+    config = EngineConfig(torch.device("cpu"), torch.float32, max_len=384)
+    loaded = [VisionLanguageModel(zoo.model(family), zoo.processor(family), family, 384) for _ in range(2)]
+    engine, plain = (Engine(model, config, FixedExit(layer)) for model in loaded)
+    graphs, _ = add_text_graphs(engine, "cpu")
+    texts, images = zoo.prompts(family, seed=97, n=12, images=(1, 2))
+    for start in range(0, 12, 2):
+        batch = slice(start, start + 2)
+        prompts = plain.model.prepare(plain.model.tokenize(texts[batch], images[batch]))
+        assert all(p.rotations is not None for p in prompts)
+        added = max(len(p.additions) for p in prompts)
+        with plain.prefill_prepared(prompts) as want, engine.prefill_prepared(prompts) as got:
+            close(state(got), state(want))
+    assert (added > 0) == (family == "qwen3_vl")
+    assert min(number for number, _, _ in graphs._replays) == max(layer + 1, added)
