@@ -94,6 +94,7 @@ bench: build ## benchmarks, quick set for a CPU (under 10 minutes); tables, JSON
 	$(BENCH).breakdown --seconds 5
 	$(BENCH).decisions --seconds 4
 	$(BENCH).growth --seconds 8
+	$(BENCH).capacity --seconds 8
 	$(BENCH).kernels --batch 1 --seconds 0.3
 
 HEADS ?= outputs/heads

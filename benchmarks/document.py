@@ -17,7 +17,7 @@ from benchmarks.report import limits_line, markdown, save_figure
 from benchmarks.summary import NO_GPU, readme
 
 ROOT = Path(__file__).parent.parent
-ORDER = ("policies", "curves", "breakdown", "decisions", "growth", "kernels", "versus")
+ORDER = ("policies", "curves", "breakdown", "decisions", "growth", "capacity", "kernels", "versus")
 INTRO = """# Benchmarks
 
 Made by `make bench-docs` from the results in [benchmarks/results](../benchmarks/results); do not edit. `make bench`

@@ -29,7 +29,7 @@ NANO_QUESTIONS = {  # (data, kind) in nano's report.json
 def readme(page: str, results: Sequence[tuple[str, Data]]) -> str:
     """README.md with its tables as the records have them now."""
     measured = [data for _, data in results]
-    parts = [markdown(sheet) for sheet in (*speed(measured), *engines(measured))]
+    parts = [markdown(sheet) for sheet in (*speed(measured), *capacity(measured), *engines(measured))]
     if not any("gpu" in data["machine"] for data in measured):
         parts.append(NO_GPU)
     page = into_page(page, "speed", "\n\n".join(parts))
@@ -66,6 +66,23 @@ def _speed_row(args: Data, c: Data) -> list[str]:
     ratios = (c["prefill_speedup"], c["speedup"]["1"], c["per_token_speedup"])
     medians = [number(r["median"], 2) for r in ratios]
     return [f"{args['model']}, {args['dtype']}", c["method"], exits(c), *medians, percent(c["share"]["per_token"])]
+
+
+def capacity(measured: Sequence[Data]) -> list[Sheet]:
+    """How many more sequences run in the same K/V memory."""
+    sheets = []
+    for data in measured:
+        if data["benchmark"] == "capacity":
+            rows = [
+                [c["method"], exits(c), str(c["sequences"]), number(c["more"], 2), number(c["speedup"]["median"], 2)]
+                for c in data["cases"]
+                if c["method"].split(", ")[0] in METHODS
+            ]
+            args, budget = data["args"], f"{data['budget'] / 2**20:,.0f} MiB of K/V memory"
+            columns = ["method", "exit after", "sequences", "more x", "sequences/s x"]
+            note = "without processor and vision; early K/V dropped: decoding no longer sees the picture"
+            sheets.append(Sheet(f"{args['model']}, {args['dtype']}, in {budget}, {_place(data)}", columns, rows, note))
+    return sheets
 
 
 def engines(measured: Sequence[Data]) -> list[Sheet]:

@@ -19,6 +19,7 @@ if [[ ${FULL:-} ]]; then
     run policies "gpu-policies-$model" --model "$model" --batch 1 8 32 --new-tokens 1 3 16 128 512 --seconds 30
     run breakdown "gpu-breakdown-$model" --model "$model"
     run decisions "gpu-decisions-$model" --model "$model" --batch 1 8 32
+    run capacity "gpu-capacity-$model" --model "$model"
   done
   run growth gpu-growth --model llava-1.5-7b --layers 8 16 32 --base 576 32 1 16
   run kernels gpu-kernels --sizes "${large[@]}" --batch 1 8 32 --compile "${large[@]}"
@@ -28,6 +29,7 @@ else
   run policies gpu-policies-llava-next-7b --model llava-next-7b --batch 1 --new-tokens 1 3 16 --seconds 8 --least 1
   run breakdown gpu-breakdown-llava-1.5-13b --model llava-1.5-13b --exit 11 --new-tokens 3 --seconds 5
   run decisions gpu-decisions-llava-1.5-13b --model llava-1.5-13b --batch 1 8 --seconds 3
+  run capacity gpu-capacity-llava-1.5-13b --model llava-1.5-13b --budget 16384 --questions 16 --seconds 0 --least 1
   run kernels gpu-kernels --sizes "${large[@]}" --batch 1 8 32 --seconds 0.2
 fi
 if ((${#failed[@]})); then

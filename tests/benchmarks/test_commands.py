@@ -1,12 +1,25 @@
 """Each command at its smallest: what its JSON holds and whether its figures fit together. No time is tested."""
 
 import gzip
+import itertools
 import json
 
 import pytest
 import torch
 
-from benchmarks import breakdown, curves, decisions, document, growth, kernels, policies, summary, versus, workload
+from benchmarks import (
+    breakdown,
+    capacity,
+    curves,
+    decisions,
+    document,
+    growth,
+    kernels,
+    policies,
+    summary,
+    versus,
+    workload,
+)
 from benchmarks.common import Limits
 from benchmarks.kernel_cases import CASES, CPU_CASES, SIZES, Inputs, TooLarge
 from tests import tiny
@@ -151,6 +164,100 @@ def test_growth_counts_bytes_and_fits_exponents(out):
     assert stay - leave == 2 * 112 * row
 
 
+def fitting(lengths, pages, new_tokens, full, dropped=False):
+    """Sequences admitted to pages of 16 rows, in 4 layers of which `full` see the picture; and the pages held then."""
+    text, held = [n - tiny.VISUAL_TOKENS for n in lengths], 0
+
+    def pages_of(rows, more):
+        return sum(-(-(n + more) // 16) for n in rows)
+
+    for count, i in enumerate(itertools.cycle(range(len(lengths)))):
+        layers = [lengths[i]] * full + [text[i]] * (4 - full)
+        answered = pages_of([text[i]] * 4 if dropped else layers, new_tokens - 1)
+        if held + max(pages_of(layers, 0), answered) > pages:
+            return count, held
+        held += answered
+
+
+def test_capacity_admits_what_fits(checkpoint, out):
+    sizes = ["--budget", "0.5", "--questions", "5", "--sets", "2", "--new-tokens", "4", "--group", "4"]
+    data = run(capacity, out, "--model", checkpoint, *sizes, "--seconds", "0", "--least", "2")
+    page = 2 * 16 * 2 * 16 * 4  # K and V, rows, heads, numbers, float32
+    assert data["budget"] == 128 * page
+    engine = workload.load(checkpoint, "float32", "cpu", max_batch=5, new_tokens=1)
+    stats = [r.stats for r in engine.generate(*workload.questions(checkpoint, 5), max_new_tokens=1)]
+    lengths = [s.visual_tokens + s.text_tokens for s in stats]
+    cases = {c["method"]: c for c in data["cases"]}
+    names = ["FastV", "VTW (1)", "DyVTE", "DyVTE, mixed exits", "DyVTE+FastV"]
+    assert list(cases) == ["KeepAll", *names, *(f"{name}, early K/V dropped" for name in names)]
+    count, held = fitting(lengths, 128, 4, full=4)
+    assert cases["KeepAll"]["sequences"] == count > 5  # questions came again
+    assert cases["KeepAll"]["filled"] == held / 128
+    assert cases["VTW (1)"]["sequences"] == cases["DyVTE"]["sequences"] == fitting(lengths, 128, 4, full=2)[0]
+    dropped = fitting(lengths, 128, 4, full=2, dropped=True)
+    assert cases["VTW (1), early K/V dropped"]["sequences"] == dropped[0]
+    assert dropped[1] / 128 < cases["VTW (1), early K/V dropped"]["filled"] <= 1  # the peak of a prefill, not its rest
+    assert [cases[name]["exit_layer"] for name in names] == [None, 1, 1, cases[names[3]]["exit_layer"], 1]
+    for c in cases.values():
+        assert c["more"] == c["sequences"] / count
+        rates = [c[part]["median"] for part in ("sequences_per_s", "tokens_per_s", "decoded_per_s")]
+        assert rates[1] == pytest.approx(4 * rates[0])
+        assert rates[2] > 3 * rates[0]  # decoding alone takes less than all
+        for part in ("prefill", "decode", "speedup", "kv_bytes"):
+            check_spread(c[part])
+    row = summary.capacity([data])[0].rows[-1]
+    assert row[0] == "DyVTE+FastV, early K/V dropped" and row[2] == str(cases[row[0]]["sequences"])
+    with pytest.raises(SystemExit, match="holds not one sequence of KeepAll"):
+        run(capacity, out, "--model", checkpoint, "--budget", "0.01")
+    with pytest.raises(SystemExit):
+        capacity.main(["--new-tokens", "1"])
+
+
+def test_capacity_throughput_is_of_all_sequences():
+    found = capacity.throughput([(1.0, 3.0), (1.0, 1.0)], 8, new_tokens=5, base=[1.0, 1.0])
+    assert found["sequences_per_s"] == {"median": 3.0, "q1": 2.5, "q3": 3.5, "n": 2}
+    assert found["tokens_per_s"]["median"] == 15.0
+    assert found["decoded_per_s"]["median"] == pytest.approx((32 / 3 + 32) / 2)
+    assert found["speedup"]["median"] == (2 + 4) / 2
+
+
+def test_capacity_joins_batches_and_draws_exits():
+    """Batches prefilled apart decode together as one prefilled whole; each sequence leaves where it is told."""
+    engine, _ = build(max_batch=6)
+    texts, images = tiny.prompts(seed=3, n=6, images=(1, 2))
+    prompts = engine.prepare(texts, images, chat=False)
+    exits = [2, 0, 1, 1, 2, 0]
+    policy = capacity.DrawnExit(workload.forced_exit(engine, 1).heads, exits=exits)
+    pool = capacity.Pool(engine, prompts, group=2, new_tokens=40)
+    free = engine.pool.allocator.free_count
+    whole = pool.prefill(capacity.Method(policy), range(6))
+    parts = [pool.prefill(capacity.Method(policy), group) for group in ([0, 1, 2], [3], [4, 5])]
+    assert whole.exit_layers == [layer for part in parts for layer in part.exit_layers] == exits
+    together = capacity.joined(parts)
+    for _ in range(40):  # over the ends of pages
+        torch.testing.assert_close(together.logits, whole.logits, rtol=1e-4, atol=1e-4)
+        tokens = whole.logits.argmax(-1)
+        whole.step(tokens)
+        together.step(tokens)
+    assert together.cache.bytes_held == whole.cache.bytes_held
+    together.close()
+    whole.close()
+    assert engine.pool.allocator.free_count == free
+
+
+def test_capacity_leaves_a_gpu_room_beside_the_pool(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert capacity.default_budget(torch.device("cuda")) == 850
+    assert capacity.default_budget(torch.device("cpu")) == 48 << 20
+
+
+def test_drawn_exits_lie_around_the_mean():
+    exits = torch.tensor(capacity.drawn(13, 32, 2000)).float()
+    assert exits.mean().item() == pytest.approx(13, abs=0.2)
+    assert (exits < 10).float().mean() < 0.1 < (exits < 12).float().mean()
+    assert max(capacity.drawn(3, 4, 99)) == 2 and min(capacity.drawn(0, 4, 99)) == 0
+
+
 def test_kernels_times_every_operation(out):
     data = run(kernels, out, "--sizes", "nano", "--batch", "1", "--compile", "--seconds", "0")
     assert [c["op"] for c in data["cases"]] == [case.__name__ for case in CASES + CPU_CASES]
@@ -262,7 +369,7 @@ def test_a_record_says_where_it_was_measured(compared, repository, tmp_path, cha
 
 
 def test_versus_runs_what_it_can_and_says_what_it_cannot(checkpoint, out, tmp_path):
-    """Both workers that need no other environment; the third's package index cannot be reached."""
+    """Both workers that need no other environment; those of the others cannot be made."""
     broken = ["--build", str(tmp_path / "file")]
     (tmp_path / "file").write_text("a file where the folder should be")
     data = run(versus, out, "--model", checkpoint, "--new-tokens", "3", "--rounds", "3", "--seconds", "0", *broken)
@@ -271,8 +378,8 @@ def test_versus_runs_what_it_can_and_says_what_it_cannot(checkpoint, out, tmp_pa
         "this engine, KeepAll, float32",
         "this engine, KeepAll, bfloat16",
     ]
-    assert list(data["missing"]) == ["OpenVINO GenAI"]
-    assert "venv" in data["missing"]["OpenVINO GenAI"]
+    assert list(data["missing"]) == ["OpenVINO GenAI", "llama.cpp"]
+    assert all("venv" in why for why in data["missing"].values())
     assert all(e["first"]["n"] == 3 for e in data["engines"].values())
     assert all(e["same_text"] == 1.0 for name, e in data["engines"].items() if name.endswith("float32"))
     with pytest.raises(SystemExit):
