@@ -1,8 +1,9 @@
-"""The same checkpoint and questions on other engines, each in its own process: transformers and OpenVINO GenAI, on CPU.
+"""The same checkpoint and questions on transformers, OpenVINO GenAI and llama.cpp, on CPU, each in its own process.
 
-OpenVINO gets an environment of its own, made on the first call in `build/versus` (it needs a package index); the model
-is exported there. Every request has another picture, so prefix caches do not help. The first token's time is that of
-a request for one token. `python -m benchmarks.versus --help`.
+OpenVINO and llama.cpp get environments of their own, made on the first call in `build/versus` (they need a package
+index, llama.cpp a C++ compiler as well, and half an hour of one core); the model is exported there. Every request has
+another picture, so prefix caches do not help. The first token's time is that of a request for one token.
+`python -m benchmarks.versus --help`.
 """
 
 from __future__ import annotations
@@ -57,23 +58,48 @@ def command(*words: Any, seconds: float = 1800) -> None:
         raise Unavailable(f"{' '.join(call[-4:])}: {' / '.join(said[-2:])}"[:400])
 
 
-def openvino(folder: Path, build: Path) -> tuple[Path, Path]:
-    """The Python of OpenVINO's environment and the exported model; both made if they are not there."""
-    python, exported = build / "env/bin/python", build / f"{folder.name}-openvino"
-    if not (build / "env/complete").is_file():
-        command(sys.executable, "-m", "venv", "--clear", build / "env")
-        command(python, "-m", "pip", "install", "-q", "optimum-intel[openvino]", "openvino-genai")
+def environment(folder: Path, *packages: str) -> Path:
+    """The Python of a virtual environment with these packages; made if it is not there."""
+    if not (folder / "complete").is_file():
+        command(sys.executable, "-m", "venv", "--clear", folder)
+        install = ("-m", "pip", "install", "-q", *packages)
+        command(folder / "bin/python", *install, seconds=7200)  # llama.cpp is compiled, for this processor
+        (folder / "complete").touch()
+    return folder / "bin/python"
+
+
+def stale(exported: Path, folder: Path) -> bool:
+    """Whether the export is missing or unfinished, or the checkpoint was written since."""
+    done = exported / "complete"
+    return not done.is_file() or done.stat().st_mtime < max(p.stat().st_mtime for p in folder.iterdir())
+
+
+def openvino(folder: Path, build: Path) -> dict[str, Side]:
+    """OpenVINO GenAI computing in float32 and in what it chooses; the model exported if it is not."""
+    python = environment(build / "env", "optimum-intel[openvino]", "openvino-genai")
+    exported = build / f"{folder.name}-openvino"
+    if stale(exported, folder):
         # It comes as a dependency, built for another torch than the one installed, and breaks importing transformers.
         command(python, "-m", "pip", "uninstall", "-q", "-y", "torchvision")
-        (build / "env/complete").touch()
-    newest = max(p.stat().st_mtime for p in folder.iterdir())
-    if not (exported / "complete").is_file() or (exported / "complete").stat().st_mtime < newest:
         task = ("--task", "image-text-to-text", "--weight-format", "fp32")
         command(build / "env/bin/optimum-cli", "export", "openvino", "--model", folder, *task, exported)
         # Its export writes what transformers 5 reads; GenAI looks for the size of a picture in the older file.
         shutil.copy(folder / "preprocessor_config.json", exported)
         (exported / "complete").touch()
-    return python, exported
+    options = {"float32": "f32", "its default": "default"}
+    return {f"OpenVINO GenAI, {name}": Side(python, "openvino", exported, o) for name, o in options.items()}
+
+
+def llama_cpp(folder: Path, build: Path) -> dict[str, Side]:
+    """llama.cpp with float32 and bfloat16 weights; the model written as GGUF if it is not."""
+    # The files are for the order of rows in this version: see `benchmarks.gguf_export`.
+    python = environment(build / "llama-env", "llama-cpp-python==0.3.36", "pillow")
+    exported = build / f"{folder.name}-gguf"
+    options = {"float32": "f32", "bfloat16": "bf16"}
+    if stale(exported, folder):
+        command(sys.executable, "-m", "benchmarks.gguf_export", folder, exported, "--weights", *options.values())
+        (exported / "complete").touch()
+    return {f"llama.cpp, {name}": Side(python, "llama.cpp", exported, o) for name, o in options.items()}
 
 
 def sides(model: str, build: Path) -> tuple[dict[str, Side], dict[str, str]]:
@@ -84,13 +110,13 @@ def sides(model: str, build: Path) -> tuple[dict[str, Side], dict[str, str]]:
     for dtype in ("float32", "bfloat16"):
         for name, policy in policies.items():
             found[f"this engine, {name}, {dtype}"] = Side(here, "dyvte", folder, f"{dtype} {policy}")
-    try:
-        python, exported = openvino(folder, build)
-    except Unavailable as e:
-        return found, {"OpenVINO GenAI": str(e)}
-    found["OpenVINO GenAI, float32"] = Side(python, "openvino", exported, "f32")
-    found["OpenVINO GenAI, its default"] = Side(python, "openvino", exported, "default")
-    return found, {}
+    missing = {}
+    for name, engine in {"OpenVINO GenAI": openvino, "llama.cpp": llama_cpp}.items():
+        try:
+            found |= engine(folder, build)
+        except Unavailable as e:
+            missing[name] = str(e)
+    return found, missing
 
 
 class Worker:
@@ -208,6 +234,8 @@ def tables(data: Data) -> list[Sheet]:
     note = (
         f"{n} tokens; x: times faster than {BASE}, question by question; same answer: as {BASE} gave, let end by itself"
     )
+    if any(name.startswith("llama.cpp") for name in data["engines"]):
+        note += "; llama.cpp loses the picture's first row and takes one more from the tower (its issue 25814)"
     return [Sheet(f"{data['args']['model']} on other engines, batch 1, CPU", columns, rows, note)]
 
 

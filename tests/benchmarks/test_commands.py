@@ -385,6 +385,9 @@ def test_versus_runs_what_it_can_and_says_what_it_cannot(checkpoint, out, tmp_pa
     with pytest.raises(SystemExit):
         versus.main(["--dtype", "bfloat16"])
     assert "not measured" in versus.tables(data)[0].rows[-1][1]
+    assert "25814" not in versus.tables(data)[0].note
+    data["engines"]["llama.cpp, float32"] = data["engines"]["transformers, float32"]
+    assert "25814" in versus.tables(data)[0].note
 
 
 def test_versus_arithmetic():
