@@ -1,8 +1,8 @@
 """The same checkpoint and questions on transformers, OpenVINO GenAI and llama.cpp, on CPU, each in its own process.
 
 OpenVINO and llama.cpp get environments of their own, made on the first call in `build/versus` (they need a package
-index, llama.cpp a C++ compiler as well, and a quarter of an hour of one core); the model is exported there. Every request has
-another picture, so prefix caches do not help. The first token's time is that of a request for one token.
+index; llama.cpp also a C++ compiler, and a quarter of an hour of one core); the model is exported there. Every request
+has another picture, so prefix caches do not help. The first token's time is that of a request for one token.
 `python -m benchmarks.versus --help`.
 """
 
