@@ -39,12 +39,17 @@ def readme(page: str, results: Sequence[tuple[str, Data]]) -> str:
 def speed(measured: Sequence[Data]) -> list[Sheet]:
     """A table for each machine: how many times faster than transformers, one request at a time."""
     rows: dict[str, list[list[str]]] = {}
+    commits: dict[str, set[str]] = {}
     for data in measured:
         if data["benchmark"] == "policies":
             rows.setdefault(_place(data), []).extend(_speed_row(data["args"], c) for c in _told(data))
+            commits.setdefault(_place(data), set()).add(data["machine"]["commit"])
     columns = ["model", "method", "exit after", "prefill x", "first token x", "per token x", "of the limit"]
     note = "medians; first token: with processor and vision; of the limit: least time of a token over the measured one"
-    return [Sheet(place, columns, lines, note) for place, lines in rows.items()]
+    return [
+        Sheet(f"{place}, commit {', '.join(sorted(commits[place]))}", columns, lines, note)
+        for place, lines in rows.items()
+    ]
 
 
 def _place(data: Data) -> str:
