@@ -86,11 +86,11 @@ compat: build ## the built library on the oldest supported and the newest torch 
 	$(PY) tools/compat.py
 
 BENCH := $(PY) -m benchmarks
-bench: build ## benchmarks, quick set for a CPU (under 10 minutes); tables, JSON and plots in outputs/benchmarks
+bench: build ## benchmarks, quick set for a CPU (10 to 15 minutes); tables, JSON and plots in outputs/benchmarks
 	$(BENCH).policies --name policies-nano --batch 1 8
 	$(BENCH).policies --name policies-llava-200m --model llava-200m --batch 1 --new-tokens 1 3 16 --seconds 25
 	$(BENCH).policies --name policies-llava-200m-bf16 --model llava-200m --dtype bfloat16 --batch 1 --new-tokens 1 3 16 --seconds 25
-	$(BENCH).curves --n 40 --seconds 30
+	$(BENCH).curves --n 30 --seconds 30
 	$(BENCH).breakdown --seconds 5
 	$(BENCH).decisions --seconds 4
 	$(BENCH).growth --seconds 8

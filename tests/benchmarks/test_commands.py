@@ -335,11 +335,17 @@ def test_readme_quotes_the_records(out, repository, compared):
 def test_readme_has_a_table_for_each_machine(compared):
     other = [c | {"exit_layer": 0.0} if c["method"] == "DyVTE" else c for c in compared["cases"]]
     on_gpu = compared | {"machine": compared["machine"] | {"gpu": "H100"}, "cases": other}
-    later = on_gpu | {"machine": on_gpu["machine"] | {"commit": "v1-3-gdef"}, "cases": []}
-    first, second = summary.speed([compared, later, on_gpu])
+    on_gpu["date"] = "2999-01-01 00:00 UTC"
+    half = on_gpu | {
+        "machine": on_gpu["machine"] | {"commit": "v1-3-gdef"},
+        "args": on_gpu["args"] | {"dtype": "float16"},
+    }
+    fewer = half | {"machine": half["machine"] | {"commit": "never"}, "cases": [c | {"batch": 2} for c in other]}
+    second, first = summary.speed([compared, half, fewer, on_gpu])
     assert first.title == f"{compared['machine']['cpu']}, {compared['machine']['threads']} threads, commit {COMMIT}"
     assert second.title == f"H100, commit {COMMIT}, v1-3-gdef"
-    assert [row[1] for row in second.rows] == ["KeepAll", "DyVTE", "DyVTE at layer 1", "DyVTE+FastV"]
+    assert [row[1] for row in second.rows] == 2 * ["KeepAll", "DyVTE", "DyVTE at layer 1", "DyVTE+FastV"]
+    assert [row[0].split(", ")[-1] for row in second.rows] == 4 * ["float16"] + 4 * ["float32"]
     assert summary.NO_GPU in summary.readme(README, [("a", compared)])
     assert summary.NO_GPU not in summary.readme(README, [("a", compared), ("b", on_gpu)])
     with pytest.raises(ValueError, match="speed: begin"):
