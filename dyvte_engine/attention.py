@@ -16,6 +16,7 @@ from .errors import DeviceError
 # Modules of the flash-attn packages 3, 4 and 2, which share a function's name and arguments.
 _PACKAGES = {"flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute", "flash_attn": "flash_attn"}
 BACKENDS = (*_PACKAGES, "torch_flash", "native", "sdpa")
+MAX_HEAD_DIM = 256  # of the own kernels
 CAPTURABLE = (*_PACKAGES, "torch_flash")  # CUDA's that take the lengths from the device, all but the largest
 
 

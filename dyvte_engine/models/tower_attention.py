@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
-from ..attention import native_gains
+from ..attention import MAX_HEAD_DIM, native_gains
 
 _KIND = "sdpa"  # what transformers chooses by itself; a model that was asked for another keeps it
 _KNOWN = {"scaling", "is_causal", "dropout", "output_hidden_states", "output_attentions", "return_dict", "use_cache"}
@@ -28,9 +28,10 @@ def own_attention() -> Iterator[None]:
         asked = {name for name, value in options.items() if value is not None}
         causal = options.get("is_causal", getattr(module, "is_causal", True))
         plain = attention_mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
-        if not (plain and q.shape == k.shape == v.shape and native_gains(q.dtype, n)):
+        if not (plain and dim <= MAX_HEAD_DIM and q.shape == k.shape == v.shape and native_gains(q.dtype, n)):
             return before(module, q, k, v, attention_mask, **options)
-        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+        # a view, unless the heads of a row do not lie together
+        q, k, v = (t.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, dim)) for t in (q, k, v))
         cu = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32)
         out = ops.varlen_attention(q, k, v, cu, options.get("scaling") or dim**-0.5, causal=False)
         return out.unflatten(0, (batch, n)), None
@@ -39,4 +40,4 @@ def own_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[_KIND]
+        ALL_ATTENTION_FUNCTIONS[_KIND] = before

@@ -133,6 +133,27 @@ def test_transformers_attention_is_as_it_was_where_the_kernel_does_not_fit(optio
     assert len(calls) == (mask is None and options in ({}, {"is_causal": False}))
 
 
+@pytest.mark.parametrize(("dim", "used"), [(256, 1), (257, 0)])
+def test_heads_too_large_for_the_kernel_are_left_to_torch(dim, used, monkeypatch):
+    calls, module = counted(monkeypatch), torch.nn.Module()
+    module.is_causal = False
+    q, k, v = torch.randn(3, 1, 2, 5, dim).unbind()
+    want = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, None)[0]
+    with tower_attention.own_attention():
+        torch.testing.assert_close(ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, None)[0], want)
+    assert len(calls) == used
+
+
+def test_an_attention_of_the_users_own_is_put_back(monkeypatch):
+    def mine(*_, **__):
+        return "mine", None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", mine)
+    with tower_attention.own_attention():
+        pass
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is mine
+
+
 def test_transformers_attention_comes_back_after_an_error():
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with pytest.raises(ValueError, match="stop"), tower_attention.own_attention():
