@@ -25,9 +25,7 @@ Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const T
   p.heads_kv = vk.size[1];
   check_head_dim(vq, p.dim);
   check_groups(vq, p.heads_q, vk, p.heads_kv);
-  check_index(cq, {-1}, "[B + 1]");
-  p.batch = cq.size[0] - 1;
-  if (p.batch < 0) fail(op, ": cu_q must have shape [B + 1], got [0]");
+  p.batch = check_offsets(cq);
   check_index(ck, {p.batch + 1}, "[B + 1]");
   check_device(vq, {&vk, &cq, &ck});
   if (!vq.on_cuda()) {
@@ -115,9 +113,7 @@ Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   p.dim = vq.size[2];
   check_head_dim(vq, p.dim);
   check_groups(vq, p.heads_q, vk, p.heads_kv);
-  check_index(cu, {-1}, "[B + 1]");
-  p.batch = cu.size[0] - 1;
-  if (p.batch < 0) fail(op, ": cu_seqlens must have shape [B + 1], got [0]");
+  p.batch = check_offsets(cu);
   check_device(vq, {&vk, &vv, &cu});
   check_cumulative(cu, vq.size[0]);
   p.q = vq.data;

@@ -148,6 +148,13 @@ inline void check_index(const View& v, std::initializer_list<int64_t> want, cons
   check_dense(v);
 }
 
+// Where each of B sequences begins, and the end: int32 [B + 1]. Returns B.
+inline int64_t check_offsets(const View& v) {
+  check_index(v, {-1}, "[B + 1]");
+  if (v.size[0] == 0) fail(v.op, ": ", v.name, " must have shape [B + 1], got [0]");
+  return v.size[0] - 1;
+}
+
 // --- values of index arrays, CPU only: reading them on a CUDA device would wait for it -------------------------------
 
 inline void check_value(const View& v, int64_t at, int64_t low, int64_t high) {

@@ -88,9 +88,7 @@ void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
     fail(op, ": cos_sin must have an even rot_dim of at most the head size ", p.pool.dim, ", got ", cs.shape());
   }
   check_index(pos, {p.rows}, "[N]");
-  check_index(cu, {-1}, "[B + 1]");
-  p.batch = cu.size[0] - 1;
-  if (p.batch < 0) fail(op, ": cu_seqlens must have shape [B + 1], got [0]");
+  p.batch = check_offsets(cu);
   check_int32(table);
   check_shape(table, {p.batch, -1}, "[B, M]");
   check_dense(table, 1);

@@ -28,7 +28,7 @@ def test_this_build_is_usable(report):
 
 def test_every_backend_works_or_says_why(report):
     named = {(record["name"], record["device"]): record["reason"] for record in report["attention"]}
-    assert named["sdpa", "cpu"] is None
+    assert named["sdpa", "cpu"] is None and named["native", "cpu"] is None
     assert (
         named["torch varlen_attn with pages", "cuda"] is None or len(named["torch varlen_attn with pages", "cuda"]) > 5
     )
@@ -79,6 +79,8 @@ def test_before_the_native_build(tmp_path):
     assert found["usable"] is False
     assert "make build" in found["native"]["reason"]
     assert found["source_commit"] is None
+    reasons = {record["name"]: record["reason"] for record in found["attention"] if record["device"] == "cpu"}
+    assert reasons["sdpa"] is None and "make build" in reasons["native"]
 
 
 @pytest.mark.parametrize("module", ["torch", "transformers", "dyvte_engine.ops"])

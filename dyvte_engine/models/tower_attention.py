@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
 from ..attention import MAX_HEAD_DIM, native_gains
@@ -20,6 +19,8 @@ _KNOWN = {"scaling", "is_causal", "dropout", "output_hidden_states", "output_att
 @contextmanager
 def own_attention() -> Iterator[None]:
     """While this runs, attention without a mask is `varlen_attention`; everything else is as before."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # seconds to import, and only models need it
+
     before = ALL_ATTENTION_FUNCTIONS[_KIND]
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:

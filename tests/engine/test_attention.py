@@ -3,6 +3,7 @@
 The flash-attn packages themselves need a GPU: tests/engine/test_gpu.py runs those there.
 """
 
+import subprocess
 import sys
 from itertools import pairwise
 from types import ModuleType
@@ -159,3 +160,9 @@ def test_transformers_attention_comes_back_after_an_error():
     with pytest.raises(ValueError, match="stop"), tower_attention.own_attention():
         raise ValueError("stop")
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+def test_importing_the_engine_leaves_transformers_models_alone():
+    """Their base module takes seconds to import, which a command that loads no model should not wait for."""
+    code = "import sys; from dyvte_engine import Engine; print('transformers.modeling_utils' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
