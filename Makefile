@@ -30,7 +30,7 @@ help: ## this list
 	@echo 'CPU-only.'
 
 demo: build ## three pictures answered by the embedded model, with and without the exit; writes a PNG
-	$(PY) -m dyvte_engine.demo
+	$(PY) -m dyvte_engine.commands.demo
 
 test: build ## the test suite (GPU tests run where there is a GPU)
 	$(PY) -m pytest -q
@@ -38,7 +38,7 @@ test: build ## the test suite (GPU tests run where there is a GPU)
 build: $(VENV)/.built ## virtual environment, dependencies, native library; nothing else needs to be called first
 
 doctor: build ## what was built and what works on this machine
-	$(PY) -m dyvte_engine.doctor
+	$(PY) -m dyvte_engine.commands.doctor
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; 3.10 or newer is needed (make PYTHON=...)" \

@@ -24,9 +24,10 @@ from matplotlib.figure import Figure
 from benchmarks import workload
 from benchmarks.common import Data, header, options, rounds_within, spread, wait_for
 from benchmarks.report import COLORS, Sheet, finish, milliseconds, new_figure, percent
-from dyvte_engine import Engine, KeepAll, VisualTokenPolicy, engine, generation, prefill
-from dyvte_engine.kv_cache import KVCache
-from dyvte_engine.segments import Pack
+from dyvte_engine import Engine, KeepAll, VisualTokenPolicy, engine
+from dyvte_engine.models.rows import Rows
+from dyvte_engine.runtime import generation, prefill
+from dyvte_engine.runtime.kv_cache import KVCache
 
 PREFILL = ("layers before the exit", "layers after the exit")
 PARTS = (
@@ -109,18 +110,18 @@ class _Watched(VisualTokenPolicy):
 def ranges_in(device: torch.device) -> Iterator[Ranges]:
     """While this runs, the engine's functions report to the ranges."""
     ranges = Ranges(device)
-    drop = ranges.around("rows leave", Pack.drop)
+    drop = ranges.around("rows leave", Rows.drop)
 
-    def drop_and_look(pack: Pack, decision: Any) -> Any:
+    def drop_and_look(rows: Rows, decision: Any) -> Any:
         """From the decision on that empties the batch, layers count as after the exit."""
-        dropped = drop(pack, decision)
+        dropped = drop(rows, decision)
         if dropped is not None and not any(dropped[0].n_visual):
             ranges.rename(PREFILL[1])
         return dropped
 
     places: list[tuple[Any, str, Callable[..., Any]]] = [
         (engine, "prefill", ranges.around(PREFILL[0], prefill.prefill)),
-        (Pack, "drop", drop_and_look),
+        (Rows, "drop", drop_and_look),
         (KVCache, "compact", ranges.around("K/V compaction", KVCache.compact)),
         (generation.Running, "step", ranges.around("decode", generation.Running.step)),
         (generation.Sampler, "__call__", ranges.around("sampling", generation.Sampler.__call__)),

@@ -30,8 +30,8 @@ from benchmarks.report import COLORS, Sheet, finish, new_figure, number, percent
 from dyvte_engine import NANO_HEADS, DynamicExit, Engine, FastV, FixedExit, KeepAll, VisualTokenPolicy, compose
 from dyvte_engine import engine as engine_module
 from dyvte_engine.errors import CacheError
-from dyvte_engine.generation import Running
-from dyvte_engine.kv_cache import KVCache, PagePool
+from dyvte_engine.runtime.generation import Running
+from dyvte_engine.runtime.kv_cache import KVCache, PagePool
 
 BASE = "KeepAll"
 CPU_BUDGET = 48  # MiB
@@ -45,7 +45,7 @@ class DrawnExit(DynamicExit):
     exits: Sequence[int] = ()
 
     def _leaves(self, state: Any, fires: list[bool]) -> list[bool]:
-        return [bool(n) and state.layer >= layer for n, layer in zip(state.pack.n_visual, self.exits, strict=True)]
+        return [bool(n) and state.layer >= layer for n, layer in zip(state.rows.n_visual, self.exits, strict=True)]
 
 
 def drawn(mean: int, num_layers: int, n: int) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyvte_engine import ops
+from dyvte_engine.kernels import ops
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dyvte_engine.assets import resolve_model
 from dyvte_engine.config import DecoderShape
 from dyvte_engine.flops import leaving_flops, paper_layer
 from dyvte_engine.models import VisionLanguageModel
-from dyvte_engine.models.adapters import load_model
+from dyvte_engine.models.loading import load_model
 from dyvte_engine.training.labels import Sample, exit_outcomes
 
 LLAVA_7B = DecoderShape(4096, 32, 32, 32, 128, 11008, 32064, 4096)

@@ -30,7 +30,7 @@ from dyvte_engine import (
     compose,
     search_vtw,
 )
-from dyvte_engine.exit_head import ExitHeadConfig, ExitHeads
+from dyvte_engine.heads.exit_head import ExitHeadConfig, ExitHeads
 from dyvte_engine.models.presets import PRESETS, preset, tiles
 from dyvte_engine.training.nano.evaluate import scene_items
 

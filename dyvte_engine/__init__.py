@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from .lazy import find
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
         NativeLibraryError,
         PromptError,
     )
-    from .exit_head import ExitHeadConfig, ExitHeads
-    from .generation import GenerationResult, GenerationStats, Running, StreamChunk
+    from .heads.exit_head import ExitHeadConfig, ExitHeads
     from .policies import (
         DivPrune,
         Downsample,
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
         compose,
         search_vtw,
     )
+    from .runtime.generation import GenerationResult, GenerationStats, Running, StreamChunk
 
 __version__ = "0.1.0"
 
@@ -89,14 +88,49 @@ __all__ = [
     "search_vtw",
 ]
 
-_HOMES = ("errors", "assets", "config", "exit_head", "policies", "generation", "engine")  # the light ones first
+_HOMES = {
+    "CacheError": "errors",
+    "CalibrationError": "errors",
+    "DataError": "errors",
+    "DeviceError": "errors",
+    "DivPrune": "policies",
+    "Downsample": "policies",
+    "DynamicExit": "policies",
+    "DyvteError": "errors",
+    "EXAMPLES": "assets",
+    "Engine": "engine",
+    "EngineConfig": "config",
+    "ExitHeadConfig": "heads.exit_head",
+    "ExitHeads": "heads.exit_head",
+    "FastV": "policies",
+    "FixedExit": "policies",
+    "GenerationResult": "runtime.generation",
+    "GenerationStats": "runtime.generation",
+    "HeadsError": "errors",
+    "ImageError": "errors",
+    "InvalidArgumentError": "errors",
+    "KeepAll": "policies",
+    "ModelError": "errors",
+    "NANO": "assets",
+    "NANO_HEADS": "assets",
+    "NativeLibraryError": "errors",
+    "PromptError": "errors",
+    "PyramidDrop": "policies",
+    "Random": "policies",
+    "Running": "runtime.generation",
+    "StreamChunk": "runtime.generation",
+    "ToMe": "policies",
+    "VisionZip": "policies",
+    "VisualTokenPolicy": "policies",
+    "compose": "policies",
+    "hf": "",
+    "search_vtw": "policies",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Names are looked up at first use: the doctor must start where torch or the native library is missing."""
-    if name == "hf":
-        return importlib.import_module(".hf", __name__)
-    return find(__name__, name, _HOMES if name in __all__ else ())
+    return find(__name__, name, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 from .assets import resolve_model
-from .attention import CAPTURABLE, choose_backend
 from .config import EngineConfig
-from .decode import DecodeGraphs
 from .errors import DeviceError, InvalidArgumentError, PromptError
 from .flops import vision_flops
-from .generation import GenerationResult, PrefillFigures, Request, Running, StreamChunk, TokenLoop
-from .kv_cache import KVCache, PagePool
+from .inputs.prompts import as_batch, is_single, render
+from .inputs.splice import reduce_pictures
+from .kernels.attention import CAPTURABLE, choose_backend
 from .models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
-from .models.adapters import load_model
 from .models.linear import packing_fault
+from .models.loading import load_model
 from .models.presets import preset
 from .models.random_model import byte_processor, random_model
+from .models.rows import Rows, runs
 from .policies import KeepAll, VisualTokenPolicy
-from .prefill import Watch, prefill
-from .prefill_graphs import TextGraphs
-from .prompts import as_batch, is_single, render
-from .sampling import merge_config
-from .segments import Pack, runs
-from .splice import reduce_pictures
+from .runtime.decode import DecodeGraphs
+from .runtime.generation import GenerationResult, PrefillFigures, Request, Running, StreamChunk, TokenLoop
+from .runtime.kv_cache import KVCache, PagePool
+from .runtime.prefill import Watch, prefill
+from .runtime.sampling import merge_config
+from .runtime.text_graphs import TextGraphs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_NEW_TOKENS = 128
@@ -363,7 +363,7 @@ class Engine:
                 yield StreamChunk(first + b, token, text, result)
 
 
-def _pack(prompts: Sequence[PreparedPrompt], cos_sin: Tensor) -> Pack:
+def _pack(prompts: Sequence[PreparedPrompt], cos_sin: Tensor) -> Rows:
     """The rows of all prompts, one after the other. `cos_sin` serves those whose positions have one axis."""
     turned, rotations = any(p.rotations is not None for p in prompts), None
     if turned:
@@ -372,7 +372,7 @@ def _pack(prompts: Sequence[PreparedPrompt], cos_sin: Tensor) -> Pack:
         torch.cat([p.additions[k] if p.additions else torch.zeros_like(p.inputs_embeds) for p in prompts])
         for k in range(max(len(p.additions) for p in prompts))
     ]
-    return Pack.from_sequences([p.visual for p in prompts], [p.positions for p in prompts], rotations, additions)
+    return Rows.from_sequences([p.visual for p in prompts], [p.positions for p in prompts], rotations, additions)
 
 
 def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:

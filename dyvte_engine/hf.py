@@ -23,9 +23,9 @@ from torch import Tensor
 from .config import EngineConfig
 from .engine import Engine
 from .errors import InvalidArgumentError
-from .generation import Running
 from .models import VisionLanguageModel
 from .policies import VisualTokenPolicy
+from .runtime.generation import Running
 
 _BY_TOKEN = ("position_ids", "mm_token_type_ids", "token_type_ids")  # [..., B, n], padded like the ids
 _NOT_NEEDED = ("past_key_values", "cache_position", "use_cache", "logits_to_keep", "attention_mask")

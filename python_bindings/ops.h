@@ -1,4 +1,4 @@
-// The functions behind torch.ops.dyvte.*; shapes and meaning are documented in dyvte_engine/ops.py.
+// The functions behind torch.ops.dyvte.*; shapes and meaning are documented in dyvte_engine/kernels/ops.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import dyvte_engine
-from dyvte_engine import _C, ops
+from dyvte_engine import _C
+from dyvte_engine.kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dyvte_engine import cli
+from dyvte_engine.commands import main as cli
 from tests import tiny
 
 
@@ -34,7 +34,7 @@ def test_one_question_streams_its_answer(checkpoint, tmp_path, run):
     picture = tmp_path / "p.png"
     tiny.picture(random.Random(0)).save(picture)
     common = ("--model", checkpoint, "--image", str(picture), "--prompt", "w1 w2", "--max-new-tokens", "6")
-    command = (sys.executable, "-m", "dyvte_engine.cli", "generate", *common, "--policy", "fixed:1")
+    command = (sys.executable, "-m", "dyvte_engine.commands.main", "generate", *common, "--policy", "fixed:1")
     plain = subprocess.run(command, capture_output=True, text=True, check=True)
     code, out, _ = run("generate", *common, "--policy", "fixed:1", "--json")
     assert code == 0

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyvte_engine import DeviceError, doctor, ops
+from dyvte_engine import DeviceError
+from dyvte_engine.commands import doctor
+from dyvte_engine.kernels import ops
 from tests.engine.conftest import build
 
 
@@ -51,7 +53,9 @@ def test_kernels_run_on_the_gpu(report):
 
 
 def test_json_on_the_command_line():
-    done = subprocess.run([sys.executable, "-m", "dyvte_engine.doctor", "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dyvte_engine.commands.doctor", "--json"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["usable"] is True
 
@@ -70,9 +74,9 @@ def test_unknown_argument():
 
 def test_before_the_native_build(tmp_path):
     """A fresh clone without its libraries: a report with the way to build, and exit code 1."""
-    package = Path(doctor.__file__).parent
+    package = Path(doctor.__file__).parents[1]
     shutil.copytree(package, tmp_path / "dyvte_engine", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    command = [sys.executable, "-m", "dyvte_engine.doctor", "--json"]
+    command = [sys.executable, "-m", "dyvte_engine.commands.doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
@@ -83,7 +87,7 @@ def test_before_the_native_build(tmp_path):
     assert reasons["sdpa"] is None and "make build" in reasons["native"]
 
 
-@pytest.mark.parametrize("module", ["torch", "transformers", "dyvte_engine.ops"])
+@pytest.mark.parametrize("module", ["torch", "transformers", "dyvte_engine.kernels.ops"])
 def test_a_missing_package_is_reported(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
     assert doctor.run() == 1

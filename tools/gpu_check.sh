@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 source tools/gpu_build.sh
 
 cd "$stage"
-"$PYTHON" -m dyvte_engine.doctor
+"$PYTHON" -m dyvte_engine.commands.doctor
 # Only files with GPU tests: others import what training and drawing need, which this Python may lack.
 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/ops tests/engine/test_gpu.py tests/engine/test_graphs.py tests/policies tests/analysis/test_attention.py tests/test_doctor.py
 # Without torch's caching allocator each tensor is its own allocation, so that a step over its end is seen.

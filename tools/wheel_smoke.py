@@ -22,7 +22,8 @@ FORBIDDEN = ("tests/", "csrc/", "python_bindings/", "benchmarks/", "tools/", "bu
 USE = """
 import torch
 import dyvte_engine
-from dyvte_engine import _C, ops
+from dyvte_engine import _C
+from dyvte_engine.kernels import ops
 assert "site-packages" in dyvte_engine.__file__, dyvte_engine.__file__
 x, weight = torch.randn(3, 64), torch.randn(64)
 torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), ops.rms_norm_ref(x, weight, 1e-5))
@@ -69,9 +70,9 @@ def main() -> None:
         run(*pip, f"torch=={options.torch}")
         run(*pip, str(wheels[-1]))
         run(python, "-c", USE)
-        run(python, "-m", "dyvte_engine.doctor")
+        run(python, "-m", "dyvte_engine.commands.doctor")
         run(str(environment / "bin" / "dyvte-engine"), "--help")
-        run(python, "-m", "dyvte_engine.demo")
+        run(python, "-m", "dyvte_engine.commands.demo")
         print("demo wrote:", *(p.name for p in elsewhere.rglob("*.png")))
     print("wheel smoke test passed")
 

@@ -50,12 +50,36 @@ __all__ = [
     "timelines",
     "write",
 ]
-_HOMES = ("attention", "boundaries", "data", "entropy", "exits", "report", "stages", "timeline")
+_HOMES = {
+    "Analysis": "report",
+    "AttentionEntropy": "entropy",
+    "AttentionStages": "stages",
+    "Boundaries": "boundaries",
+    "ExitHistogram": "exits",
+    "FIELDS": "attention",
+    "KEYS": "attention",
+    "ManualExit": "exits",
+    "TaskExits": "exits",
+    "Timeline": "timeline",
+    "Timelines": "timeline",
+    "WEIGHTS": "attention",
+    "analyse": "report",
+    "attention_entropy": "entropy",
+    "attention_stages": "stages",
+    "detect": "boundaries",
+    "exit_histogram": "exits",
+    "load_data": "data",
+    "manual_exit": "exits",
+    "measure": "attention",
+    "task_of": "data",
+    "timelines": "timeline",
+    "write": "report",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Names are looked up at first use, so that the command line starts without torch."""
-    return find(__name__, name, _HOMES if name in __all__ else ())
+    return find(__name__, name, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..eval.lines import LineFile
 from ..eval.task import Sample
+from ..models.rows import Rows
 from ..policies import FixedExit, KeepAll
-from ..segments import Pack
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -89,11 +89,11 @@ class AttentionWatch:
         self.scale = scale
         self._layers: list[Tensor] = []
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, pack: Pack) -> None:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, rows: Rows) -> None:
         start, found = 0, []
-        for n, tail in zip(pack.lengths.host, pack.n_tail, strict=True):
-            rows = slice(start, start + n)
-            found.append(layer_statistics(q[rows], k[rows], pack.visual[rows], tail, self.scale))
+        for n, tail in zip(rows.lengths.host, rows.n_tail, strict=True):
+            here = slice(start, start + n)
+            found.append(layer_statistics(q[here], k[here], rows.visual[here], tail, self.scale))
             start += n
         self._layers.append(torch.stack(found))
 

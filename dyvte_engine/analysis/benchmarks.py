@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from ..eval.cli import named
+from ..commands.evaluation import named
 from ..eval.run import AnswerFile, answer_all
 from ..eval.task import Task
 from .plotting import mean_band

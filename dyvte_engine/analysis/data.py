@@ -36,7 +36,7 @@ def load_data(
         raise InvalidArgumentError(
             f"data is {data!r}; accepted: {EVERY}, {', '.join(TASKS)}, a .jsonl or .json, nano:SET"
         )
-    from ..training.cli import examples_named
+    from ..commands.training import examples_named
 
     return [task_of(examples_named(data, images, limit, seed), Path(data).stem)]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..commands.evaluation import named
 from ..errors import HeadsError, InvalidArgumentError, ModelError
-from ..eval.cli import named
 from ..eval.task import Task
 from ..policies import DynamicExit, FixedExit, KeepAll, VisualTokenPolicy
 from . import tables

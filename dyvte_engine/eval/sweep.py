@@ -63,7 +63,7 @@ class Probe(VisualTokenPolicy):
 
     def decide(self, state: LayerState) -> list[None]:
         self.said.append([h.ask(state)[0].float().cpu().numpy() for h in self.heads])
-        return [None] * len(state.pack.n_visual)
+        return [None] * len(state.rows.n_visual)
 
 
 def probe(engine: Engine, samples: Sequence[Sample], heads: Sequence[DynamicExit]) -> np.ndarray:

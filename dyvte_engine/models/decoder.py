@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..config import DecoderShape
 from ..errors import ModelError
+from ..kernels import ops
 from .linear import Linear
 from .rotary import rotations
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from ..kernels import ops
 
 _ROWS = 64  # oneDNN picks a layout for about so many
 

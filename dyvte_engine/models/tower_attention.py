@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..attention import MAX_HEAD_DIM, native_gains
+from ..kernels import ops
+from ..kernels.attention import MAX_HEAD_DIM, native_gains
 
 _KIND = "sdpa"  # what transformers chooses by itself; a model that was asked for another keeps it
 _KNOWN = {"scaling", "is_causal", "dropout", "output_hidden_states", "output_attentions", "return_dict", "use_cache"}

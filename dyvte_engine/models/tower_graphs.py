@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..graphs import Replay, capture_cuda
+from ..kernels.graphs import Replay, capture_cuda
 
 _MOST = 8  # shapes that get a graph of their own; each holds the activations of one block and all its features
 

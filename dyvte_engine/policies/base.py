@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..segments import Pack
+from ..kernels import ops
+from ..models.rows import Rows
 
 if TYPE_CHECKING:
     from ..models.decoder import Decoder
@@ -34,7 +34,7 @@ class LayerState:
     hidden: Tensor
     q: Tensor
     k: Tensor
-    pack: Pack
+    rows: Rows
     memory: dict[VisualTokenPolicy, Any] = field(default_factory=dict)
 
     @property
@@ -47,14 +47,14 @@ class LayerState:
         return self.decoder.scale
 
 
-def visual_attention(pack: Pack, q: Tensor, k: Tensor, scale: float, cu_q: Tensor | None = None) -> Sequence[Tensor]:
+def visual_attention(rows: Rows, q: Tensor, k: Tensor, scale: float, cu_q: Tensor | None = None) -> Sequence[Tensor]:
     """What each visual row gets of its sequence's attention, mean over heads and queries: f32 [n_visual] a sequence.
 
     q [B, Hq, D] of the last rows, or [Nq, Hq, D] with offsets `cu_q` int32 [B + 1]; k [N, Hkv, D]; both rotated.
     """
-    cu = pack.lengths.cu
+    cu = rows.lengths.cu
     one_each = torch.arange(len(cu), dtype=torch.int32, device=cu.device) if cu_q is None else cu_q
-    return ops.token_score(q, k, one_each, cu, scale)[pack.visual_rows].split(pack.n_visual)
+    return ops.token_score(q, k, one_each, cu, scale)[rows.visual_rows].split(rows.n_visual)
 
 
 def highest(scores: Tensor, count: int) -> Tensor:

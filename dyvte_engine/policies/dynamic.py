@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import ops
-from ..calibration import Calibration
 from ..errors import CalibrationError, HeadsError, InvalidArgumentError
-from ..exit_head import ExitHeads
-from ..transfer import read_later
+from ..heads.calibration import Calibration
+from ..heads.exit_head import ExitHeads
+from ..kernels import ops
+from ..kernels.transfer import read_later
 from .base import Decision, LayerState, VisualTokenPolicy, highest, visual_attention
 
 
@@ -54,7 +54,7 @@ class DynamicExit(VisualTokenPolicy):
     ) -> DynamicExit:
         """Heads written by `ExitHeads.save`.
 
-        threshold: default the one stored there, else 0.5. Or from the stored calibration (`dyvte_engine.calibration`):
+        threshold: default the one stored there, else 0.5. Or from the stored calibration (`heads.calibration`):
         target_agreement: the share of answers that stay as they are, guaranteed at the level stated there;
         target_flops: mean FLOPs of a prefill over those without an exit, as measured there.
         options: the other fields; by default those the calibration was made with.
@@ -99,14 +99,14 @@ class DynamicExit(VisualTokenPolicy):
 
     def ask(self, state: LayerState) -> tuple[Tensor, Tensor]:
         """What the layer's head says: p_exit f32 [B], and bool [B] whether that is above the threshold."""
-        pack, heads = state.pack, self.heads
+        rows, heads = state.rows, self.heads
         wants_visual = heads.config.state_mask & 3
         w1, w2, b1 = heads.of_layer(state.layer)
         return ops.exit_head(
             state.hidden,
-            pack.text_ranges,
-            pack.visual_rows if wants_visual else None,
-            pack.visual_cu if wants_visual else None,
+            rows.text_ranges,
+            rows.visual_rows if wants_visual else None,
+            rows.visual_cu if wants_visual else None,
             w1,
             w2,
             heads.config.state_mask,
@@ -126,7 +126,7 @@ class DynamicExit(VisualTokenPolicy):
         leaves = self._leaves(state, fires)
         if self.keep and any(leaves):
             return self._best(state, leaves)
-        nothing = state.pack.source[:0]
+        nothing = state.rows.source[:0]
         return [nothing if leave else None for leave in leaves]
 
     def _leaves(self, state: LayerState, fires: list[bool]) -> list[bool]:
@@ -135,11 +135,11 @@ class DynamicExit(VisualTokenPolicy):
             rows = state.memory.setdefault(self, [0] * len(fires))
             rows[:] = [row + 1 if fire else 0 for row, fire in zip(rows, fires, strict=True)]
             fires = [row >= self.hysteresis for row in rows]
-        return [bool(fire and n) for fire, n in zip(fires, state.pack.n_visual, strict=True)]
+        return [bool(fire and n) for fire, n in zip(fires, state.rows.n_visual, strict=True)]
 
     def _best(self, state: LayerState, leaves: list[bool]) -> Decision:
-        pack = state.pack
-        visual = visual_attention(pack, state.q[pack.last_rows], state.k, state.scale)
+        rows = state.rows
+        visual = visual_attention(rows, state.q[rows.last_rows], state.k, state.scale)
         return [highest(s, self.keep) if leave else None for s, leave in zip(visual, leaves, strict=True)]
 
 

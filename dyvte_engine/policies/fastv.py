@@ -35,9 +35,9 @@ class FastV(VisualTokenPolicy):
         return {self.k - 1}
 
     def decide(self, state: LayerState) -> Decision:
-        pack = state.pack
+        rows = state.rows
         if self.queries == "all":
-            visual = visual_attention(pack, state.q, state.k, state.scale, pack.lengths.cu)
+            visual = visual_attention(rows, state.q, state.k, state.scale, rows.lengths.cu)
         else:
-            visual = visual_attention(pack, state.q[pack.last_rows], state.k, state.scale)
+            visual = visual_attention(rows, state.q[rows.last_rows], state.k, state.scale)
         return [highest(s, len(s) - int(len(s) * self.r)) for s in visual]

@@ -30,5 +30,5 @@ class FixedExit(VisualTokenPolicy):
         return {self.layer}
 
     def decide(self, state: LayerState) -> Decision:
-        nothing = state.pack.source[:0]
-        return [nothing] * len(state.pack.n_visual)
+        nothing = state.rows.source[:0]
+        return [nothing] * len(state.rows.n_visual)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .. import ops
 from ..errors import InvalidArgumentError
+from ..kernels import ops
 from .base import Decision, LayerState, VisualTokenPolicy, highest, visual_attention
 
 
@@ -39,15 +39,15 @@ class PyramidDrop(VisualTokenPolicy):
         return set(_stages(num_layers))
 
     def decide(self, state: LayerState) -> Decision:
-        pack, decoder = state.pack, state.decoder
+        rows, decoder = state.rows, state.decoder
         share = self.keep[_stages(state.num_layers).index(state.layer)]
         following = decoder.layers[state.layer + 1]
         x = ops.rms_norm(state.hidden, following.input_norm, decoder.eps)
-        q, k = following.project_qk(x, pack.last_rows)
-        table, at = pack.turns(decoder.cos_sin)
-        q, k = decoder.rotate(q, table[at[pack.last_rows]]), decoder.rotate(k, table[at])
-        visual = visual_attention(pack, q, k, state.scale)
-        return [highest(s, int(n * share)) for n, s in zip(pack.n_entered, visual, strict=True)]
+        q, k = following.project_qk(x, rows.last_rows)
+        table, at = rows.rotation_table(decoder.cos_sin)
+        q, k = decoder.rotate(q, table[at[rows.last_rows]]), decoder.rotate(k, table[at])
+        visual = visual_attention(rows, q, k, state.scale)
+        return [highest(s, int(n * share)) for n, s in zip(rows.n_entered, visual, strict=True)]
 
     def renumbers(self, layer: int, num_layers: int) -> bool:
         return self.renumber

@@ -50,7 +50,7 @@ class Random(VisualTokenPolicy):
         return {self.place - 1} if self.place > 0 else set()
 
     def decide(self, state: LayerState) -> Decision:
-        return [self.select(n).to(state.hidden.device) for n in state.pack.n_visual]
+        return [self.select(n).to(state.hidden.device) for n in state.rows.n_visual]
 
     def select(self, size: int) -> Tensor:
         """int64 [size - int(ratio * size)], ascending rows that stay."""

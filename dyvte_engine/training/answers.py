@@ -18,8 +18,8 @@ class OneExitEach(VisualTokenPolicy):
         return set(range(num_layers - 1))
 
     def decide(self, state: LayerState) -> Decision:
-        nothing = state.pack.source[:0]
-        counts = enumerate(state.pack.n_visual)
+        nothing = state.rows.source[:0]
+        counts = enumerate(state.rows.n_visual)
         return [nothing if n and b % state.num_layers == state.layer else None for b, n in counts]
 
 

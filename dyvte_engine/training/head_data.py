@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from dyvte_engine.errors import DataError, ImageError
-from dyvte_engine.images import load_image
+from dyvte_engine.inputs.images import load_image
 
 SHOWN = 10  # bad lines named in one error
 

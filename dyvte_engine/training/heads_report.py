@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from dyvte_engine.calibration import first_exits
 from dyvte_engine.errors import HeadsError
-from dyvte_engine.exit_head import STATE_BITS, ExitHeads
+from dyvte_engine.heads.calibration import first_exits
+from dyvte_engine.heads.exit_head import STATE_BITS, ExitHeads
 from dyvte_engine.training.label_store import HeadData, LabelInfo, load_labels
 from dyvte_engine.training.metrics import share
 from dyvte_engine.training.train_heads import HeadSettings, Parts, exit_probabilities, train_heads

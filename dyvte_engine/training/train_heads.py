@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyvte_engine.calibration import Calibration, check_target
 from dyvte_engine.errors import DataError, DyvteError, InvalidArgumentError
-from dyvte_engine.exit_head import ExitHeadConfig, ExitHeads
+from dyvte_engine.heads.calibration import Calibration, check_target
+from dyvte_engine.heads.exit_head import ExitHeadConfig, ExitHeads
 from dyvte_engine.training.files import read_tensors, write_tensors
 from dyvte_engine.training.label_store import HeadData, LabelInfo, Rule, load_labels
 

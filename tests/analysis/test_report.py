@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dyvte_engine.analysis.page import Page
 from dyvte_engine.analysis.report import in_turn, rounded
-from dyvte_engine.cli import app
+from dyvte_engine.commands.main import app
 from dyvte_engine.errors import HeadsError, InvalidArgumentError, SourceError
 
 FIGURES = ("stages", "entropy", "manual_exit", "exit_layers", "timelines")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dyvte_engine import DeviceError, ops
-from dyvte_engine.attention import _FUNCTIONS, _PACKAGES, BACKENDS, Lengths, choose_backend
+from dyvte_engine import DeviceError
+from dyvte_engine.kernels import ops
+from dyvte_engine.kernels.attention import _FUNCTIONS, _PACKAGES, BACKENDS, Lengths, choose_backend
 from dyvte_engine.models import tower_attention
 from tests import tiny
 from tests.engine.conftest import build

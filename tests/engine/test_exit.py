@@ -5,16 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dyvte_engine import (
-    DynamicExit,
-    ExitHeadConfig,
-    ExitHeads,
-    FastV,
-    FixedExit,
-    KeepAll,
-    VisualTokenPolicy,
-    compose,
-)
+from dyvte_engine import DynamicExit, ExitHeadConfig, ExitHeads, FastV, FixedExit, KeepAll, VisualTokenPolicy, compose
 from tests import tiny
 from tests.engine.conftest import build
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dyvte_engine import DynamicExit, FastV, FixedExit, KeepAll, compose
-from dyvte_engine.attention import BACKENDS, CAPTURABLE, try_backend
+from dyvte_engine.kernels.attention import BACKENDS, CAPTURABLE, try_backend
 from tests import tiny
 from tests.engine.conftest import build, logits_errors
 from tests.engine.test_exit import random_heads

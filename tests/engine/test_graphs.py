@@ -25,11 +25,11 @@ from dyvte_engine import (
     VisualTokenPolicy,
     compose,
 )
-from dyvte_engine.decode import DecodeGraphs
-from dyvte_engine.graphs import capture_cuda
+from dyvte_engine.kernels.graphs import capture_cuda
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.tower_graphs import TowerGraphs
-from dyvte_engine.prefill_graphs import TextGraphs
+from dyvte_engine.runtime.decode import DecodeGraphs
+from dyvte_engine.runtime.text_graphs import TextGraphs
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import LAYERS, Later, random_heads
@@ -261,7 +261,7 @@ class OneByOne(VisualTokenPolicy):
         return set(range(num_layers - 1))
 
     def decide(self, state):
-        return [state.pack.source[:0] if b == state.layer else None for b in range(len(state.pack.n_visual))]
+        return [state.rows.source[:0] if b == state.layer else None for b in range(len(state.rows.n_visual))]
 
 
 EXITS = {
@@ -399,7 +399,7 @@ def test_watched_layers_pass_by_the_graphs():
     engine, _, graphs, _ = with_text_graphs("cpu")
     prompts = engine.prepare(["w3 w4"], [None], chat=False)
     seen = []
-    engine.prefill_prepared(prompts, lambda number, q, k, pack: seen.append(number)).close()
+    engine.prefill_prepared(prompts, lambda number, q, k, rows: seen.append(number)).close()
     assert seen == list(range(LAYERS))
     assert not graphs._replays
 

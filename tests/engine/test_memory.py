@@ -3,7 +3,7 @@
 import pytest
 
 from dyvte_engine import CacheError, DynamicExit, FastV, FixedExit, KeepAll
-from dyvte_engine.kv_cache import KVCache
+from dyvte_engine.runtime.kv_cache import KVCache
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads

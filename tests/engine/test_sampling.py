@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from dyvte_engine import InvalidArgumentError, KeepAll
-from dyvte_engine.sampling import Sampler
+from dyvte_engine.runtime.sampling import Sampler
 from tests import tiny
 
 OPTIONS = [

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dyvte_engine import NANO_HEADS, DynamicExit, Engine, FixedExit, KeepAll, flops
-from dyvte_engine.cli import app
+from dyvte_engine.commands.main import app
 from dyvte_engine.errors import InvalidArgumentError
 from dyvte_engine.eval import load_tasks, run
 from dyvte_engine.eval.report import markdown, summarise
@@ -99,7 +99,7 @@ def test_command(tmp_path):
 
 
 def test_policies_are_told_apart_by_their_files(tmp_path):
-    from dyvte_engine.eval.cli import named
+    from dyvte_engine.commands.evaluation import named
 
     heads = tmp_path / "heads.safetensors"
     heads.write_bytes(NANO_HEADS.read_bytes())

@@ -25,8 +25,8 @@ from dyvte_engine import (
     compose,
 )
 from dyvte_engine.models import FAMILIES, VisionLanguageModel
+from dyvte_engine.models.rows import runs
 from dyvte_engine.policies import PyramidDrop
-from dyvte_engine.segments import runs
 from tests.families import oracle, zoo
 from tests.policies.reference import divprune_rows
 

@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 
 from dyvte_engine import Engine, FixedExit, ModelError, PromptError
 from dyvte_engine.config import DecoderShape
+from dyvte_engine.inputs.prompts import render
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.families import REFUSED, join
-from dyvte_engine.prompts import render
 from tests.families import oracle, zoo
 from tests.families.test_families import each_family
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from dyvte_engine import Engine, ModelError
-from dyvte_engine.cli import app
+from dyvte_engine.commands.main import app
 from dyvte_engine.models.original import convert
 from tests.families import zoo
 

@@ -11,10 +11,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dyvte_engine import Engine, EngineConfig, FixedExit, ImageError, InvalidArgumentError, KeepAll, PromptError, hf
-from dyvte_engine.cli import app
-from dyvte_engine.images import load_video
+from dyvte_engine.commands.main import app
+from dyvte_engine.inputs.images import load_video
+from dyvte_engine.inputs.prompts import as_batch, render
 from dyvte_engine.models import FAMILIES, VisionLanguageModel
-from dyvte_engine.prompts import as_batch, render
 from tests.families import oracle, videos, zoo
 
 each_family = pytest.mark.parametrize("family", videos.FAMILIES)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyvte_engine import ops
+from dyvte_engine.kernels import ops
 
 from .common import OPCHECK, assert_as_good_as_torch, check_errors, int32
 

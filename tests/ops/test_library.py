@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyvte_engine import _C, ops
+from dyvte_engine import _C
 from dyvte_engine.errors import NativeLibraryError
+from dyvte_engine.kernels import ops
 
 ISAS = ["generic", "avx2", "avx512"]
 

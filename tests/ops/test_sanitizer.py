@@ -6,7 +6,7 @@ compute-sanitizer --tool memcheck python -m pytest -m gpu tests/ops/test_sanitiz
 import pytest
 import torch
 
-from dyvte_engine import ops
+from dyvte_engine.kernels import ops
 
 from . import test_decode_attention, test_exit_head, test_kv_compact, test_rope_append, test_token_score
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyvte_engine import ops
+from dyvte_engine.kernels import ops
 
 from .common import OPCHECK, assert_as_good_as_torch, check_errors, cumulative, int32
 

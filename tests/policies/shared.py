@@ -43,7 +43,7 @@ class KeepEvery(VisualTokenPolicy):
         return {self.layer}
 
     def decide(self, state):
-        return [torch.arange(0, n, self.step, device=state.hidden.device) for n in state.pack.n_visual]
+        return [torch.arange(0, n, self.step, device=state.hidden.device) for n in state.rows.n_visual]
 
 
 def keep_every(at: ref.At):

@@ -17,16 +17,16 @@ from dyvte_engine import (
     ToMe,
     VisionZip,
     compose,
-    ops,
     search_vtw,
 )
 from dyvte_engine.flops import vision_flops
+from dyvte_engine.inputs.splice import reduce_pictures
+from dyvte_engine.kernels import ops
 from dyvte_engine.models import PreparedPrompt
+from dyvte_engine.models.rows import runs
 from dyvte_engine.models.vision import VisionTower
 from dyvte_engine.policies import parse
 from dyvte_engine.policies.tome import match, merge_rows
-from dyvte_engine.segments import runs
-from dyvte_engine.splice import reduce_pictures
 from tests import tiny
 from tests.policies import reference as ref
 from tests.policies.shared import LAYERS, VISION, build, prefill
@@ -120,12 +120,12 @@ def test_fastv_scores_equal_eager_attention_maps(queries):
             return set(range(num_layers - 1))
 
         def decide(self, state):
-            cu = state.pack.lengths.cu
-            q = state.q if queries == "all" else state.q[state.pack.last_rows]
+            cu = state.rows.lengths.cu
+            q = state.q if queries == "all" else state.q[state.rows.last_rows]
             cu_q = cu if queries == "all" else torch.arange(len(cu), dtype=torch.int32)
             scores = ops.token_score(q, state.k, cu_q, cu, state.scale)
-            seen.append(scores.split(state.pack.lengths.host))
-            return [None] * len(state.pack.n_visual)
+            seen.append(scores.split(state.rows.lengths.host))
+            return [None] * len(state.rows.n_visual)
 
     seen: list = []
     engine, hf = build(policy=Scores())

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dyvte_engine import DynamicExit, ExitHeadConfig, ExitHeads
-from dyvte_engine.calibration import THRESHOLDS, Calibration, binomial_limit, first_exits
 from dyvte_engine.errors import CalibrationError, InvalidArgumentError
+from dyvte_engine.heads.calibration import THRESHOLDS, Calibration, binomial_limit, first_exits
 from dyvte_engine.policies import parse
 
 LAYERS = 8

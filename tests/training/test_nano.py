@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dyvte_engine.assets import EXAMPLES, NANO, NANO_HEADS
-from dyvte_engine.exit_head import ExitHeads
+from dyvte_engine.heads.exit_head import ExitHeads
 from dyvte_engine.training.nano.evaluate import Item, answer, normalised, scene_items
 from dyvte_engine.training.nano.questions import Question
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dyvte_engine.cli import app
+from dyvte_engine.commands.main import app
 from dyvte_engine.errors import CalibrationError, DataError, InvalidArgumentError
-from dyvte_engine.exit_head import STATE_BITS, ExitHeads
+from dyvte_engine.heads.exit_head import STATE_BITS, ExitHeads
 from dyvte_engine.training import train_heads as module
 from dyvte_engine.training.files import write_tensors
 from dyvte_engine.training.heads_report import ablate, combinations_of_states, evaluate_heads

@@ -1,4 +1,4 @@
-"""What was built, what this machine has, and what of it works: `python -m dyvte_engine.doctor [--json]`.
+"""What was built, what this machine has, and what of it works: `python -m dyvte_engine.commands.doctor [--json]`.
 
 Every part is tried, not guessed, and for each that does not work the reason is given in a sentence. Nothing here
 raises: the report is also there when the native library, torch or transformers is missing.
@@ -86,7 +86,7 @@ def _output_of(*command: str) -> str | None:
 
 def _source_commit() -> str | None:
     """Commit of the source tree that this package runs from, "-dirty" if files differ; None for an installed wheel."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     return _output_of("git", "-C", str(root), "describe", "--always", "--dirty") if (root / ".git").exists() else None
 
 
@@ -95,7 +95,7 @@ def _native() -> Report:
     native: Report = {"build": None, "reason": None, "runs": {}}
     try:
         importlib.import_module("torch")
-        ops = importlib.import_module("dyvte_engine.ops")
+        ops = importlib.import_module("dyvte_engine.kernels.ops")
         ops.load_library()
         native["build"] = ops.build_info()
     except Exception as error:
@@ -120,7 +120,7 @@ def _run_kernel(device: str) -> None:
     """One real kernel on `device`, checked against its plain torch form."""
     import torch
 
-    from dyvte_engine import ops
+    from dyvte_engine.kernels import ops
 
     x, weight = torch.randn(3, 64, device=device), torch.ones(64, device=device)
     torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), ops.rms_norm_ref(x, weight, 1e-5))
@@ -173,7 +173,7 @@ def _attention() -> list[Report]:
     try:
         import torch
 
-        from dyvte_engine import attention
+        from dyvte_engine.kernels import attention
     except Exception as error:
         return [{"name": "all", "device": "cpu", "reason": _sentence(error)}]
     gpu = torch.cuda.is_available()

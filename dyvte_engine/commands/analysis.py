@@ -55,11 +55,11 @@ def analyze(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Look inside the model: attention stages, entropy, accuracy after k layers, exit layers, single prompts."""
+    from ..analysis import report
+    from ..analysis.benchmarks import heads_policy
+    from ..analysis.data import load_data
     from ..errors import InvalidArgumentError
-    from ..eval.cli import identity_of
-    from . import report
-    from .benchmarks import heads_policy
-    from .data import load_data
+    from .evaluation import identity_of
 
     try:
         layers = None if exits is None else [int(part) for part in exits.split(",")]
@@ -153,13 +153,13 @@ def reproduce(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Each table of the paper with this model's figures beside it."""
+    from ..analysis import reproduce as paper
+    from ..analysis.benchmarks import DrawnTasks
+    from ..analysis.data import load_data
+    from ..analysis.tables import BENCHMARKS, check_paper_model
     from ..errors import HeadsError
-    from ..eval.cli import identity_of
     from ..eval.run import AnswerFile
-    from . import reproduce as paper
-    from .benchmarks import DrawnTasks
-    from .data import load_data
-    from .tables import BENCHMARKS, check_paper_model
+    from .evaluation import identity_of
 
     check_paper_model(paper_model)
     notation = _heads(heads, model)

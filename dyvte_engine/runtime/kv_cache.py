@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
-from .config import DecoderShape
-from .errors import CacheError
-from .transfer import to_device, upload
+from ..config import DecoderShape
+from ..errors import CacheError
+from ..kernels import ops
+from ..kernels.transfer import to_device, upload
 
 
 class PagePool:

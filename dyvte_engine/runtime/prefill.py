@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .attention import AttentionFn
+from ..kernels import ops
+from ..kernels.attention import AttentionFn
+from ..models.decoder import Decoder
+from ..models.rows import Rows
+from ..policies import Decision, LayerState, VisualTokenPolicy
 from .kv_cache import KVCache
-from .models.decoder import Decoder
-from .policies import Decision, LayerState, VisualTokenPolicy
-from .prefill_graphs import TextGraphs
-from .segments import Pack
+from .text_graphs import TextGraphs
 
-# Called in every layer with its number, the rotated q [N, Hq, D] and k [N, Hkv, D] of all its rows, and their pack.
-Watch = Callable[[int, Tensor, Tensor, Pack], None]
+# Called in every layer with its number, the rotated q [N, Hq, D] and k [N, Hkv, D] of all its rows, and their rows.
+Watch = Callable[[int, Tensor, Tensor, Rows], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ def prefill(
     attend: AttentionFn,
     cache: KVCache,
     inputs_embeds: Tensor,
-    pack: Pack,
+    rows: Rows,
     policy: VisualTokenPolicy,
     drop_early_kv: bool = False,
     watch: Watch | None = None,
@@ -50,72 +50,72 @@ def prefill(
 ) -> Prefilled:
     """Run packed prompts through all layers and fill an empty cache.
 
-    inputs_embeds [N, d] with its `pack`. With `drop_early_kv` the rows that left are afterwards compacted out of the
+    inputs_embeds [N, d] with its `rows`. With `drop_early_kv` the rows that left are afterwards compacted out of the
     earlier layers' K/V too, so that decoding no longer attends to them anywhere. `watch` sees every layer's attention.
     `graphs` run the layers that see text only, unless they are watched.
     """
     num_layers = decoder.shape.num_layers
-    ask = policy.layers(num_layers) if any(pack.n_visual) else set()
+    ask = policy.layers(num_layers) if any(rows.n_visual) else set()
     if not drop_early_kv:
         ask = ask - {num_layers - 1}  # nothing follows the last layer
-    packs: list[Pack] = []
-    exit_layers: list[int | None] = [None] * len(pack.n_visual)
+    seen: list[Rows] = []
+    exit_layers: list[int | None] = [None] * len(rows.n_visual)
     memory: dict[VisualTokenPolicy, Any] = {}
     only_last, reserved = False, 0
     pending = None  # a decision still to be read, and what it was asked about
     hidden = inputs_embeds.clone()
     if -1 in ask:
         none = hidden.new_empty(0, 0, 0)
-        state = LayerState(-1, decoder, hidden, none, none, pack, memory)
-        pack, stay = _leave(policy, state, policy.decide(state), exit_layers)
+        state = LayerState(-1, decoder, hidden, none, none, rows, memory)
+        rows, stay = _leave(policy, state, policy.decide(state), exit_layers)
         hidden = hidden[stay]
     x = ops.rms_norm(hidden, decoder.layers[0].input_norm, decoder.eps)
     space = decoder.space(len(hidden))
     for number, layer in enumerate(decoder.layers):
-        if graphs is not None and watch is None and graphs.take(number, pack):
+        if graphs is not None and watch is None and graphs.take(number, rows):
             if number >= reserved:
-                cache.reserve(range(number, num_layers), pack.lengths.host)
-            packs += [pack] * (num_layers - number)
-            x, only_last = graphs.run(number, cache, pack, hidden, x), True
+                cache.reserve(range(number, num_layers), rows.lengths.host)
+            seen += [rows] * (num_layers - number)
+            x, only_last = graphs.run(number, cache, rows, hidden, x), True
             break
         q, k, v = layer.project_qkv(x)
         if pending is not None:
-            pack, stay = _leave(policy, *pending, exit_layers)
+            rows, stay = _leave(policy, *pending, exit_layers)
             hidden, q, k, v = (rows[stay] for rows in (hidden, q, k, v))
             pending = None
-        packs.append(pack)
-        may_leave = any(pack.n_visual)
+        seen.append(rows)
+        may_leave = any(rows.n_visual)
         if number >= reserved:  # up to where tokens may leave again, layers see these rows: they take pages together
             reserved = 1 + min((later for later in ask if later >= number and may_leave), default=num_layers - 1)
-            cache.reserve(range(number, reserved), pack.lengths.host)
+            cache.reserve(range(number, reserved), rows.lengths.host)
         asked = may_leave and number in ask
         # The other rows of the last layer would feed nothing but the cache.
-        only_last = number == num_layers - 1 and not asked and number >= len(pack.additions)
-        attended = _attention(decoder, number, attend, cache, q, k, v, pack, only_last)
+        only_last = number == num_layers - 1 and not asked and number >= len(rows.additions)
+        attended = _attention(decoder, number, attend, cache, q, k, v, rows, only_last)
         if watch is not None:
-            watch(number, q, k, pack)
+            watch(number, q, k, rows)
         if only_last:
-            hidden = hidden[pack.last_rows]
-        added = pack.additions[number][pack.source] if number < len(pack.additions) else None
+            hidden = hidden[rows.last_rows]
+        added = rows.additions[number][rows.source] if number < len(rows.additions) else None
         x = decoder.after_attention(number, hidden, attended, space, added)
         if asked:
-            state = LayerState(number, decoder, hidden, q, k, pack, memory)
+            state = LayerState(number, decoder, hidden, q, k, rows, memory)
             decision = policy.decide(state)
             if callable(decision):
                 pending = state, decision
             else:
-                pack, stay = _leave(policy, state, decision, exit_layers)
+                rows, stay = _leave(policy, state, decision, exit_layers)
                 hidden, x = hidden[stay], x[stay]
     if pending is not None:
-        pack, stay = _leave(policy, *pending, exit_layers)
+        rows, stay = _leave(policy, *pending, exit_layers)
         x = x[stay]
-    last = x if only_last else x[pack.last_rows]
-    rows = [p.lengths.host for p in packs]
-    cache.set_lens([p.row_counts for p in packs], rows)
-    torch.stack([p.next_positions for p in packs], out=cache.positions)
+    last = x if only_last else x[rows.last_rows]
+    counts = [p.lengths.host for p in seen]
+    cache.set_lens([p.row_counts for p in seen], counts)
+    torch.stack([p.next_positions for p in seen], out=cache.positions)
     if drop_early_kv:
-        _compact_early_layers(cache, packs, pack)
-    return Prefilled(last, exit_layers, rows)
+        _compact_early_layers(cache, seen, rows)
+    return Prefilled(last, exit_layers, counts)
 
 
 def _leave(
@@ -123,18 +123,18 @@ def _leave(
     state: LayerState,
     decision: Decision | Callable[[], Decision],
     exit_layers: list[int | None],
-) -> tuple[Pack, Tensor | slice]:
-    """The pack and an index of the rows that stay. Writes into `exit_layers` whose last visual token left."""
-    before, layer = state.pack, state.layer
+) -> tuple[Rows, Tensor | slice]:
+    """The rows and an index of the rows that stay. Writes into `exit_layers` whose last visual token left."""
+    before, layer = state.rows, state.layer
     dropped = before.drop(decision() if callable(decision) else decision)
     if dropped is None:
         return before, slice(None)
-    pack, stay = dropped
-    for b, (old, new) in enumerate(zip(before.n_visual, pack.n_visual, strict=True)):
+    rows, stay = dropped
+    for b, (old, new) in enumerate(zip(before.n_visual, rows.n_visual, strict=True)):
         exit_layers[b] = layer if old and not new else exit_layers[b]
     if policy.renumbers(layer, state.num_layers):
-        pack = pack.renumbered([o != n for o, n in zip(before.n_visual, pack.n_visual, strict=True)])
-    return pack, stay
+        rows = rows.renumbered([o != n for o, n in zip(before.n_visual, rows.n_visual, strict=True)])
+    return rows, stay
 
 
 def _attention(
@@ -145,28 +145,28 @@ def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pack: Pack,
+    rows: Rows,
     only_last: bool,
 ) -> Tensor:
     """q [N, Hq, D], k and v [N, Hkv, D] of a layer -> attended rows, like q, or [B, Hq, D] if `only_last`.
 
     q and k are rotated in place; k and v enter the cache.
     """
-    pool, lengths = cache.pool, pack.lengths
+    pool, lengths = cache.pool, rows.lengths
     table, empty = cache.block_table[number], cache.lens[number]
-    cos_sin, positions = pack.turns(decoder.cos_sin)
+    cos_sin, positions = rows.rotation_table(decoder.cos_sin)
     ops.rope_append_(q, k, v, cos_sin, positions, lengths.cu, pool.k, pool.v, table, empty)
     if only_last:
-        return ops.decode_attention(q[pack.last_rows], pool.k, pool.v, table, pack.row_counts, decoder.scale)
+        return ops.decode_attention(q[rows.last_rows], pool.k, pool.v, table, rows.row_counts, decoder.scale)
     return attend(q, k, v, lengths, decoder.scale)
 
 
-def _compact_early_layers(cache: KVCache, packs: Sequence[Pack], final: Pack) -> None:
+def _compact_early_layers(cache: KVCache, seen: Sequence[Rows], final: Rows) -> None:
     """Every layer keeps the rows that were left at the end of the prefill."""
-    early = [p for p in packs if p is not final]  # packs only shrink, so these are the first layers
+    early = [p for p in seen if p is not final]  # seen only shrink, so these are the first layers
     if not early:
         return
-    alive = torch.zeros(len(packs[0].source), dtype=torch.bool, device=final.source.device)
+    alive = torch.zeros(len(seen[0].source), dtype=torch.bool, device=final.source.device)
     alive[final.source] = True
     total = sum(final.lengths.host)
     keep, cu = [], [final.lengths.cu[:1]]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .attention import AttentionFn, Lengths
-from .graphs import Replay, capture_cuda
+from ..kernels import ops
+from ..kernels.attention import AttentionFn, Lengths
+from ..kernels.graphs import Replay, capture_cuda
+from ..models.decoder import Decoder
+from ..models.rows import Rows
 from .kv_cache import KVCache, PagePool
-from .models.decoder import Decoder
-from .segments import Pack
 
 # Rows. In steps of a tile of a product: from some 250 on arithmetic binds, and what fills up costs like any row. With
 # more than the last, a layer is long enough to hide its launches.
@@ -59,30 +59,30 @@ class TextGraphs:
         self._replays: dict[tuple[int, int, int], Replay[Any]] = {}
         self._memory: list[Any] = []  # the handle of the pool that all graphs share
 
-    def take(self, number: int, pack: Pack) -> bool:
+    def take(self, number: int, rows: Rows) -> bool:
         """Whether these rows can run here from layer `number` on."""
-        text_only = not any(pack.n_visual) and number >= len(pack.additions)
-        return text_only and sum(pack.lengths.host) <= _BUCKETS[-1]
+        text_only = not any(rows.n_visual) and number >= len(rows.additions)
+        return text_only and sum(rows.lengths.host) <= _BUCKETS[-1]
 
-    def run(self, first: int, cache: KVCache, pack: Pack, hidden: Tensor, x: Tensor) -> Tensor:
+    def run(self, first: int, cache: KVCache, rows: Rows, hidden: Tensor, x: Tensor) -> Tensor:
         """Layers `first` to the last, all with pages for these rows: hidden [N, d] -> [B, d], as `Prefilled.hidden`.
 
         x [N, d]: `hidden`, normalised for layer `first`.
         """
-        batch, rows = len(pack.n_visual), next(bucket for bucket in _BUCKETS if len(hidden) <= bucket)
-        home = self._admit(cache.block_table[first:], pack, hidden, x, rows)
+        batch, bucket = len(rows.n_visual), next(size for size in _BUCKETS if len(hidden) <= size)
+        home = self._admit(cache.block_table[first:], rows, hidden, x, bucket)
         for number in range(first, len(self.decoder.layers)):
-            key = number, batch, rows
+            key = number, batch, bucket
             if key in self._replays:
                 out = self._replays[key]()
             else:
-                layer = functools.partial(self._layer, number, home, rows)
+                layer = functools.partial(self._layer, number, home, bucket)
                 out = layer()  # libraries set themselves up
                 self._replays[key] = self._capture(layer, self._memory)
         return out[:batch].clone()  # the next replay writes over it
 
-    def _admit(self, block_table: Tensor, pack: Pack, hidden: Tensor, x: Tensor, rows: int) -> _Home:
-        """Copy in what the graphs read: `rows` rows with the padding, and the pages of the last layers."""
+    def _admit(self, block_table: Tensor, rows: Rows, hidden: Tensor, x: Tensor, bucket: int) -> _Home:
+        """Copy in what the graphs read: `bucket` rows with the padding, and the pages of the last layers."""
         layers, batch, _ = block_table.shape
         if batch not in self._homes:
             self._homes[batch] = self._home(batch)
@@ -90,11 +90,11 @@ class TextGraphs:
         total = len(hidden)
         for here, given in ((self._hidden, hidden), (self._x, x)):
             here[:total].copy_(given)
-            here[total:rows].zero_()
-        cos_sin, numbers = pack.turns(self.decoder.cos_sin)
+            here[total:bucket].zero_()
+        cos_sin, numbers = rows.rotation_table(self.decoder.cos_sin)
         torch.index_select(cos_sin, 0, numbers, out=self._cos_sin[:total])
-        home.cu[:-1].copy_(pack.lengths.cu)
-        home.cu[-1:].fill_(rows)
+        home.cu[:-1].copy_(rows.lengths.cu)
+        home.cu[-1:].fill_(bucket)
         pages = block_table[..., : home.table.shape[2]]
         home.table[-layers:, :-1, : pages.shape[2]].copy_(pages)
         return home

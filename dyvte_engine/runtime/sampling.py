@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from .errors import InvalidArgumentError
+from ..errors import InvalidArgumentError
 
 SUPPORTED = (
     "max_new_tokens",

@@ -1,6 +1,6 @@
 """Where visual and text tokens lie in a packed batch, and what remains of it when visual tokens leave.
 
-A batch in prefill is one packed `[N, d]` tensor without padding. `Pack` travels beside it: what it must know
+A batch in prefill is one packed `[N, d]` tensor without padding. `Rows` travels beside it: what it must know
 on the host is kept as lists, so that dropping rows needs no device synchronisation beyond the decision itself.
 """
 
@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .attention import Lengths
-from .transfer import to_device
+from ..kernels.attention import Lengths
+from ..kernels.transfer import to_device
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -32,13 +32,13 @@ def runs(visual: Tensor) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Pack:
+class Rows:
     """The rows present at one layer.
 
     Attributes:
         positions: int32 [N], the row's position in the prompt that entered layer 0, unless a policy renumbered.
         visual: bool [N], whether the row is a visual token.
-        source: int64 [N], the row's number in the pack that entered layer 0.
+        source: int64 [N], the row's number in the rows that entered layer 0.
         lengths: rows of each sequence.
         n_visual: visual rows of each sequence; n_entered: those it had at layer 0.
         n_tail: rows of T, the text after the last visual token (the whole prompt if there is none).
@@ -63,7 +63,7 @@ class Pack:
         positions: Sequence[Tensor],
         rotations: Tensor | None = None,
         additions: Sequence[Tensor] = (),
-    ) -> Pack:
+    ) -> Rows:
         """visual: bool [n_b] per sequence, on the host; positions: int32 [n_b], on the device.
 
         A prompt that ends in a picture keeps its last row as text: the next token is predicted from it.
@@ -85,7 +85,7 @@ class Pack:
             additions=additions,
         )
 
-    def turns(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    def rotation_table(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
         """A table of rotations and the rows' int32 [N] numbers in it; `cos_sin` is the decoder's, by position."""
         return (cos_sin, self.positions) if self.rotations is None else (self.rotations, self._entry_rows)
 
@@ -125,18 +125,18 @@ class Pack:
         """int32 [B], the position after each sequence's last row."""
         return self.positions[self.last_rows] + 1
 
-    def renumbered(self, which: Sequence[bool]) -> Pack:
-        """The same rows, those of the sequences told at positions 0, 1, 2, ..."""
+    def renumbered(self, which: Sequence[bool]) -> Rows:
+        """The same rows, those of the given sequences at positions 0, 1, 2, ..."""
         total, counts = sum(self.lengths.host), self.row_counts.long()
         first = torch.repeat_interleave(self.lengths.cu[:-1], counts, output_size=total)
         chosen = torch.repeat_interleave(to_device(which, first.device, torch.bool), counts, output_size=total)
         numbers = torch.arange(total, dtype=torch.int32, device=first.device) - first
         return replace(self, positions=torch.where(chosen, numbers, self.positions))
 
-    def drop(self, decision: Sequence[Tensor | None]) -> tuple[Pack, Tensor] | None:
+    def drop(self, decision: Sequence[Tensor | None]) -> tuple[Rows, Tensor] | None:
         """Apply a decision: per sequence None, or the ascending numbers (among its visual rows) of those that stay.
 
-        Returns the smaller pack and the int64 row numbers that stay, or None when nothing leaves.
+        Returns the smaller rows and the int64 row numbers that stay, or None when nothing leaves.
         """
         n_visual = [n if keep is None else len(keep) for keep, n in zip(decision, self.n_visual, strict=True)]
         if n_visual == self.n_visual:
@@ -144,13 +144,13 @@ class Pack:
         stay, start = torch.ones_like(self.visual), 0
         for keep, before, after in zip(decision, self.n_visual, n_visual, strict=True):
             if keep is not None and after < before:
-                rows = self.visual_rows[start : start + before].long()
-                stay[rows] = False
-                stay[rows[keep]] = True
+                visual = self.visual_rows[start : start + before].long()
+                stay[visual] = False
+                stay[visual[keep]] = True
             start += before
         host = [n - old + new for n, old, new in zip(self.lengths.host, self.n_visual, n_visual, strict=True)]
         index = torch.nonzero_static(stay, size=sum(host))[:, 0]
-        pack = replace(
+        fewer = replace(
             self,
             positions=self.positions[index],
             visual=self.visual[index],
@@ -158,4 +158,4 @@ class Pack:
             lengths=Lengths(_cumulative(host, index.device), host),
             n_visual=n_visual,
         )
-        return pack, index
+        return fewer, index

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError, InvalidArgumentError
+from ..errors import CalibrationError, InvalidArgumentError
 
 # 1 never fires; then a quarter of a logit apart. Fixed, so that no calibration sample has a say in it.
 THRESHOLDS: tuple[float, ...] = (1.0, *torch.sigmoid(torch.linspace(12, -6, 73, dtype=torch.float64)).tolist())

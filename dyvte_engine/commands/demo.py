@@ -1,4 +1,4 @@
-"""`python -m dyvte_engine.demo`: pictures, questions, answers, where the visual tokens left, and what that saved."""
+"""`dyvte_engine.commands.demo`: pictures, questions, answers, where the visual tokens left, and what that saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from statistics import median
 
 import transformers
 
-from . import EXAMPLES, NANO_HEADS, DynamicExit, Engine, GenerationResult, KeepAll, VisualTokenPolicy
+from .. import EXAMPLES, NANO_HEADS, DynamicExit, Engine, GenerationResult, KeepAll, VisualTokenPolicy
 
 RUNS = 7  # the figures shown are medians, both policies in turn
 

@@ -19,7 +19,7 @@ def convert(
     unpickle: Annotated[bool, typer.Option(help="Also read .bin files, with torch's restricted unpickler.")] = False,
 ) -> None:
     """Write a checkpoint in its authors' layout as the engine reads it."""
-    from .models.original import convert as run
+    from ..models.original import convert as run
 
     run(source, target, vision_tower, unpickle)
     typer.echo(f"{target} written")

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .models import PreparedPrompt
-from .policies import VisualTokenPolicy
+from ..models import PreparedPrompt
+from ..policies import VisualTokenPolicy
 
 
 def reduce_pictures(policy: VisualTokenPolicy, prompts: Sequence[PreparedPrompt]) -> Sequence[PreparedPrompt]:

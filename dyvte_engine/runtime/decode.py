@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .graphs import Replay, capture_cuda
+from ..kernels import ops
+from ..kernels.graphs import Replay, capture_cuda
+from ..models.decoder import Decoder
 from .kv_cache import KVCache, PagePool
-from .models.decoder import Decoder
 
 
 def decode_step(

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .analysis.cli import add_commands as add_analysis
+from ..errors import DyvteError
+from .analysis import add_commands as add_analysis
 from .convert import convert
-from .errors import DyvteError
-from .eval.cli import evaluate, sweep
-from .training.cli import add_commands
+from .evaluation import evaluate, sweep
+from .training import add_commands
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inference with dynamic visual-token exit.")
 app.command("eval")(evaluate)
@@ -62,7 +62,7 @@ def generate(
     """
     import transformers  # torch and transformers load here, not for --help
 
-    from .engine import Engine
+    from ..engine import Engine
 
     transformers.logging.set_verbosity_error()
     options: dict[str, Any] = {
@@ -115,8 +115,8 @@ def policy_for(text: str, model: str) -> Any:
     """A policy from its notation; "auto" is the exit heads beside the model, else keep-all."""
     from pathlib import Path
 
-    from . import policies
-    from .assets import resolve_model
+    from .. import policies
+    from ..assets import resolve_model
 
     if text != "auto":
         return policies.parse(text)

@@ -16,8 +16,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ..engine import Engine
-    from .run import AnswerFile
-    from .task import Task
+    from ..eval.run import AnswerFile
+    from ..eval.task import Task
 
 _err = Console(stderr=True)
 EVERY = "all"
@@ -50,9 +50,9 @@ def evaluate(
     import transformers
 
     from ..engine import Engine
-    from . import TASKS, load_tasks
-    from .report import left_out_lines, markdown
-    from .run import AnswerFile
+    from ..eval import TASKS, load_tasks
+    from ..eval.report import left_out_lines, markdown
+    from ..eval.run import AnswerFile
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -97,7 +97,7 @@ class Named(NamedTuple):
 def named(text: str, model: str) -> Named:
     """ "light=dynamic:light.safetensors"; without a name the notation is the name."""
     from ..assets import resolve_model
-    from ..cli import policy_for
+    from .main import policy_for
 
     name, sign, rest = text.partition("=")
     if not (sign and name.strip()) or ":" in name:
@@ -111,9 +111,9 @@ def named(text: str, model: str) -> Named:
 def _run(
     engine: Engine, tasks: list[Task], policies: list[Named], file: AnswerFile | None, all_forms: bool
 ) -> dict[str, Any]:
-    from .report import summarise
-    from .run import answer_all, known_forms
-    from .task import FORMS
+    from ..eval.report import summarise
+    from ..eval.run import answer_all, known_forms
+    from ..eval.task import FORMS
 
     kept = [(task, *task.within(FORMS if all_forms else known_forms(engine.model))) for task in tasks]
     total = len(policies) * sum(len(part.samples) for _, part, _ in kept)
@@ -136,7 +136,7 @@ def _run(
 
 
 def _print(report: dict[str, Any]) -> None:
-    from .report import rows
+    from ..eval.report import rows
 
     head, body = rows(report)
     table = Table(box=None)
@@ -171,12 +171,12 @@ def sweep(
 
     from ..assets import resolve_model
     from ..engine import Engine
+    from ..eval import TASKS, load_tasks
+    from ..eval.curve_report import draw
+    from ..eval.curve_report import page as written
+    from ..eval.run import AnswerFile, known_forms
+    from ..eval.sweep import record, sweep_report
     from ..policies import DynamicExit
-    from . import TASKS, load_tasks
-    from .curve_report import draw
-    from .curve_report import page as written
-    from .run import AnswerFile, known_forms
-    from .sweep import record, sweep_report
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

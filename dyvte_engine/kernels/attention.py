@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import DeviceError
+from ..errors import DeviceError
 
 # Modules of the flash-attn packages 3, 4 and 2, which share a function's name and arguments.
 _PACKAGES = {"flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute", "flash_attn": "flash_attn"}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import NativeLibraryError
+from ..errors import NativeLibraryError
 from .ref import (
     add_rms_norm_ref,
     decode_attention_ref,
@@ -74,7 +74,7 @@ def load_library() -> None:
     Raises:
         NativeLibraryError: it is missing or does not load into this torch.
     """
-    path = Path(__file__).parent / "libdyvte.so"
+    path = Path(__file__).parent.parent / "libdyvte.so"
     build = "build it with `make build` (or `pip install -e .`) in the repository"
     if not path.exists():
         raise NativeLibraryError(f"the native library {path.name} is missing from {path.parent}; {build}")
@@ -86,7 +86,7 @@ def load_library() -> None:
 
 load_library()
 try:
-    from . import _C
+    from .. import _C
 except ImportError as error:
     raise NativeLibraryError(
         f"dyvte_engine._C does not load: {error}; build it for this Python with `make build` (or `pip install -e .`)"

@@ -11,13 +11,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from ..flops import paper_flops, true_flops
+from ..kernels.transfer import to_device
+from ..models import Decoder
 from .decode import DecodeGraphs, decode_step
-from .flops import paper_flops, true_flops
 from .kv_cache import KVCache
-from .models import Decoder
 from .prefill import Prefilled
 from .sampling import Sampler
-from .transfer import to_device
 
 
 @dataclass(frozen=True)

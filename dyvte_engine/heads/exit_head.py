@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import HeadsError, InvalidArgumentError
+from ..errors import HeadsError, InvalidArgumentError
 
 STATE_BITS = {"mean_visual": 1, "last_visual": 2, "mean_text": 4, "last_text": 8}
 

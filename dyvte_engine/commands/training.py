@@ -40,7 +40,7 @@ def label(
     import transformers
 
     from ..engine import Engine
-    from . import label_store
+    from ..training import label_store
 
     transformers.logging.set_verbosity_error()
     examples = examples_named(data, images, samples, seed)
@@ -52,10 +52,10 @@ def label(
 
 def examples_named(data: str, images: Path | None, samples: int | None, seed: int) -> list[Any]:
     if data.split(":")[0] == "nano":
-        from .nano import head_examples
+        from ..training.nano import head_examples
 
         return head_examples.named(data, seed, samples)
-    from .head_data import read_examples
+    from ..training.head_data import read_examples
 
     return read_examples(data, images)[:samples]
 
@@ -83,7 +83,7 @@ def train_heads(
     save_every: Annotated[int, typer.Option(help="Steps between two states on disk.")] = 100,
 ) -> None:
     """Train exit heads on labels and calibrate their threshold. Several GPUs: under `accelerate launch`."""
-    from . import train_heads as module
+    from ..training import train_heads as module
 
     given = {"rule": rule, "states": tuple(states.split(",")), "seed": seed, "lr": lr, "epochs": epochs, "batch": batch}
     given |= {"target_agreement": target_agreement, "target_flops": target_flops, "delta": delta}
@@ -96,7 +96,7 @@ def train_heads(
 
 
 def _say_promise(metadata: dict[str, Any], target: float | None) -> None:
-    from ..calibration import Calibration
+    from ..heads.calibration import Calibration
 
     if metadata["threshold"] not in metadata["calibration"]["thresholds"]:
         return
@@ -122,8 +122,8 @@ def ablate_heads(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Heads on each of the 15 combinations of token states (the paper's table 4)."""
-    from .heads_report import ablate
-    from .train_heads import HeadSettings
+    from ..training.heads_report import ablate
+    from ..training.train_heads import HeadSettings
 
     given = {"rule": rule, "target_agreement": target_agreement, "hidden": hidden, "rms_eps": rms_eps}
     settings = HeadSettings.of(kind, lr=lr, epochs=epochs, seed=seed, **given)  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def test_heads(
     out: Annotated[Path | None, typer.Option(help="The same as JSON.")] = None,
 ) -> None:
     """Agreement, accuracy and exit layer of heads on labelled samples; also heads of another model (table 6)."""
-    from .heads_report import evaluate_heads, table
+    from ..training.heads_report import evaluate_heads, table
 
     rows = evaluate_heads(labels, heads, threshold)
     print(table(rows))

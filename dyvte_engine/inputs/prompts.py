@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import InvalidArgumentError, PromptError
+from ..errors import InvalidArgumentError, PromptError
 from .images import is_video, load_image, load_video
 
 Prompt = str | Sequence[dict[str, Any]]  # a user's question, or a conversation in transformers' format

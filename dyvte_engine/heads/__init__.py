@@ -1,0 +1,1 @@
+"""Exit heads: their weights, and the threshold that keeps a promise."""
