@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ModelError,
         NativeLibraryError,
         PromptError,
+        RequestCancelledError,
     )
     from .heads.exit_head import ExitHeadConfig, ExitHeads
     from .policies import (
@@ -43,9 +44,10 @@ if TYPE_CHECKING:
         VisionZip,
         VisualTokenPolicy,
         compose,
-        search_vtw,
     )
-    from .runtime.generation import GenerationResult, GenerationStats, Running, StreamChunk
+    from .requests import GenerationResult, GenerationStats, Handle, Request, StreamChunk
+    from .runtime.running import Running
+    from .training.vtw_search import search_vtw
 
 __version__ = "0.1.0"
 
@@ -69,6 +71,7 @@ __all__ = [
     "FixedExit",
     "GenerationResult",
     "GenerationStats",
+    "Handle",
     "HeadsError",
     "ImageError",
     "InvalidArgumentError",
@@ -78,6 +81,8 @@ __all__ = [
     "PromptError",
     "PyramidDrop",
     "Random",
+    "Request",
+    "RequestCancelledError",
     "Running",
     "StreamChunk",
     "ToMe",
@@ -89,6 +94,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Handle": "requests",
+    "Request": "requests",
+    "RequestCancelledError": "errors",
     "CacheError": "errors",
     "CalibrationError": "errors",
     "DataError": "errors",
@@ -104,8 +112,8 @@ _HOMES = {
     "ExitHeads": "heads.exit_head",
     "FastV": "policies",
     "FixedExit": "policies",
-    "GenerationResult": "runtime.generation",
-    "GenerationStats": "runtime.generation",
+    "GenerationResult": "requests",
+    "GenerationStats": "requests",
     "HeadsError": "errors",
     "ImageError": "errors",
     "InvalidArgumentError": "errors",
@@ -117,14 +125,14 @@ _HOMES = {
     "PromptError": "errors",
     "PyramidDrop": "policies",
     "Random": "policies",
-    "Running": "runtime.generation",
-    "StreamChunk": "runtime.generation",
+    "Running": "runtime.running",
+    "StreamChunk": "requests",
     "ToMe": "policies",
     "VisionZip": "policies",
     "VisualTokenPolicy": "policies",
     "compose": "policies",
     "hf": "",
-    "search_vtw": "policies",
+    "search_vtw": "training.vtw_search",
 }
 
 

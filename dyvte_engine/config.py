@@ -18,6 +18,7 @@ _SCALES = (  # of Granite, Gemma and kin
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
+_MAX_STALL = {"cpu": 512, "cuda": 8192}  # row-layers: about the time of a few decoding steps
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt's length
 
 
@@ -88,11 +89,16 @@ class EngineConfig:
     drop_early_kv: bool = False
     cuda_graphs: bool = True
     pack_weights: bool = False
+    kv_memory: int | None = None
+    max_stall: int = 0  # 0: as many as suits the device
 
     def __post_init__(self) -> None:
         if self.pack_weights and self.device.type != "cpu":
             raise InvalidArgumentError(f"pack_weights is True on {self.device}; accepted: False, it is for CPUs")
-        for name in ("max_batch", "max_len", "page_size"):
+        if self.max_stall == 0:
+            object.__setattr__(self, "max_stall", _MAX_STALL[self.device.type])
+        for name in ("max_batch", "max_len", "page_size", "kv_memory", "max_stall"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1) and not (name == "max_len" and value is None):
+            optional = name in ("max_len", "kv_memory") and value is None
+            if not optional and (type(value) is not int or value < 1):
                 raise InvalidArgumentError(f"{name} is {value!r}; accepted: an integer of at least 1")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,22 @@ from .config import EngineConfig
 from .errors import DeviceError, InvalidArgumentError, PromptError
 from .flops import vision_flops
 from .inputs.prompts import as_batch, is_single, render
-from .inputs.splice import reduce_pictures
-from .kernels.attention import CAPTURABLE, choose_backend
 from .models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
 from .models.linear import packing_fault
 from .models.loading import load_model
 from .models.presets import preset
 from .models.random_model import byte_processor, random_model
-from .models.rows import Rows, runs
+from .models.rows import runs
 from .policies import KeepAll, VisualTokenPolicy
-from .runtime.decode import DecodeGraphs
-from .runtime.generation import GenerationResult, PrefillFigures, Request, Running, StreamChunk, TokenLoop
-from .runtime.kv_cache import KVCache, PagePool
-from .runtime.prefill import Watch, prefill
-from .runtime.sampling import merge_config
-from .runtime.text_graphs import TextGraphs
+from .policies.binding import PolicyCache
+from .requests import GenerationResult, Handle, Request, StreamChunk
+from .runtime import sequence
+from .runtime.prefill import Watch
+from .runtime.runner import Runner
+from .runtime.running import Running
+from .runtime.sampling import Sampler, StopRules, end_tokens, merge_config
+from .runtime.scheduler import Scheduler
+from .runtime.worker import Worker
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_NEW_TOKENS = 128
@@ -40,36 +43,28 @@ _DEFAULT_NEW_TOKENS = 128
 class Engine:
     """Answers questions about pictures with a Hugging Face checkpoint, its decoder run in this project's loop.
 
-    Not thread-safe: one call at a time.
+    Its methods may be called from any thread; requests of all of them are answered in one running batch.
     """
 
-    def __init__(self, model: VisionLanguageModel, config: EngineConfig, policy: VisualTokenPolicy | None = None):
+    def __init__(self, model: VisionLanguageModel, config: EngineConfig, policy: VisualTokenPolicy | str | None = None):
         self.model, self.config = model, config
-        self.max_len = model.decoder.max_len
-        shape = model.shape
-        self.attn_backend, self._attend = choose_backend(
-            config.attn_backend, config.device, config.dtype, shape.head_dim
-        )
-        pages = shape.num_layers * config.max_batch * -(-self.max_len // config.page_size)
-        self.pool = PagePool(shape, pages, config.page_size, config.dtype, config.device)
         if config.pack_weights:
             fault = packing_fault(config.dtype)
             if fault is not None:
                 raise DeviceError(f"pack_weights does not work here with {config.dtype}: {fault}")
             model.pack()
-        self._graphs = self._text_graphs = None
-        if config.device.type == "cuda" and config.cuda_graphs:
-            self._graphs = DecodeGraphs(model.decoder, self.pool)
-            if self.attn_backend in CAPTURABLE:
-                self._text_graphs = TextGraphs(model.decoder, self.pool, self._attend)
-            model.capture_tower()
-        self.policy = policy or KeepAll()
+        self.runner = Runner(model, config)
+        self.max_len, self.pool, self.attn_backend = self.runner.max_len, self.runner.pool, self.runner.attn_backend
+        self._scheduler = Scheduler(self.runner)
+        self._worker = Worker(self._scheduler)
+        self._policies = PolicyCache(model)
+        self._policy = self.bind(KeepAll() if policy is None else policy)
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | Path = "nano",
-        policy: VisualTokenPolicy | None = None,
+        policy: VisualTokenPolicy | str | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         attn_backend: str = "auto",
@@ -79,12 +74,15 @@ class Engine:
         drop_early_kv: bool = False,
         cuda_graphs: bool = True,
         pack_weights: bool | str = "auto",
+        kv_memory: int | None = None,
+        max_stall: int = 0,
         trust_remote_code: bool = False,
     ) -> Engine:
         """Load a checkpoint (docs/families.md): a folder, a hub id, or "nano", the model that comes with the package.
 
         Args:
-            policy: when visual tokens leave; default `KeepAll()`.
+            policy: when visual tokens leave, unless a request says otherwise: a policy or its notation ("fixed:15");
+                default `KeepAll()`.
             dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" is bfloat16 on CUDA, float32 on CPU.
             device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where there is one.
             attn_backend: "auto", "flash_attn_3", "flash_attn_4", "flash_attn", "torch_flash", "native" (on a CPU) or
@@ -95,13 +93,28 @@ class Engine:
             drop_early_kv: after the prefill, take the rows that left out of the earlier layers' K/V too.
             cuda_graphs: on CUDA, decoding, prefill layers without visual tokens (not with "sdpa") and towers of one
                 picture size run as graphs, captured at first use for each batch size, bucket of lengths or pictures.
+            kv_memory: bytes of the K/V pool; default: what `max_batch` sequences of `max_len` tokens need. With less,
+                requests wait until it can promise them all they may need.
+            max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens
+                (at least one layer or one picture); 0 is 512 on a CPU, 8192 on CUDA.
             pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout the matrix units read
                 (faster prompts); "auto": where all weights take at most a quarter of the machine's memory.
 
         Raises:
             ModelError, DeviceError, HeadsError, InvalidArgumentError: each with the argument and what is accepted.
         """
-        config = _options(device, dtype, attn_backend, max_batch, max_len, page_size, drop_early_kv, cuda_graphs)
+        config = _options(
+            device,
+            dtype,
+            attn_backend=attn_backend,
+            max_batch=max_batch,
+            max_len=max_len,
+            page_size=page_size,
+            drop_early_kv=drop_early_kv,
+            cuda_graphs=cuda_graphs,
+            kv_memory=kv_memory,
+            max_stall=max_stall,
+        )
         loaded = load_model(resolve_model(model), config.dtype, config.device, max_len, trust_remote_code)
         return cls(loaded, _packed(config, pack_weights, loaded), policy)
 
@@ -111,7 +124,7 @@ class Engine:
         config: Any,
         weights: str = "random",
         seed: int = 0,
-        policy: VisualTokenPolicy | None = None,
+        policy: VisualTokenPolicy | str | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         attn_backend: str = "auto",
@@ -121,6 +134,8 @@ class Engine:
         drop_early_kv: bool = False,
         cuda_graphs: bool = True,
         pack_weights: bool | str = "auto",
+        kv_memory: int | None = None,
+        max_stall: int = 0,
     ) -> Engine:
         """A model of a given size with random weights, made on the device; nothing is downloaded.
 
@@ -138,7 +153,18 @@ class Engine:
         """
         if weights != "random":
             raise InvalidArgumentError(f"weights is {weights!r}; accepted: 'random' (from_pretrained loads real ones)")
-        options = _options(device, dtype, attn_backend, max_batch, max_len, page_size, drop_early_kv, cuda_graphs)
+        options = _options(
+            device,
+            dtype,
+            attn_backend=attn_backend,
+            max_batch=max_batch,
+            max_len=max_len,
+            page_size=page_size,
+            drop_early_kv=drop_early_kv,
+            cuda_graphs=cuda_graphs,
+            kv_memory=kv_memory,
+            max_stall=max_stall,
+        )
         name, hf_config = (config, preset(config)) if isinstance(config, str) else ("random", config)
         hf_model = random_model(hf_config, seed, options.dtype, options.device)
         model = VisionLanguageModel(hf_model, byte_processor(hf_config), f"{name} (random weights)", max_len)
@@ -146,15 +172,53 @@ class Engine:
 
     @property
     def policy(self) -> VisualTokenPolicy:
+        """Of requests that name none, bound to the model."""
         return self._policy
 
     @policy.setter
-    def policy(self, policy: VisualTokenPolicy) -> None:
-        if not isinstance(policy, VisualTokenPolicy):
-            raise InvalidArgumentError(f"policy is a {type(policy).__name__}; accepted: a VisualTokenPolicy")
-        bound = policy.bind(self.model)
-        self.model.check(bound)
-        self._policy = bound
+    def policy(self, policy: VisualTokenPolicy | str) -> None:
+        self._policy = self.bind(policy)
+
+    def bind(self, policy: VisualTokenPolicy | str | None) -> VisualTokenPolicy:
+        """A policy, its notation, or None for the engine's own -> that policy, checked and ready to run on the model.
+
+        Done once for each policy; so is reading the heads of a notation, unless their file changes.
+
+        Raises:
+            InvalidArgumentError, HeadsError, CalibrationError, ModelError: it cannot run here.
+        """
+        return self._policy if policy is None else self._policies.bound(policy)
+
+    def warm_up(self, progress: bool = False) -> None:
+        """Capture every CUDA graph that a request may ask for. From here on none is captured inside a request.
+
+        progress: show a bar. Without CUDA graphs there is nothing to do.
+        """
+        if not progress or self.runner.graphs is None:
+            return self.runner.warm_up()
+        from rich.progress import Progress
+
+        with Progress(transient=True) as bar:
+            task = bar.add_task("CUDA graphs")
+            self.runner.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request; it is answered while nobody waits too. For its tokens, result or end see `Handle`.
+
+        Raises:
+            PromptError, ImageError, InvalidArgumentError, ...: at once, before anything is computed.
+        """
+        if not isinstance(request, Request):
+            raise InvalidArgumentError(f"request is a {type(request).__name__}; accepted: a Request")
+        r = request
+        if not is_single(r.prompt):
+            raise InvalidArgumentError("request.prompt must be one prompt: a string or a list of messages")
+        config = merge_config(self.model.hf.generation_config, r.generation_config, dict(r.options))
+        inputs = self._tokenize(r.prompt, r.images, r.videos, r.video_fps, r.chat)
+        queued = self._sequences(inputs, r.policy, [r.seed], config, r.priority)
+        handle = self._enqueue(queued)[0]
+        self._worker.start()
+        return handle
 
     def generate(
         self,
@@ -164,11 +228,12 @@ class Engine:
         videos: Any = None,
         video_fps: float = 2.0,
         chat: bool = True,
+        policy: VisualTokenPolicy | str | None = None,
         seed: int | Sequence[int] = 0,
         generation_config: Any = None,
         **options: Any,
     ) -> GenerationResult | list[GenerationResult]:
-        """Answer one prompt or a list of them (batches of at most `max_batch`).
+        """Answer one prompt or a list of them, at most `max_batch` at a time.
 
         Args:
             prompts: a question, a conversation (messages as transformers takes them), or a list of either.
@@ -178,6 +243,7 @@ class Engine:
                 picture (GIF, WebP, APNG) or of a folder of frames. `<video>` is its mark. Every frame is used.
             video_fps: frames of the videos in a second, for families that tell the model the time.
             chat: apply the checkpoint's chat template to questions; False takes them as finished text.
+            policy: when visual tokens leave, a policy or its notation; default the engine's.
             seed: seeds sequence i with seed + i, or one seed for each.
             generation_config: transformers' GenerationConfig instead of the checkpoint's own.
             **options: max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
@@ -186,10 +252,12 @@ class Engine:
         Raises:
             PromptError, ImageError, InvalidArgumentError: before anything is computed.
         """
-        given: dict[str, Any] = dict(videos=videos, video_fps=video_fps, chat=chat, seed=seed)
-        chunks = self.stream(prompts, images, **given, generation_config=generation_config, **options)
-        results = {c.index: c.result for c in chunks if c.result is not None}
-        return results[0] if is_single(prompts) else [results[i] for i in range(len(results))]
+        config = merge_config(self.model.hf.generation_config, generation_config, options)
+        inputs = self._tokenize(prompts, images, videos, video_fps, chat)
+        handles = self._enqueue(self._sequences(inputs, policy, seed, config))
+        with _cancelling(handles):
+            results = [handle.result() for handle in handles]
+        return results[0] if is_single(prompts) else results
 
     def stream(
         self,
@@ -199,28 +267,84 @@ class Engine:
         videos: Any = None,
         video_fps: float = 2.0,
         chat: bool = True,
+        policy: VisualTokenPolicy | str | None = None,
         seed: int | Sequence[int] = 0,
         generation_config: Any = None,
         **options: Any,
     ) -> Iterator[StreamChunk]:
         """As `generate`, yielding every token as it comes; the last chunk of a prompt carries its result.
 
-        Arguments are checked at the call, not at the first token.
+        Arguments are checked at the call, not at the first token. Leaving the loop cancels what is left.
         """
         config = merge_config(self.model.hf.generation_config, generation_config, options)
         inputs = self._tokenize(prompts, images, videos, video_fps, chat)
+        return self._drain(self._sequences(inputs, policy, seed, config))
+
+    def _drain(self, sequences: list[sequence.Sequence]) -> Iterator[StreamChunk]:
+        """The chunks of all sequences in the order they come."""
+        chunks: deque[StreamChunk] = deque()
+        handles = self._enqueue(sequences, chunks)
+        with _cancelling(handles):
+            while True:
+                self._worker.run_until(lambda: bool(chunks) or all(h.done for h in handles))
+                while chunks:
+                    yield chunks.popleft()
+                if all(h.done for h in handles):
+                    break
+            for handle in handles:
+                handle.result()  # an error of one is raised when all others have ended
+
+    def _sequences(
+        self,
+        inputs: Sequence[TokenizedPrompt],
+        policy: VisualTokenPolicy | str | None,
+        seed: int | Sequence[int],
+        config: Any,
+        priority: int = 0,
+    ) -> list[sequence.Sequence]:
+        """What the scheduler takes, all checked. Nothing has been computed yet."""
         seeds = [seed + i for i in range(len(inputs))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(inputs):
             raise InvalidArgumentError(f"seed has {len(seeds)} entries for {len(inputs)} prompts")
-        budgets = [self._budget(len(i.input_ids), config.max_new_tokens) for i in inputs]
-        batches = [slice(i, i + self.config.max_batch) for i in range(0, len(inputs), self.config.max_batch)]
-        return (c for b in batches for c in self._stream_batch(b.start, inputs[b], budgets[b], config, seeds[b]))
+        bound, tokenizer = self.bind(policy), self.model.processor.tokenizer
+        ends, tower = end_tokens(config, tokenizer), self.model.hf.config.vision_config
+        flops = vision_flops(tower, bound.tower_merges), vision_flops(tower)
+        out = []
+        for index, (prompt, one_seed) in enumerate(zip(inputs, seeds, strict=True)):
+            n, budget = len(prompt.input_ids), self._budget(len(prompt.input_ids), config.max_new_tokens)
+            passes = self.model.tower_passes(prompt)
+            out.append(
+                sequence.Sequence(
+                    index,
+                    prompt,
+                    bound,
+                    Sampler(config, prompt.input_ids, one_seed, ends, self.config.device, tokenizer),
+                    StopRules(config, tokenizer, ends, n, budget),
+                    budget,
+                    tokenizer,
+                    int(self.model.visual(torch.tensor(prompt.input_ids)).sum()),
+                    (passes * flops[0], passes * flops[1]),
+                    priority,
+                )
+            )
+        return out
+
+    def _enqueue(self, sequences: list[sequence.Sequence], chunks: deque[StreamChunk] | None = None) -> list[Handle]:
+        for s in sequences:
+            s.handle = Handle(self._worker, functools.partial(self._cancel, s), chunks)
+        self._scheduler.submit(sequences)
+        return [s.handle for s in sequences if s.handle is not None]
+
+    def _cancel(self, s: sequence.Sequence) -> None:
+        self._scheduler.cancel(s)
+        self._worker.notify()
 
     def prefill(
         self,
         inputs_embeds: Tensor | Sequence[Tensor],
         visual_mask: Tensor | Sequence[Tensor],
         position_ids: Tensor | Sequence[Tensor] | None = None,
+        policy: VisualTokenPolicy | str | None = None,
     ) -> Running:
         """The lower entry, for models whose vision code lives elsewhere: prefill sequences under the policy.
 
@@ -231,9 +355,11 @@ class Engine:
             visual_mask: bool [n] for each, true at visual tokens; each unbroken stretch counts as one picture.
             position_ids: integer [n] for each, ascending and below `max_len`; default 0..n-1. For models whose
                 positions have three axes (Qwen-VL) also [3, n].
+            policy: as in `generate`.
 
         Returns:
             A `Running` batch: `.logits`, `.step(tokens)`, `.exit_layers`; close it (or use `with`) to free its cache.
+            Its pages are taken from the same pool as those of requests.
 
         Raises:
             InvalidArgumentError: shapes, dtypes or values that do not fit, naming the argument.
@@ -256,7 +382,7 @@ class Engine:
             plain, rotations = self.model.place(p.to(device))
             entering = e.to(device, self.config.dtype)
             prompts.append(PreparedPrompt(entering, m.cpu(), plain, runs(m.cpu()), rotations))
-        return self.prefill_prepared(prompts)
+        return self.prefill_prepared(prompts, policy)
 
     def _check_entry(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> None:
         n = len(embeds)
@@ -291,33 +417,23 @@ class Engine:
         ]
         return self.model.tokenize(texts, pictures, clips, video_fps)
 
-    def prepare(self, prompts: Any, images: Any, chat: bool = True) -> list[PreparedPrompt]:
+    def prepare(
+        self, prompts: Any, images: Any, chat: bool = True, policy: VisualTokenPolicy | str | None = None
+    ) -> list[PreparedPrompt]:
         """Each prompt at the decoder's entry, for `prefill_prepared`; arguments as in `generate`."""
-        inputs, size = self._tokenize(prompts, images, None, 2.0, chat), self.config.max_batch
-        parts = [self.model.prepare(inputs[i : i + size], self.policy) for i in range(0, len(inputs), size)]
+        inputs, size, bound = self._tokenize(prompts, images, None, 2.0, chat), self.config.max_batch, self.bind(policy)
+        with self.runner.lock:
+            parts = [self.model.prepare(inputs[i : i + size], bound) for i in range(0, len(inputs), size)]
         return [prompt for part in parts for prompt in part]
 
-    @torch.inference_mode()
-    def prefill_prepared(self, prompts: Sequence[PreparedPrompt], watch: Watch | None = None) -> Running:
+    def prefill_prepared(
+        self,
+        prompts: Sequence[PreparedPrompt],
+        policy: VisualTokenPolicy | str | None = None,
+        watch: Watch | None = None,
+    ) -> Running:
         """As `prefill`, of what `prepare` gave: at most `max_batch` prompts. `watch` sees every layer's attention."""
-        prompts = reduce_pictures(self.policy, prompts)
-        cache = KVCache(self.pool, self.model.shape.num_layers, len(prompts), self.max_len)
-        try:
-            done = prefill(
-                self.model.decoder,
-                self._attend,
-                cache,
-                torch.cat([p.inputs_embeds for p in prompts]),
-                _pack(prompts, self.model.decoder.cos_sin),
-                self.policy,
-                self.config.drop_early_kv,
-                watch,
-                self._text_graphs,
-            )
-            return Running(self.model.decoder, cache, done, self._graphs)
-        except BaseException:
-            cache.close()
-            raise
+        return self.runner.run(prompts, self.bind(policy), watch)
 
     def _budget(self, prompt_len: int, max_new_tokens: int | None) -> int:
         """Answer tokens a prompt of `prompt_len` tokens may have. Raises PromptError when it does not fit."""
@@ -328,60 +444,35 @@ class Engine:
             raise PromptError(f"{given}; accepted: together at most max_len {self.max_len}")
         return wanted
 
-    def _check_positions(self, prepared: Sequence[PreparedPrompt], budgets: Sequence[int]) -> None:
-        """With several axes a position may be beyond the number of rows (slow videos)."""
-        for p, n in zip(prepared, budgets, strict=True):
-            if p.rotations is not None and int(p.positions[-1]) + n >= self.max_len:
-                given = f"the prompt ends at position {int(p.positions[-1])} and the answer has {n} tokens"
-                raise PromptError(f"{given}; accepted: together below max_len {self.max_len}")
+    def check_integrity(self) -> None:
+        """Every page of the K/V pool is free or held once, and all promises add up, while no request is under way.
 
-    def _stream_batch(
-        self, first: int, inputs: list[TokenizedPrompt], budgets: list[int], config: Any, seeds: list[int]
-    ) -> Iterator[StreamChunk]:
-        started = time.perf_counter() - sum(i.seconds for i in inputs)
-        prepared = self.model.prepare(inputs, self.policy)
-        self._check_positions(prepared, budgets)
-        if self.config.device.type == "cuda":
-            torch.cuda.synchronize(self.config.device)
-        vision_s = time.perf_counter() - started
-        requests = [
-            Request(list(i.input_ids), int(self.model.visual(torch.tensor(i.input_ids)).sum()), n)
-            for i, n in zip(inputs, budgets, strict=True)
-        ]
-        loop = TokenLoop(requests, config, self.model.processor.tokenizer, seeds, self.config.device)
-        tower = self.model.hf.config.vision_config
-        picture_flops = vision_flops(tower, self.policy.tower_merges), vision_flops(tower)
-        passes = [self.model.tower_passes(i) for i in inputs]
-        with self.prefill_prepared(prepared) as running:
-            figures = [
-                PrefillFigures.of(running, b, len(r.ids), *(passes[b] * f for f in picture_flops))
-                for b, r in enumerate(requests)
-            ]
-            for b, token, text in loop.run(running):
-                request = requests[b]
-                result = request.result(figures[b], started, vision_s) if request.finish_reason else None
-                yield StreamChunk(first + b, token, text, result)
+        Raises:
+            CacheError: they do not, which is a bug here.
+        """
+        with self.runner.lock:
+            if not self._scheduler.has_work:
+                self.runner.check_integrity()
 
 
-def _pack(prompts: Sequence[PreparedPrompt], cos_sin: Tensor) -> Rows:
-    """The rows of all prompts, one after the other. `cos_sin` serves those whose positions have one axis."""
-    turned, rotations = any(p.rotations is not None for p in prompts), None
-    if turned:
-        rotations = torch.cat([cos_sin[p.positions.long()] if p.rotations is None else p.rotations for p in prompts])
-    additions = [
-        torch.cat([p.additions[k] if p.additions else torch.zeros_like(p.inputs_embeds) for p in prompts])
-        for k in range(max(len(p.additions) for p in prompts))
-    ]
-    return Rows.from_sequences([p.visual for p in prompts], [p.positions for p in prompts], rotations, additions)
+@contextmanager
+def _cancelling(handles: Sequence[Handle]) -> Iterator[None]:
+    """However this ends, nothing of the handles is computed any further."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            if not handle.done:
+                handle.cancel()
 
 
 def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def _options(device: str | torch.device, dtype: str | torch.dtype, *others: Any) -> EngineConfig:
+def _options(device: str | torch.device, dtype: str | torch.dtype, **others: Any) -> EngineConfig:
     target = _resolve_device(device)
-    return EngineConfig(target, _resolve_dtype(dtype, target), *others)
+    return EngineConfig(target, _resolve_dtype(dtype, target), **others)
 
 
 def _packed(config: EngineConfig, asked: bool | str, model: VisionLanguageModel) -> EngineConfig:

@@ -45,5 +45,9 @@ class CacheError(DyvteError):
     """The K/V page pool cannot hold what was asked."""
 
 
+class RequestCancelledError(DyvteError):
+    """A request was cancelled before its answer was complete."""
+
+
 class NativeLibraryError(DyvteError, ImportError):
     """The native library is missing or does not load."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -25,7 +26,8 @@ from .engine import Engine
 from .errors import InvalidArgumentError
 from .models import VisionLanguageModel
 from .policies import VisualTokenPolicy
-from .runtime.generation import Running
+from .runtime.running import Running
+from .runtime.token_loop import drain
 
 _BY_TOKEN = ("position_ids", "mm_token_type_ids", "token_type_ids")  # [..., B, n], padded like the ids
 _NOT_NEEDED = ("past_key_values", "cache_position", "use_cache", "logits_to_keep", "attention_mask")
@@ -196,10 +198,13 @@ def _decode(running: Running, ids: Tensor, processors: Any, criteria: Any, confi
     """transformers' token loop. Prompts that have finished leave the batch where it would fill them with padding."""
     pads = any(hasattr(c, "eos_token_id") for c in criteria)
     unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    active, logits = list(range(len(ids))), running.logits.clone()
+    logits = running.logits.clone()  # of finished prompts too, which processors see as transformers shows them
     wanted = {"scores": config.output_scores, "logits": config.output_logits}
     kept: dict[str, tuple[Tensor, ...]] = {k: () for k, w in wanted.items() if w and config.return_dict_in_generate}
-    while True:
+
+    def choose(newest: Tensor, active: Sequence[int]) -> tuple[Tensor, list[int]]:
+        nonlocal ids, unfinished
+        logits[list(active)] = newest
         scores = processors(ids, logits.clone())
         for name, values in kept.items():
             kept[name] = (*values, scores if name == "scores" else logits.clone())
@@ -211,12 +216,10 @@ def _decode(running: Running, ids: Tensor, processors: Any, criteria: Any, confi
             streamer.put(tokens.cpu())
         unfinished = unfinished & ~criteria(ids, kept.get("scores"))
         if not unfinished.any():
-            break
-        stay = [i for i, b in enumerate(active) if unfinished[b] or not pads]
-        if len(stay) < len(active):
-            running.select(stay)
-            active = [active[i] for i in stay]
-        logits[active] = running.step(tokens[active])
+            return tokens, []
+        return tokens[list(active)], [i for i, b in enumerate(active) if unfinished[b] or not pads]
+
+    drain(running, choose)
     if streamer is not None:
         streamer.end()
     return _result(ids, kept, config)

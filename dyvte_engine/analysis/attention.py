@@ -16,7 +16,7 @@ from torch import Tensor
 from ..eval.lines import LineFile
 from ..eval.task import Sample
 from ..models.rows import Rows
-from ..policies import FixedExit, KeepAll
+from ..policies import FixedExit, KeepAll, VisualTokenPolicy
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -112,24 +112,21 @@ def measure(
     """f64 [N, L, FIELDS]: the statistics of each sample's prefill, in order.
 
     `exit_layer`: all visual tokens leave after it (-1: before layer 0); None: none ever leave. What `file` already
-    holds is not computed again. The engine's own policy is put back afterwards.
+    holds is not computed again.
     """
-    before, name = engine.policy, "none" if exit_layer is None else str(exit_layer)
+    name = "none" if exit_layer is None else str(exit_layer)
     entries = [] if file is None else [e for e in file.entries if e["exit"] == name]
     known = {e["key"]: np.array(e["values"], float) for e in entries}
     waiting, size = [s for s in samples if s.key not in known], engine.config.max_batch
     progress(len(samples) - len(waiting))
-    engine.policy = KeepAll() if exit_layer is None else FixedExit(exit_layer)
-    try:
-        for start in range(0, len(waiting), size):
-            chosen = waiting[start : start + size]
-            tables = _tables(engine, chosen)
-            known.update(zip([s.key for s in chosen], tables, strict=True))
-            if file is not None:
-                file.add({"exit": name, "key": s.key, "values": _plain(t)} for s, t in zip(chosen, tables, strict=True))
-            progress(len(chosen))
-    finally:
-        engine.policy = before
+    policy = KeepAll() if exit_layer is None else FixedExit(exit_layer)
+    for start in range(0, len(waiting), size):
+        chosen = waiting[start : start + size]
+        tables = _tables(engine, chosen, policy)
+        known.update(zip([s.key for s in chosen], tables, strict=True))
+        if file is not None:
+            file.add({"exit": name, "key": s.key, "values": _plain(t)} for s, t in zip(chosen, tables, strict=True))
+        progress(len(chosen))
     return np.stack([known[s.key] for s in samples])
 
 
@@ -140,8 +137,8 @@ def _plain(table: np.ndarray) -> list[Any]:
     return plain.tolist()
 
 
-def _tables(engine: Engine, samples: Sequence[Sample]) -> np.ndarray:
+def _tables(engine: Engine, samples: Sequence[Sample], policy: VisualTokenPolicy) -> np.ndarray:
     watch = AttentionWatch(engine.model.decoder.scale)
-    prompts = engine.prepare([s.prompt for s in samples], [s.picture for s in samples])
-    engine.prefill_prepared(prompts, watch).close()
+    prompts = engine.prepare([s.prompt for s in samples], [s.picture for s in samples], policy=policy)
+    engine.prefill_prepared(prompts, policy, watch).close()
     return watch.table.round(7)  # as a file keeps it: a run that goes on ends in the same bytes

@@ -64,23 +64,20 @@ class DrawnTasks:
         self.tasks = {task.name: task for task in tasks if task.samples}
 
     def measure(self, policy: VisualTokenPolicy, identity: str, tasks: Sequence[str]) -> Iterator[Measured]:
-        last, before = self.engine.model.shape.num_layers - 1, self.engine.policy
-        try:
-            for name in tasks:
-                if name not in self.tasks:
-                    continue
-                task, step = self.tasks[name], partial(self.progress, name)
-                answers = answer_all(self.engine, task.samples, policy, identity, self.file, step)
-                score = task.score([a.text for a in answers])
-                of = f" of {score['of']}" if "of" in score else ""
-                scale = 1.0 if of else 100.0
-                low, high = (scale * x for x in score["ci95"])
-                yield Measured(name, score["metric"] + of, scale * score["value"], score["n"], (low, high))
-                layers = np.array([last if a.exit_layer is None else a.exit_layer for a in answers], float)
-                yield _mean(name, EXIT_LAYER, layers)
-                yield _mean(name, FLOPS, 100 * np.array([a.flops / a.flops_keep_all for a in answers]))
-        finally:
-            self.engine.policy = before
+        last = self.engine.model.shape.num_layers - 1
+        for name in tasks:
+            if name not in self.tasks:
+                continue
+            task, step = self.tasks[name], partial(self.progress, name)
+            answers = answer_all(self.engine, task.samples, policy, identity, self.file, step)
+            score = task.score([a.text for a in answers])
+            of = f" of {score['of']}" if "of" in score else ""
+            scale = 1.0 if of else 100.0
+            low, high = (scale * x for x in score["ci95"])
+            yield Measured(name, score["metric"] + of, scale * score["value"], score["n"], (low, high))
+            layers = np.array([last if a.exit_layer is None else a.exit_layer for a in answers], float)
+            yield _mean(name, EXIT_LAYER, layers)
+            yield _mean(name, FLOPS, 100 * np.array([a.flops / a.flops_keep_all for a in answers]))
 
 
 def _mean(task: str, metric: str, values: np.ndarray) -> Measured:

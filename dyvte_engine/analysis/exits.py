@@ -120,12 +120,8 @@ def manual_exit(
     """
     layers = engine.model.shape.num_layers
     samples = [s for task in tasks for s in task.samples]
-    before = engine.policy
-    try:
-        runs = [answer_all(engine, samples, FixedExit(k - 1), f"fixed:{k - 1}", file, progress) for k in range(layers)]
-        runs.append(answer_all(engine, samples, KeepAll(), KEEP_ALL, file, progress))
-    finally:
-        engine.policy = before
+    runs = [answer_all(engine, samples, FixedExit(k - 1), f"fixed:{k - 1}", file, progress) for k in range(layers)]
+    runs.append(answer_all(engine, samples, KeepAll(), KEEP_ALL, file, progress))
     found, start = [], 0
     for task in tasks:
         texts = [[a.text for a in run[start : start + len(task.samples)]] for run in runs]  # [L + 1][n]
@@ -205,11 +201,8 @@ def exit_histogram(
 
     `manual`: of the same tasks, for the earliest layers.
     """
-    last, before = engine.model.shape.num_layers - 1, engine.policy
-    try:
-        answers = {t.name: answer_all(engine, t.samples, policy, name, file, progress) for t in tasks}
-    finally:
-        engine.policy = before
+    last = engine.model.shape.num_layers - 1
+    answers = {t.name: answer_all(engine, t.samples, policy, name, file, progress) for t in tasks}
     layers = {
         task: np.array([last if a.exit_layer is None else a.exit_layer for a in given])
         for task, given in answers.items()

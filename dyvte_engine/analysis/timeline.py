@@ -99,34 +99,26 @@ class Timelines:
 
 def timelines(engine: Engine, samples: Sequence[Sample], policy: DynamicExit) -> Timelines:
     """Answers the samples with and without the exit and reads every head on the way."""
-    layers, before = engine.model.shape.num_layers, engine.policy
-    found = []
-    try:
-        said = probe(engine, samples, [policy])[0]  # [N, L - 1]
-        for sample, p_exit in zip(samples, said, strict=True):
-            results = []
-            for by in (policy, KeepAll()):
-                engine.policy = by
-                budget = BUDGETS[sample.form]
-                results.append(engine.generate(sample.prompt, sample.picture, max_new_tokens=budget, do_sample=False))
-            early, full = results
-            assert not isinstance(early, list) and not isinstance(full, list)
-            found.append(
-                Timeline(
-                    sample.key,
-                    sample.picture,
-                    sample.prompt,
-                    reference_text(sample),
-                    early.text.strip(),
-                    full.text.strip(),
-                    early.stats.exit_layer,
-                    full.stats.visual_tokens + full.stats.text_tokens,
-                    tuple(early.stats.tokens_per_layer),
-                    tuple(float(p) for p in p_exit),
-                )
+    layers, found = engine.model.shape.num_layers, []
+    said = probe(engine, samples, [policy])[0]  # [N, L - 1]
+    for sample, p_exit in zip(samples, said, strict=True):
+        options: dict[str, Any] = dict(max_new_tokens=BUDGETS[sample.form], do_sample=False)
+        early, full = (engine.generate(sample.prompt, sample.picture, policy=p, **options) for p in (policy, KeepAll()))
+        assert not isinstance(early, list) and not isinstance(full, list)
+        found.append(
+            Timeline(
+                sample.key,
+                sample.picture,
+                sample.prompt,
+                reference_text(sample),
+                early.text.strip(),
+                full.text.strip(),
+                early.stats.exit_layer,
+                full.stats.visual_tokens + full.stats.text_tokens,
+                tuple(early.stats.tokens_per_layer),
+                tuple(float(p) for p in p_exit),
             )
-    finally:
-        engine.policy = before
+        )
     return Timelines(tuple(found), policy.threshold, tuple(sorted(policy.layers(layers) - {layers - 1})))
 
 

@@ -35,8 +35,7 @@ def answer(engine: Engine, policies: tuple[VisualTokenPolicy, VisualTokenPolicy]
     results: list[GenerationResult | None] = [None, None]
     for _ in range(RUNS):
         for i, policy in enumerate(policies):
-            engine.policy = policy
-            result = engine.generate(example["prompt"], EXAMPLES / example["file"])
+            result = engine.generate(example["prompt"], EXAMPLES / example["file"], policy=policy)
             assert isinstance(result, GenerationResult)
             results[i] = result
             times[i].append(1e3 * result.stats.ttft_s)

@@ -68,7 +68,6 @@ def answer_all(
     Samples of one form run together, `max_batch` at a time; `progress` is told how many more are done. What `file`
     already holds for (name, sample) is not computed again, so `name` must tell policies apart.
     """
-    engine.policy = policy
     known = {} if file is None else {key: a for (by, key), a in file.known.items() if by == name}
     answers = {s.key: known[s.key] for s in samples if s.key in known}
     progress(len(answers))
@@ -76,7 +75,7 @@ def answer_all(
     for form in FORMS:
         waiting = [s for s in samples if s.form == form and s.key not in answers]
         for start in range(0, len(waiting), size):
-            done = _batch(engine, waiting[start : start + size], BUDGETS[form])
+            done = _batch(engine, waiting[start : start + size], policy, BUDGETS[form])
             answers.update({a.key: a for a in done})
             if file is not None:
                 file.add(name, done)
@@ -84,9 +83,9 @@ def answer_all(
     return [answers[s.key] for s in samples]
 
 
-def _batch(engine: Engine, samples: Sequence[Sample], max_new_tokens: int) -> list[Answer]:
+def _batch(engine: Engine, samples: Sequence[Sample], policy: VisualTokenPolicy, max_new_tokens: int) -> list[Answer]:
     prompts, pictures = [s.prompt for s in samples], [s.picture for s in samples]
-    results = engine.generate(prompts, pictures, max_new_tokens=max_new_tokens, do_sample=False)
+    results = engine.generate(prompts, pictures, policy=policy, max_new_tokens=max_new_tokens, do_sample=False)
     assert isinstance(results, list)
     return [
         Answer(

@@ -72,8 +72,8 @@ def probe(engine: Engine, samples: Sequence[Sample], heads: Sequence[DynamicExit
     for start in range(0, len(samples), size):
         chosen = samples[start : start + size]
         watching = Probe(tuple(heads))
-        engine.policy = watching
-        engine.generate([s.prompt for s in chosen], [s.picture for s in chosen], max_new_tokens=1, do_sample=False)
+        prompts, pictures = [s.prompt for s in chosen], [s.picture for s in chosen]
+        engine.generate(prompts, pictures, policy=watching, max_new_tokens=1, do_sample=False)
         parts.append(np.stack([np.stack(layer) for layer in watching.said], axis=-1))  # [H, B, L - 1]
     return np.concatenate(parts, axis=1)
 
@@ -240,8 +240,7 @@ def random_points(
     vision = flops.vision_flops(engine.model.hf.config.vision_config)
     n = flops.prompt_length(float(o.weights @ o.flops[:, -1]), engine.model.shape, vision)
     first, points = o.samples[0], []
-    engine.policy = KeepAll()
-    asked = engine.generate(first.prompt, first.picture, max_new_tokens=1)
+    asked = engine.generate(first.prompt, first.picture, policy=KeepAll(), max_new_tokens=1)
     assert not isinstance(asked, list)
     visual = asked.stats.visual_tokens
     for layer in layers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class DecoderLayer:
         return q, k, v
 
     def project_qk(self, x: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, d], normalised -> q [B, Hq, D] of the rows told and k [N, Hkv, D] of all: enough to score tokens."""
+        """x [N, d], normalised -> q [B, Hq, D] of the given rows and k [N, Hkv, D] of all: enough to score tokens."""
         s = self.shape
         sizes = (s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim, s.num_kv_heads * s.head_dim)
         w_q, w_k, _ = self.qkv.weight.split(sizes)
@@ -94,9 +94,28 @@ class DecoderLayer:
         """attended [N, Hq, D] -> [N, d], to be added to the residual stream."""
         return self.out(attended.flatten(1))
 
-    def mlp(self, x: Tensor, space: Tensor | None = None) -> Tensor:
-        """x [N, d], normalised -> [N, d], to be added to the residual stream. `space`: [N or more, 2 m] to work in."""
-        return self.down(ops.silu_mul(self.gate_up(x, space)))
+    def mlp(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
+        """x [N, d], normalised -> [N, d], to be added to the residual stream. `workspace`: [N or more, 2 m]."""
+        return self.down(ops.silu_mul(self.gate_up(x, workspace)))
+
+
+class LayerRows(Protocol):
+    """The rows of one pass through the layers: what differs between a prefill and a decoding step.
+
+    Attributes:
+        workspace: [N or more, 2 m] to compute in, or None.
+    """
+
+    workspace: Tensor | None
+
+    def attend(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate q [N, Hq, D] and k, put k and v [N, Hkv, D] into the cache, attend.
+
+        Returns the rows of `hidden` [N, d] that the rest of the layer computes, [n, d], and what they read, [n, Hq, D].
+        """
+
+    def added(self, layer: int) -> Tensor | None:
+        """[n, d] that is added to the residual stream leaving this layer (deepstack), or None."""
 
 
 class Decoder:
@@ -124,27 +143,33 @@ class Decoder:
         """All its projections."""
         return [p for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [self.lm_head]
 
-    def space(self, rows: int) -> Tensor | None:
+    def workspace(self, rows: int) -> Tensor | None:
         """Memory [rows, 2 m] that the layers of a pass may share; none on CUDA, where torch keeps what was freed."""
         if self.norm.is_cuda:
             return None
         return self.norm.new_empty(rows, 2 * self.shape.intermediate_size)
 
-    def after_attention(
-        self, number: int, hidden: Tensor, attended: Tensor, space: Tensor | None = None, added: Tensor | None = None
-    ) -> Tensor:
-        """The rest of layer `number`: hidden [N, d] becomes what leaves it; returns that, normalised for the next.
+    def enter(self, hidden: Tensor) -> Tensor:
+        """hidden [N, d] at the decoder's entry -> the same, normalised for layer 0."""
+        return ops.rms_norm(hidden, self.layers[0].input_norm, self.eps)
 
-        attended [N, Hq, D]; `space` as for `mlp`; `added` [N, d] is added to the residual stream at the end.
+    def layer(self, layer: int, hidden: Tensor, x: Tensor, rows: LayerRows) -> tuple[Tensor, Tensor]:
+        """One layer of any pass: prefill, captured or not, and decoding.
+
+        hidden [N, d] enters it, and x, the same normalised for it. Returns what leaves it (written in place where all
+        rows stay), and that normalised for the next layer, or by the final norm.
         """
-        layer = self.layers[number]
-        x = ops.add_rms_norm_(hidden, layer.project_out(attended), layer.post_norm, layer.eps)
-        out = layer.mlp(x, space)
+        this, last = self.layers[layer], layer == len(self.layers) - 1
+        q, k, v = this.project_qkv(x)
+        hidden, attended = rows.attend(layer, hidden, q, k, v)
+        x = ops.add_rms_norm_(hidden, this.project_out(attended), this.post_norm, this.eps)
+        out = this.mlp(x, rows.workspace)
+        added = rows.added(layer)
         if added is not None:
             hidden += out
             out = added
-        following = self.norm if number == len(self.layers) - 1 else self.layers[number + 1].input_norm
-        return ops.add_rms_norm_(hidden, out, following, self.eps)
+        following = self.norm if last else self.layers[layer + 1].input_norm
+        return hidden, ops.add_rms_norm_(hidden, out, following, self.eps)
 
     def rotate(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         """x [n, H, D] turned as keys and queries are, cos_sin f32 [n, rot_dim]; in plain torch, for scores only."""

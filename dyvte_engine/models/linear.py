@@ -37,19 +37,19 @@ class Linear:
             return True
         return rows <= 48 or (rows <= 256 and self.weight.shape[1] >= 1024)
 
-    def __call__(self, x: Tensor, space: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
         """x [..., k] -> [..., n]. A few rows on a CPU are bound by reading the weight: the own kernel is for those.
 
-        space: [rows, n] of at least as many rows as x [N, k]; the result may lie there.
+        workspace: [rows, n] of at least as many rows as x [N, k]; the result may lie there.
         """
         if x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
         if x.dim() == 2 and len(x) <= ops.few_rows(x.dtype, self.packed is not None):
             return ops.linear(x, self.weight, self.bias)
         if self.packed is None or not self._gains(x.shape[:-1].numel()):
-            if space is None or self.bias is not None:
+            if workspace is None or self.bias is not None:
                 return F.linear(x, self.weight, self.bias)
-            out, half = space[: len(x)], len(self.weight) // 2  # narrower products run closer to the peak
+            out, half = workspace[: len(x)], len(self.weight) // 2  # narrower products run closer to the peak
             torch.mm(x, self.weight[:half].t(), out=out[:, :half])
             torch.mm(x, self.weight[half:].t(), out=out[:, half:])
             return out

@@ -92,6 +92,11 @@ class VisualTokenPolicy:
         """
         return None
 
+    @property
+    def state(self) -> Hashable:
+        """Changes when something in it does that its fields do not show, such as the values of its tensors."""
+        return ()
+
     def bind(self, model: Any) -> VisualTokenPolicy:
         """This policy, ready to run on `model` (a `VisionLanguageModel`); a typed error if it cannot."""
         return self

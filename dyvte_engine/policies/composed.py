@@ -44,6 +44,10 @@ class Composed(VisualTokenPolicy):
     def tower_key(self) -> Hashable | None:
         return next((part.tower_key for part in self.parts if part.acts_in_tower), None)
 
+    @property
+    def state(self) -> Hashable:
+        return tuple(part.state for part in self.parts)
+
     def bind(self, model: Any) -> Composed:
         return Composed(tuple(part.bind(model) for part in self.parts))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,10 @@ class DynamicExit(VisualTokenPolicy):
         if threshold is None:
             threshold = float(heads.metadata.get("threshold", 0.5))
         return cls(heads, threshold, **{**(calibration.options if calibration else {}), **options})
+
+    @property
+    def state(self) -> Hashable:
+        return tuple((weight.data_ptr(), weight._version) for weight in self.heads.parameters())
 
     def bind(self, model: Any) -> DynamicExit:
         c = self.heads.config

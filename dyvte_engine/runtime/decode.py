@@ -1,7 +1,7 @@
-"""One token step for a running batch: every layer reads the K/V it has, which after an exit differs per layer.
+"""One token step for running sequences: every layer reads the K/V it has, which after an exit differs per layer.
 
 On CUDA a step is a few hundred small launches, which a host cannot issue as fast as the device runs them: they are
-captured once as a graph for each batch size and length bucket, and a step is then one launch.
+captured once as a graph for each padded number of sequences and bucket of lengths, and a step is then one launch.
 """
 
 from __future__ import annotations
@@ -21,86 +21,148 @@ from ..models.decoder import Decoder
 from .kv_cache import KVCache, PagePool
 
 
+class _OneEach:
+    """See `LayerRows`: one row for each sequence. positions and lens int32 [L, B], block_table int32 [L, B, M]."""
+
+    workspace: Tensor | None = None
+
+    def __init__(self, decoder: Decoder, pool: PagePool, positions: Tensor, block_table: Tensor, lens: Tensor):
+        self.decoder, self.pool = decoder, pool
+        self.positions, self.block_table, self.lens, self.kv_lens = positions, block_table, lens, lens + 1
+        self.cu = torch.arange(lens.shape[1] + 1, dtype=torch.int32, device=lens.device)
+
+    def attend(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        pool, table = self.pool, self.block_table[layer]
+        cos_sin, scale = self.decoder.cos_sin, self.decoder.scale
+        ops.rope_append_(q, k, v, cos_sin, self.positions[layer], self.cu, pool.k, pool.v, table, self.lens[layer])
+        return hidden, ops.decode_attention(q, pool.k, pool.v, table, self.kv_lens[layer], scale)
+
+    def added(self, layer: int) -> None:
+        return None
+
+
 def decode_step(
     decoder: Decoder, pool: PagePool, tokens: Tensor, positions: Tensor, block_table: Tensor, lens: Tensor
 ) -> Tensor:
     """tokens int64 [B] -> f32 logits [B, vocab]; appends one row to every layer's cache. Nothing here knows the host.
 
-    positions and lens int32 [L, B], both one higher afterwards; block_table int32 [L, B, M] with room for the rows.
+    positions and lens int32 [L, B]; block_table int32 [L, B, M] with room for the rows. The caller raises the former.
     """
-    layers = decoder.layers
-    cu = torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
-    kv_lens = lens + 1
+    rows = _OneEach(decoder, pool, positions, block_table, lens)
     hidden = F.embedding(tokens, decoder.embed.weight)  # [B, d]
-    x = ops.rms_norm(hidden, layers[0].input_norm, decoder.eps)
-    for number, layer in enumerate(layers):
-        q, k, v = layer.project_qkv(x)
-        table = block_table[number]
-        ops.rope_append_(q, k, v, decoder.cos_sin, positions[number], cu, pool.k, pool.v, table, lens[number])
-        attended = ops.decode_attention(q, pool.k, pool.v, table, kv_lens[number], decoder.scale)
-        x = decoder.after_attention(number, hidden, attended)
-    lens += 1
-    positions += 1
+    x = decoder.enter(hidden)
+    for layer in range(len(decoder.layers)):
+        hidden, x = decoder.layer(layer, hidden, x, rows)
     return decoder.logits(x)
 
 
 @dataclass(eq=False)
 class _Home:
-    """Where the state of a batch of one size lies while graphs run on it: their addresses are fixed."""
+    """Where the state of running sequences lies while graphs run on it: their addresses are fixed.
+
+    alive: int32 [S], what a step adds to the lengths and positions: 0 in the slots that fill a batch up.
+    """
 
     tokens: Tensor
+    alive: Tensor
     block_table: Tensor
     lens: Tensor
     positions: Tensor
     tenant: weakref.ref[KVCache] | None = field(default=None, init=False)
 
+    @classmethod
+    def of(cls, slots: int, pages: int, pool: PagePool) -> _Home:
+        device, layers = pool.k.device, pool.num_layers
+        numbers = torch.zeros(layers, slots, dtype=torch.int32, device=device)
+        return cls(
+            tokens=torch.zeros(slots, dtype=torch.int64, device=device),
+            alive=numbers[0].clone(),
+            block_table=torch.full((layers, slots, pages), pool.spare, dtype=torch.int32, device=device),
+            lens=numbers,
+            positions=numbers.clone(),
+        )
+
     def admit(self, cache: KVCache) -> None:
         """`cache` keeps its device state here from now on; one that still does takes its own along."""
-        if cache.lens is self.lens:
-            return
         before = self.tenant() if self.tenant is not None else None
-        for name in ("block_table", "lens", "positions"):
+        if before is cache:
+            return
+        slots = cache.lens.shape[1]
+        for name, empty in (("block_table", cache.pool.spare), ("lens", 0), ("positions", 0)):
             here = getattr(self, name)
-            if before is not None and getattr(before, name) is here:
-                setattr(before, name, here.clone())
-            here.copy_(getattr(cache, name))
-            setattr(cache, name, here)
+            if before is not None:
+                setattr(before, name, getattr(before, name).clone())
+            here[:, slots:].fill_(empty)
+            here[:, :slots].copy_(getattr(cache, name))
+            setattr(cache, name, here[:, :slots])
         self.tenant = weakref.ref(cache)
 
 
+def padded(count: int, most: int) -> int:
+    """So many sequences a graph for `count` of them runs: a power of two, at most `most`."""
+    return min(1 << (count - 1).bit_length(), most)
+
+
 class DecodeGraphs:
-    """Captured decode steps of one engine, made at first use for each (batch size, bucket of pages).
+    """Captured decode steps of one engine, for each (padded number of sequences, bucket of pages).
 
     A bucket is a power of two of pages: the attention kernel splits its work by the most rows the table can hold.
-    Running batches of one size share one home; changing between them costs three small copies.
+    All running batches share one home; changing between them costs three small copies. Graphs are made at first use,
+    until `sealed`: from then on a step that none covers runs without.
     """
 
-    def __init__(self, decoder: Decoder, pool: PagePool, capture: Callable[..., Replay[Tensor]] = capture_cuda):
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: PagePool,
+        slots: int,
+        max_len: int,
+        capture: Callable[..., Replay[Tensor]] = capture_cuda,
+    ):
         self.decoder, self.pool, self._capture = decoder, pool, capture
-        self._homes: dict[int, _Home] = {}
+        self.sealed = False
+        self._slots, self._pages = slots, pool.pages(max_len)
+        self._home = _Home.of(slots, self._pages, pool)
         self._replays: dict[tuple[int, int], Replay[Tensor]] = {}
         self._memory: list[Any] = []  # the handle of the pool that all graphs share
 
-    def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
-        """`decode_step` of the state in `cache`."""
-        batch, most = len(tokens), cache.block_table.shape[2]
-        if batch not in self._homes:
-            state = (tokens, cache.block_table, cache.lens, cache.positions)
-            self._homes[batch] = _Home(*[torch.empty_like(t) for t in state])
-        home = self._homes[batch]
+    def buckets(self) -> list[tuple[int, int]]:
+        """Every (sequences, pages) that a step can ask for."""
+        counts = sorted({padded(n, self._slots) for n in range(1, self._slots + 1)})
+        pages = sorted({self._bucket(n) for n in range(self._pages)})
+        return [(n, p) for n in counts for p in pages]
+
+    def _bucket(self, full_pages: int) -> int:
+        return min(self._pages, 1 << full_pages.bit_length())
+
+    def step(self, cache: KVCache, tokens: Tensor) -> Tensor | None:
+        """`decode_step` of the state in `cache`, lengths and positions raised; None where no graph covers it."""
+        count = cache.count
+        key = padded(count, self._slots), self._bucket(cache.longest // self.pool.page_size)
+        if key not in self._replays and self.sealed:
+            return None
+        home = self._home
         home.admit(cache)
-        home.tokens.copy_(tokens)
-        pages = min(most, 1 << (cache.longest // self.pool.page_size).bit_length())
-        if (batch, pages) not in self._replays:
-            self._replays[batch, pages] = self._captured(home, pages)
-        return self._replays[batch, pages]().clone()  # the next replay writes over it
+        home.tokens[:count].copy_(tokens)
+        home.alive.fill_(0)
+        home.alive[:count].fill_(1)
+        if key not in self._replays:
+            self.capture(key)
+        return self._replays[key]()[:count].clone()  # the next replay writes over it
 
-    def _captured(self, home: _Home, pages: int) -> Replay[Tensor]:
+    def capture(self, key: tuple[int, int]) -> None:
+        """The graph for (sequences, pages). What runs meanwhile writes only rows that the next step writes again."""
+        home, (count, pages) = self._home, key
+
         def step() -> Tensor:
-            table = home.block_table[..., :pages]
-            return decode_step(self.decoder, self.pool, home.tokens, home.positions, table, home.lens)
+            table, here = home.block_table[:, :count, :pages], slice(count)
+            lens, positions = home.lens[:, here], home.positions[:, here]
+            logits = decode_step(self.decoder, self.pool, home.tokens[here], positions, table, lens)
+            lens += home.alive[here]
+            positions += home.alive[here]
+            return logits
 
-        step()  # on the first rows that the replay will write again
-        home.lens -= 1
-        home.positions -= 1
-        return self._capture(step, self._memory)
+        step()  # libraries set themselves up
+        home.lens -= home.alive
+        home.positions -= home.alive
+        self._replays[key] = self._capture(step, self._memory)

@@ -1,12 +1,13 @@
 """The K/V cache: one pool of pages for all layers, and a length for every (layer, sequence).
 
 After a visual-token exit the layers hold different numbers of rows, so nothing here assumes one length
-per sequence. A layer takes pages when the prompt reaches it and not before; what `bytes_held` reports is
-what sequences hold of the pool.
+per sequence. A layer takes pages when the prompt reaches it and not before. Whoever will need pages claims them first:
+claims never exceed the pool, so a sequence within its claim always gets its pages.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..config import DecoderShape
 from ..errors import CacheError
 from ..kernels import ops
-from ..kernels.transfer import to_device, upload
+from ..kernels.transfer import to_device
 
 
 class PagePool:
@@ -29,17 +30,29 @@ class PagePool:
         size = (n_pages + 1, page_size, shape.num_kv_heads, shape.head_dim)
         self.k = torch.empty(size, dtype=dtype, device=device)
         self.v = torch.empty(size, dtype=dtype, device=device)
-        self.page_size = page_size
+        self.num_layers, self.page_size = shape.num_layers, page_size
         self.page_bytes = 2 * self.k[0].nbytes
         self.allocator = ops.PageAllocator(n_pages)
-        self.spare = n_pages
+        self.n_pages = self.spare = n_pages
+        self.claimed = 0  # pages that somebody holds or may still take
+        self._lock = threading.RLock()  # of `claimed`: a cache that nobody closed gives up when it is collected
 
-    def take(self, n: int) -> list[int]:
-        """n page numbers, all or none. Raises CacheError when fewer are free."""
-        free = self.allocator.free_count
-        if n > free:
-            raise CacheError(f"the K/V pool is out of pages: {n} asked, {free} free; raise max_batch or max_len")
-        return self.allocator.alloc(n)
+    def pages(self, rows: int) -> int:
+        """Pages that so many rows fill in one layer."""
+        return -(-rows // self.page_size)
+
+    def claim(self, n: int) -> None:
+        """Make sure of n more pages (fewer, if negative). Raises CacheError when they are not to be had."""
+        with self._lock:
+            if n > self.claimable:
+                free = f"{n} pages asked, {self.claimable} not spoken for"
+                raise CacheError(f"the K/V pool is out of pages: {free}; raise kv_memory, max_batch or max_len")
+            self.claimed += n
+
+    @property
+    def claimable(self) -> int:
+        """Pages that nobody has claimed."""
+        return self.n_pages - self.claimed
 
     @property
     def bytes_held(self) -> int:
@@ -48,95 +61,164 @@ class PagePool:
 
 
 class KVCache:
-    """Pages, lengths and next positions of one running batch.
+    """Pages, lengths and next positions of sequences in numbered slots; the first `count` of them are in use.
 
-    On the device, and replaced as a whole by `select` or by whoever moves them (`decode.DecodeGraphs`):
-        block_table: int32 [L, B, M], the pages of each layer's sequences.
-        lens: int32 [L, B], rows in use; `host_lens`, a numpy array, mirrors it.
-        positions: int32 [L, B], where the next token stands in each layer: alike, unless a policy renumbered.
+    On the device, and replaced as a whole by whoever moves them (`decode.DecodeGraphs`):
+        block_table: int32 [L, S, M], the pages of each layer's sequences.
+        lens: int32 [L, S], rows in use; `host_lens`, a numpy array, mirrors it.
+        positions: int32 [L, S], the next token's position in each layer: alike, unless a policy renumbered.
+    A slot that is not in use holds no rows, and its pages are the spare one.
     """
 
-    def __init__(self, pool: PagePool, num_layers: int, batch: int, max_len: int):
-        self.pool = pool
-        device = pool.k.device
-        self._host_table = np.zeros((num_layers, batch, -(-max_len // pool.page_size)), dtype=np.int32)
-        self.block_table = torch.zeros(self._host_table.shape, dtype=torch.int32, device=device)
-        self.lens = torch.zeros(num_layers, batch, dtype=torch.int32, device=device)
+    def __init__(self, pool: PagePool, slots: int, max_len: int, count: int = 0):
+        self.pool, self.count = pool, count
+        layers, device = pool.num_layers, pool.k.device
+        self._host_table = np.full((layers, slots, pool.pages(max_len)), pool.spare, dtype=np.int32)
+        self._held = np.zeros((layers, slots), dtype=np.int64)  # pages
+        self.host_lens = np.zeros((layers, slots), dtype=np.int64)
+        self.block_table = torch.full(self._host_table.shape, pool.spare, dtype=torch.int32, device=device)
+        self.lens = torch.zeros(layers, slots, dtype=torch.int32, device=device)
         self.positions = torch.zeros_like(self.lens)
-        self.host_lens = np.zeros((num_layers, batch), dtype=np.int64)
-        self._pages: list[list[list[int]]] = [[[] for _ in range(batch)] for _ in range(num_layers)]
+        self.claims = [0] * count
+        self._given_up: set[int] = set()
+
+    def claim(self, sequence: int, pages: int) -> None:
+        """The sequence may hold so many pages from here on, at least those that it holds now.
+
+        Raises:
+            CacheError: the pool has no such pages.
+        """
+        self.pool.claim(pages - self.claims[sequence])
+        self.claims[sequence] = pages
 
     def reserve(self, layers: range, rows: Sequence[int]) -> None:
         """Take pages so that sequence b of these layers can hold `rows[b]` rows; one small copy to the device.
 
         Raises:
-            CacheError: the pool is out of pages.
+            CacheError: beyond what was claimed, and the pool is out of pages.
         """
-        for layer in layers:
-            self._take(layer, rows)
-        part = slice(layers.start, layers.stop)
-        upload(self.block_table[part], torch.from_numpy(self._host_table[part]))
-
-    def _take(self, layer: int, rows: Sequence[int]) -> None:
-        for held, table, n in zip(self._pages[layer], self._host_table[layer], rows, strict=True):
-            missing = -(-n // self.pool.page_size) - len(held)
-            if missing > 0:
-                new = self.pool.take(missing)
-                table[len(held) : len(held) + missing] = new
-                held += new
-
-    def set_lens(self, rows: Sequence[Tensor], host_rows: Sequence[Sequence[int]]) -> None:
-        """Every layer now holds as many rows as its int32 [B] in `rows` says (the same numbers in `host_rows`)."""
-        torch.stack(list(rows), out=self.lens)
-        self.host_lens[:] = host_rows
+        wanted = np.array([0 if b in self._given_up else self.pool.pages(n) for b, n in enumerate(rows)])
+        missing = np.zeros_like(self._held)
+        missing[layers.start : layers.stop, : len(rows)] = wanted - self._held[layers.start : layers.stop, : len(rows)]
+        self._take(missing.clip(0))
 
     def reserve_next(self) -> None:
         """Room for one more row everywhere; touches the device only when a page is full."""
-        full = (self.host_lens % self.pool.page_size == 0).any(axis=1).nonzero()[0].tolist()
-        for layer in full:
-            self._take(layer, (self.host_lens[layer] + 1).tolist())
-        if full:
-            upload(self.block_table, torch.from_numpy(self._host_table))
+        full = self.host_lens == self._held * self.pool.page_size
+        full[:, self.count :] = False
+        if full.any():
+            self._take(full.astype(np.int64))
 
-    def compact(self, layers: int, keep: Tensor, keep_cu: Tensor, kept: list[list[int]]) -> None:
-        """Keep the listed rows of layers 0..layers-1 (arguments as `ops.kv_compact_`), give emptied pages back."""
+    def _take(self, missing: np.ndarray) -> None:
+        """missing: int64 [L, S], pages that each (layer, sequence) takes."""
+        for b, n in enumerate(missing.sum(axis=0)[: self.count].tolist()):
+            if self.held(b) + n > self.claims[b]:
+                self.claim(b, self.held(b) + n)
+        counts = missing.ravel()
+        total = int(counts.sum())
+        new = np.array(self.pool.allocator.alloc(total), dtype=np.int32)
+        slot = np.repeat(np.arange(counts.size), counts)
+        first = np.repeat(counts.cumsum() - counts, counts)
+        at = np.stack((*np.divmod(slot, missing.shape[1]), self._held.ravel()[slot] + np.arange(total) - first))
+        self._host_table[tuple(at)] = new
+        self._held += missing
+        device = self.lens.device
+        places = to_device(torch.from_numpy(at), device, torch.int64).unbind()
+        self.block_table.index_put_(places, to_device(torch.from_numpy(new), device, torch.int32))
+
+    def set_lens(self, rows: Sequence[Tensor], host_rows: Sequence[Sequence[int]], next_positions: Tensor) -> None:
+        """Layer l now holds as many rows as int32 [B] `rows[l]` says (the same numbers in `host_rows`).
+
+        next_positions: int32 [L, B].
+        """
+        torch.stack(list(rows), out=self.lens)
+        self.positions.copy_(next_positions)
+        self.host_lens[:] = host_rows
+
+    def compact(self, layers: int, keep: Tensor, keep_cu: Tensor, kept: Sequence[int]) -> None:
+        """Keep the listed rows of layers 0..layers-1 (arguments as `ops.kv_compact_`), `kept[b]` of each sequence.
+
+        Emptied pages go back.
+        """
         ops.kv_compact_(self.pool.k, self.pool.v, self.block_table[:layers], self.lens[:layers], keep, keep_cu)
-        for layer, row in enumerate(kept):
-            self.host_lens[layer] = row
-            for b, n in enumerate(row):
-                held = self._pages[layer][b]
-                used = -(-n // self.pool.page_size)
-                self.pool.allocator.free(held[used:])
-                del held[used:]
+        self.host_lens[:layers] = kept
+        for b, n in enumerate(kept):
+            self._free(b, layers, 0 if b in self._given_up else self.pool.pages(n))
+
+    def _free(self, sequence: int, layers: int, keep: int = 0) -> None:
+        """The first `layers` give back all but `keep` pages of the sequence."""
+        for layer in range(layers):
+            held = self._held[layer, sequence]
+            self.pool.allocator.free(self._host_table[layer, sequence, keep:held].tolist())
+            self._held[layer, sequence] = min(keep, held)
+
+    def give_up(self, sequence: int) -> None:
+        """Free a sequence of a prefill that is under way: its rows are still computed, into the spare page."""
+        self._free(sequence, len(self._held))
+        self.claim(sequence, 0)
+        self._given_up.add(sequence)
+        self._host_table[:, sequence] = self.pool.spare
+        self.block_table[:, sequence].fill_(self.pool.spare)
+
+    def join(self, other: KVCache) -> None:
+        """Take over the sequences of `other`, which is empty afterwards. There must be slots for them."""
+        new, theirs = slice(self.count, self.count + other.count), slice(other.count)
+        for name in ("_host_table", "_held", "host_lens"):
+            getattr(self, name)[:, new] = getattr(other, name)[:, theirs]
+        for name in ("block_table", "lens", "positions"):
+            getattr(self, name)[:, new].copy_(getattr(other, name)[:, theirs])
+        self.claims += other.claims
+        self.count = new.stop
+        other.claims, other.count = [], 0
 
     def select(self, keep: Sequence[int]) -> None:
-        """Go on with the sequences listed, in that order; the others give their pages back."""
-        gone = set(range(self.lens.shape[1])) - set(keep)
-        for layer, pages in enumerate(self._pages):
-            for b in gone:
-                self.pool.allocator.free(pages[b])
-            self._pages[layer] = [pages[b] for b in keep]
-        index = to_device(list(keep), self.lens.device, torch.int64)
-        self.host_lens = self.host_lens[:, list(keep)]
-        self._host_table = self._host_table[:, list(keep)]
-        self.block_table = self.block_table.index_select(1, index)
-        self.lens = self.lens.index_select(1, index)
-        self.positions = self.positions.index_select(1, index)
+        """Continue with the sequences listed, each once, in that order; the others give their pages back."""
+        for b in set(range(self.count)) - set(keep):
+            self._free(b, len(self._held))
+            self.claim(b, 0)
+        before, order = self.count, list(keep)
+        self.count = now = len(order)
+        self.claims = [self.claims[b] for b in order]
+        self._given_up = {new for new, b in enumerate(order) if b in self._given_up}
+        index = to_device(order, self.lens.device, torch.int64)
+        for name, empty in (("_host_table", self.pool.spare), ("_held", 0), ("host_lens", 0)):
+            state = getattr(self, name)
+            state[:, :now] = state[:, order]
+            state[:, now:before] = empty
+        for name, empty in (("block_table", self.pool.spare), ("lens", 0), ("positions", 0)):
+            state = getattr(self, name)
+            if now and order != list(range(now)):
+                state[:, :now] = state.index_select(1, index)
+            state[:, now:before].fill_(empty)
 
     @property
     def longest(self) -> int:
         """Rows of the longest sequence in any layer."""
         return int(self.host_lens.max(initial=0))
 
+    def held(self, sequence: int) -> int:
+        """Pages that one sequence holds over all layers."""
+        return int(self._held[:, sequence].sum())
+
     @property
     def bytes_held(self) -> int:
-        """Bytes of the pages this batch holds."""
-        return sum(len(p) for layer in self._pages for p in layer) * self.pool.page_bytes
+        """Bytes of the pages these sequences hold."""
+        return int(self._held.sum()) * self.pool.page_bytes
 
     def bytes_of(self, sequence: int) -> int:
         """Bytes of the pages one sequence holds over all layers."""
-        return sum(len(layer[sequence]) for layer in self._pages) * self.pool.page_bytes
+        return self.held(sequence) * self.pool.page_bytes
+
+    def pages_held(self) -> list[int]:
+        """Their numbers, each as often as it is held."""
+        held = np.arange(self._host_table.shape[2]) < self._held[..., None]
+        return self._host_table[held].tolist()
 
     def close(self) -> None:
         """Give every page back."""
         self.select([])
+
+    def __del__(self) -> None:
+        for b in range(len(getattr(self, "claims", ()))):
+            self._free(b, len(self._held))
+            self.claim(b, 0)

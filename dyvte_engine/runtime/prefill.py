@@ -1,8 +1,12 @@
-"""The prompt's way through the layers: at every layer boundary a policy may take visual tokens out (spec section 2)."""
+"""The prompt's way through the layers: at every layer boundary a policy may take visual tokens out (docs/method.md, 2).
+
+A prefill advances by layers, so that others can decode in between: an exit is decided after all of the prompt's text
+has passed through a layer, which a prompt cut into chunks of tokens would not have done.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +21,13 @@ from ..policies import Decision, LayerState, VisualTokenPolicy
 from .kv_cache import KVCache
 from .text_graphs import TextGraphs
 
-# Called in every layer with its number, the rotated q [N, Hq, D] and k [N, Hkv, D] of all its rows, and their rows.
+# Called in every layer with its number, the rotated q [N, Hq, D] and k [N, Hkv, D] of all its rows, and these rows.
 Watch = Callable[[int, Tensor, Tensor, Rows], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """What a prefill leaves behind beside the cache.
+    """What a prefill leaves behind, apart from the cache.
 
     Attributes:
         hidden: [B, d], the last row of each sequence after the final norm.
@@ -37,142 +41,164 @@ class Prefilled:
     rows: list[list[int]]
 
 
-def prefill(
-    decoder: Decoder,
-    attend: AttentionFn,
-    cache: KVCache,
-    inputs_embeds: Tensor,
-    rows: Rows,
-    policy: VisualTokenPolicy,
-    drop_early_kv: bool = False,
-    watch: Watch | None = None,
-    graphs: TextGraphs | None = None,
-) -> Prefilled:
-    """Run packed prompts through all layers and fill an empty cache.
+class Prefill:
+    """Packed prompts in the layers of the decoder; fills an empty cache that has a slot for each.
 
-    inputs_embeds [N, d] with its `rows`. With `drop_early_kv` the rows that left are afterwards compacted out of the
+    inputs_embeds [N, d] with its `rows`. With `drop_early_kv` the rows that left are in the end compacted out of the
     earlier layers' K/V too, so that decoding no longer attends to them anywhere. `watch` sees every layer's attention.
     `graphs` run the layers that see text only, unless they are watched.
     """
-    num_layers = decoder.shape.num_layers
-    ask = policy.layers(num_layers) if any(rows.n_visual) else set()
-    if not drop_early_kv:
-        ask = ask - {num_layers - 1}  # nothing follows the last layer
-    seen: list[Rows] = []
-    exit_layers: list[int | None] = [None] * len(rows.n_visual)
-    memory: dict[VisualTokenPolicy, Any] = {}
-    only_last, reserved = False, 0
-    pending = None  # a decision still to be read, and what it was asked about
-    hidden = inputs_embeds.clone()
-    if -1 in ask:
-        none = hidden.new_empty(0, 0, 0)
-        state = LayerState(-1, decoder, hidden, none, none, rows, memory)
-        rows, stay = _leave(policy, state, policy.decide(state), exit_layers)
-        hidden = hidden[stay]
-    x = ops.rms_norm(hidden, decoder.layers[0].input_norm, decoder.eps)
-    space = decoder.space(len(hidden))
-    for number, layer in enumerate(decoder.layers):
-        if graphs is not None and watch is None and graphs.take(number, rows):
-            if number >= reserved:
-                cache.reserve(range(number, num_layers), rows.lengths.host)
-            seen += [rows] * (num_layers - number)
-            x, only_last = graphs.run(number, cache, rows, hidden, x), True
-            break
-        q, k, v = layer.project_qkv(x)
-        if pending is not None:
-            rows, stay = _leave(policy, *pending, exit_layers)
-            hidden, q, k, v = (rows[stay] for rows in (hidden, q, k, v))
-            pending = None
-        seen.append(rows)
-        may_leave = any(rows.n_visual)
-        if number >= reserved:  # up to where tokens may leave again, layers see these rows: they take pages together
-            reserved = 1 + min((later for later in ask if later >= number and may_leave), default=num_layers - 1)
-            cache.reserve(range(number, reserved), rows.lengths.host)
-        asked = may_leave and number in ask
-        # The other rows of the last layer would feed nothing but the cache.
-        only_last = number == num_layers - 1 and not asked and number >= len(rows.additions)
-        attended = _attention(decoder, number, attend, cache, q, k, v, rows, only_last)
-        if watch is not None:
-            watch(number, q, k, rows)
-        if only_last:
-            hidden = hidden[rows.last_rows]
-        added = rows.additions[number][rows.source] if number < len(rows.additions) else None
-        x = decoder.after_attention(number, hidden, attended, space, added)
-        if asked:
-            state = LayerState(number, decoder, hidden, q, k, rows, memory)
-            decision = policy.decide(state)
-            if callable(decision):
-                pending = state, decision
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        attend: AttentionFn,
+        cache: KVCache,
+        inputs_embeds: Tensor,
+        rows: Rows,
+        policy: VisualTokenPolicy,
+        drop_early_kv: bool = False,
+        watch: Watch | None = None,
+        graphs: TextGraphs | None = None,
+    ):
+        self.decoder, self.cache, self.rows = decoder, cache, rows
+        self.next = 0  # layer
+        self._attention, self._policy, self._drop_early_kv, self._watch = attend, policy, drop_early_kv, watch
+        self._graphs = None if watch is not None else graphs
+        self._layers = decoder.shape.num_layers
+        ask = policy.layers(self._layers) if any(rows.n_visual) else set()
+        self._ask = ask if drop_early_kv else ask - {self._layers - 1}  # nothing follows the last layer
+        self._seen: list[Rows] = []  # of each layer
+        self._exit_layers: list[int | None] = [None] * len(rows.n_visual)
+        self._memory: dict[VisualTokenPolicy, Any] = {}
+        self._pending: tuple[LayerState, Decision | Callable[[], Decision]] | None = None  # still to be carried out
+        self._reserved = 0
+        self._hidden = self._x = inputs_embeds.clone()
+        if -1 in self._ask:
+            none = inputs_embeds.new_empty(0, 0, 0)
+            self._decide(-1, none, none)
+        self._x = decoder.enter(self._hidden)
+        self.workspace = decoder.workspace(len(self._hidden))
+
+    @property
+    def done(self) -> bool:
+        return self.next == self._layers
+
+    def advance(self, row_layers: float = float("inf")) -> bool:
+        """Run at least one layer, and more while their rows sum to at most `row_layers`. Returns whether it is done."""
+        used = 0
+        while not self.done and (used == 0 or used + len(self._hidden) <= row_layers):
+            used += len(self._hidden)
+            if self._graphs is not None and self._pending is None and self._graphs.take(self.next, self.rows):
+                self._replay(self._graphs)
             else:
-                rows, stay = _leave(policy, state, decision, exit_layers)
-                hidden, x = hidden[stay], x[stay]
-    if pending is not None:
-        rows, stay = _leave(policy, *pending, exit_layers)
-        x = x[stay]
-    last = x if only_last else x[rows.last_rows]
-    counts = [p.lengths.host for p in seen]
-    cache.set_lens([p.row_counts for p in seen], counts)
-    torch.stack([p.next_positions for p in seen], out=cache.positions)
-    if drop_early_kv:
-        _compact_early_layers(cache, seen, rows)
-    return Prefilled(last, exit_layers, counts)
+                self._run_layer()
+        return self.done
 
+    def _run_layer(self) -> None:
+        layer = self.next
+        self._hidden, self._x = self.decoder.layer(layer, self._hidden, self._x, self)
+        self.next += 1
+        if self._asked(layer):
+            self._decide(layer, *self._queries_keys)
 
-def _leave(
-    policy: VisualTokenPolicy,
-    state: LayerState,
-    decision: Decision | Callable[[], Decision],
-    exit_layers: list[int | None],
-) -> tuple[Rows, Tensor | slice]:
-    """The rows and an index of the rows that stay. Writes into `exit_layers` whose last visual token left."""
-    before, layer = state.rows, state.layer
-    dropped = before.drop(decision() if callable(decision) else decision)
-    if dropped is None:
-        return before, slice(None)
-    rows, stay = dropped
-    for b, (old, new) in enumerate(zip(before.n_visual, rows.n_visual, strict=True)):
-        exit_layers[b] = layer if old and not new else exit_layers[b]
-    if policy.renumbers(layer, state.num_layers):
-        rows = rows.renumbered([o != n for o, n in zip(before.n_visual, rows.n_visual, strict=True)])
-    return rows, stay
+    def _replay(self, graphs: TextGraphs) -> None:
+        """All layers that are left."""
+        first = self.next
+        if first >= self._reserved:
+            self.cache.reserve(range(first, self._layers), self.rows.lengths.host)
+        self._seen += [self.rows] * (self._layers - first)
+        self._x = graphs.run(first, self.cache, self.rows, self._hidden, self._x)
+        self.next = self._layers
 
+    def _asked(self, layer: int) -> bool:
+        return layer in self._ask and any(self.rows.n_visual)
 
-def _attention(
-    decoder: Decoder,
-    number: int,
-    attend: AttentionFn,
-    cache: KVCache,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Rows,
-    only_last: bool,
-) -> Tensor:
-    """q [N, Hq, D], k and v [N, Hkv, D] of a layer -> attended rows, like q, or [B, Hq, D] if `only_last`.
+    def _only_last(self, layer: int) -> bool:
+        """The other rows of the last layer would feed nothing but the cache."""
+        return layer == self._layers - 1 and not self._asked(layer) and layer >= len(self.rows.additions)
 
-    q and k are rotated in place; k and v enter the cache.
-    """
-    pool, lengths = cache.pool, rows.lengths
-    table, empty = cache.block_table[number], cache.lens[number]
-    cos_sin, positions = rows.rotation_table(decoder.cos_sin)
-    ops.rope_append_(q, k, v, cos_sin, positions, lengths.cu, pool.k, pool.v, table, empty)
-    if only_last:
-        return ops.decode_attention(q[rows.last_rows], pool.k, pool.v, table, rows.row_counts, decoder.scale)
-    return attend(q, k, v, lengths, decoder.scale)
+    def attend(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LayerRows`. A decision is read only here, behind the projections: the device computes them meanwhile."""
+        if self._pending is not None:
+            stay = self._settle()
+            hidden, q, k, v = (rows[stay] for rows in (hidden, q, k, v))
+        rows, cache, pool = self.rows, self.cache, self.cache.pool
+        self._enter(layer)
+        cos_sin, positions = rows.rotation_table(self.decoder.cos_sin)
+        table, empty = cache.block_table[layer], cache.lens[layer]
+        ops.rope_append_(q, k, v, cos_sin, positions, rows.lengths.cu, pool.k, pool.v, table, empty)
+        if self._watch is not None:
+            self._watch(layer, q, k, rows)
+        self._queries_keys = q, k
+        if not self._only_last(layer):
+            return hidden, self._attention(q, k, v, rows.lengths, self.decoder.scale)
+        last = rows.last_rows
+        read = ops.decode_attention(q[last], pool.k, pool.v, table, rows.row_counts, self.decoder.scale)
+        return hidden[last], read
 
+    def added(self, layer: int) -> Tensor | None:
+        """See `LayerRows`."""
+        additions = self.rows.additions
+        return additions[layer][self.rows.source] if layer < len(additions) else None
 
-def _compact_early_layers(cache: KVCache, seen: Sequence[Rows], final: Rows) -> None:
-    """Every layer keeps the rows that were left at the end of the prefill."""
-    early = [p for p in seen if p is not final]  # seen only shrink, so these are the first layers
-    if not early:
-        return
-    alive = torch.zeros(len(seen[0].source), dtype=torch.bool, device=final.source.device)
-    alive[final.source] = True
-    total = sum(final.lengths.host)
-    keep, cu = [], [final.lengths.cu[:1]]
-    for number, p in enumerate(early):
-        rows = torch.nonzero_static(alive[p.source], size=total)[:, 0]
-        first = torch.repeat_interleave(p.lengths.cu[:-1], final.row_counts.long(), output_size=total)
-        keep.append((rows - first).to(torch.int32))
-        cu.append(final.lengths.cu[1:] + number * total)
-    cache.compact(len(early), torch.cat(keep), torch.cat(cu), [list(final.lengths.host)] * len(early))
+    def _enter(self, layer: int) -> None:
+        """These rows are what this layer sees."""
+        self._seen.append(self.rows)
+        if (
+            layer >= self._reserved
+        ):  # up to where tokens may leave again, layers see these rows: they take pages together
+            may_leave = [later for later in self._ask if later >= layer] if any(self.rows.n_visual) else []
+            self._reserved = 1 + min(may_leave, default=self._layers - 1)
+            self.cache.reserve(range(layer, self._reserved), self.rows.lengths.host)
+
+    def _decide(self, layer: int, q: Tensor, k: Tensor) -> None:
+        state = LayerState(layer, self.decoder, self._hidden, q, k, self.rows, self._memory)
+        self._pending = state, self._policy.decide(state)
+        if not callable(self._pending[1]) or layer == -1 or self.done:
+            stay = self._settle()
+            self._hidden, self._x = self._hidden[stay], self._x[stay]
+
+    def _settle(self) -> Tensor | slice:
+        """Carry the pending decision out. Returns an index of the rows that stay."""
+        assert self._pending is not None
+        (state, decision), self._pending = self._pending, None
+        before, layer = state.rows, state.layer
+        dropped = before.drop(decision() if callable(decision) else decision)
+        if dropped is None:
+            return slice(None)
+        self.rows, stay = dropped
+        lost = [old != new for old, new in zip(before.n_visual, self.rows.n_visual, strict=True)]
+        for b, left in enumerate(self.rows.n_visual):
+            if lost[b] and not left:
+                self._exit_layers[b] = layer
+        if self._policy.renumbers(layer, self._layers):
+            self.rows = self.rows.renumbered(lost)
+        return stay
+
+    def finish(self) -> Prefilled:
+        """When it is done: the cache gets its lengths."""
+        last = self._x if len(self._x) == len(self.rows.n_visual) else self._x[self.rows.last_rows]
+        counts = [rows.lengths.host for rows in self._seen]
+        positions = torch.stack([rows.next_positions for rows in self._seen])
+        self.cache.set_lens([rows.row_counts for rows in self._seen], counts, positions)
+        if self._drop_early_kv:
+            self._compact_early_layers()
+        return Prefilled(last, self._exit_layers, counts)
+
+    def _compact_early_layers(self) -> None:
+        """Every layer keeps the rows that were left at the end."""
+        final = self.rows
+        early = [rows for rows in self._seen if rows is not final]  # rows only leave, so these are the first layers
+        if not early:
+            return
+        alive = torch.zeros(len(self._seen[0].source), dtype=torch.bool, device=final.source.device)
+        alive[final.source] = True
+        total = sum(final.lengths.host)
+        keep, cu = [], [final.lengths.cu[:1]]
+        for number, rows in enumerate(early):
+            kept = torch.nonzero_static(alive[rows.source], size=total)[:, 0]
+            first = torch.repeat_interleave(rows.lengths.cu[:-1], final.row_counts.long(), output_size=total)
+            keep.append((kept - first).to(torch.int32))
+            cu.append(final.lengths.cu[1:] + number * total)
+        self.cache.compact(len(early), torch.cat(keep), torch.cat(cu), final.lengths.host)

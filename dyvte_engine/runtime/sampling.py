@@ -60,30 +60,49 @@ def _check_ranges(options: dict[str, Any]) -> None:
 
 
 class Sampler:
-    """Next tokens for a batch, every sequence as if it were alone.
-
-    `prompts` are the prompts' ids, which penalties look at too, as in transformers; `seeds` one int per sequence.
-    """
+    """The next tokens of one sequence. `prompt_ids` are what penalties look at too, as in transformers."""
 
     def __init__(
-        self, config: Any, prompts: Sequence[list[int]], seeds: Sequence[int], eos: Sequence[int], device: torch.device
+        self,
+        config: Any,
+        prompt_ids: list[int],
+        seed: int,
+        eos: Sequence[int],
+        device: torch.device,
+        tokenizer: Any = None,
     ):
-        self.greedy = not config.do_sample
-        self.chains = [_processors(config, len(ids), list(eos), device) for ids in prompts]
-        self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
+        self._greedy = not config.do_sample
+        self._chain = _processors(config, len(prompt_ids), list(eos), device)
+        self.plain = self._greedy and not self._chain
+        self._generator = torch.Generator(device).manual_seed(seed)
 
-    def __call__(self, logits: Tensor, sequences: Sequence[int], ids: Sequence[list[int]]) -> Tensor:
-        """logits f32 [B, vocab] of the sequences numbered `sequences`, whose ids so far are `ids` -> int64 [B]."""
-        if self.greedy and not any(self.chains[s] for s in sequences):
-            return logits.argmax(-1)
-        chosen = []
-        for row, s, so_far in zip(logits, sequences, ids, strict=True):
-            scores = self.chains[s](torch.tensor([so_far], device=row.device), row[None].clone())[0]
-            if self.greedy:
-                chosen.append(scores.argmax())
-            else:
-                chosen.append(torch.multinomial(scores.softmax(-1), 1, generator=self.generators[s])[0])
-        return torch.stack(chosen)
+    def __call__(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
+        """logits f32 [vocab] after all `ids` so far -> int64 []."""
+        scores = self._chain(torch.tensor([ids], device=logits.device), logits[None].clone())[0]
+        if self._greedy:
+            return scores.argmax()
+        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)[0]
+
+
+class StopRules:
+    """When one sequence ends."""
+
+    def __init__(self, config: Any, tokenizer: Any, eos: Sequence[int], prompt_len: int, max_new_tokens: int):
+        self._eos, self._max = set(eos), max_new_tokens
+        self._strings = transformers.StopStringCriteria(tokenizer, config.stop_strings) if config.stop_strings else None
+
+    def reason(self, ids: Sequence[int], new: Sequence[int]) -> str | None:
+        """After a token was appended: "stop" (end token), "stop_string", "length", or None."""
+        if new[-1] in self._eos:
+            return "stop"
+        if self._strings is not None and bool(self._strings(torch.tensor([ids]), None)[0]):
+            return "stop_string"
+        return "length" if len(new) >= self._max else None
+
+
+def end_tokens(config: Any, tokenizer: Any) -> list[int]:
+    eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
 def _processors(config: Any, prompt_len: int, eos: list[int], device: torch.device) -> Any:

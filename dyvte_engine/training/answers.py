@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dyvte_engine.engine import Engine
 from dyvte_engine.models import PreparedPrompt
 from dyvte_engine.policies import Decision, KeepAll, LayerState, VisualTokenPolicy
+from dyvte_engine.runtime.token_loop import drain
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,7 @@ class OneExitEach(VisualTokenPolicy):
 
 def own_answers(engine: Engine, prompts: Sequence[PreparedPrompt], max_new_tokens: int) -> list[list[int]]:
     """Greedy token ids of every prompt, the end token included when it came."""
-    engine.policy = KeepAll()
-    return _greedy(engine, prompts, max_new_tokens)
+    return _greedy(engine, prompts, KeepAll(), max_new_tokens)
 
 
 def branch_answers(engine: Engine, prompts: Sequence[PreparedPrompt], max_new_tokens: int) -> list[list[list[int]]]:
@@ -34,9 +36,8 @@ def branch_answers(engine: Engine, prompts: Sequence[PreparedPrompt], max_new_to
 
     The engine's `max_batch` must hold L sequences for each prompt.
     """
-    engine.policy = OneExitEach()
     branches = engine.model.shape.num_layers
-    answers = _greedy(engine, [p for p in prompts for _ in range(branches)], max_new_tokens)
+    answers = _greedy(engine, [p for p in prompts for _ in range(branches)], OneExitEach(), max_new_tokens)
     return [answers[first : first + branches] for first in range(0, len(answers), branches)]
 
 
@@ -47,19 +48,19 @@ def end_tokens(engine: Engine) -> set[int]:
     return set(ids) if isinstance(ids, (list, tuple)) else {ids}
 
 
-def _greedy(engine: Engine, prompts: Sequence[PreparedPrompt], max_new_tokens: int) -> list[list[int]]:
-    tokens: list[list[int]] = [[] for _ in prompts]
+def _greedy(
+    engine: Engine, prompts: Sequence[PreparedPrompt], policy: VisualTokenPolicy, max_new_tokens: int
+) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in prompts]
     ends = end_tokens(engine)
-    with engine.prefill_prepared(prompts) as running:
-        active = list(range(len(prompts)))
-        while True:
-            new = running.logits.argmax(-1).tolist()
-            for s, token in zip(active, new, strict=True):
-                tokens[s].append(token)
-            stay = [i for i, s in enumerate(active) if new[i] not in ends and len(tokens[s]) < max_new_tokens]
-            if not stay:
-                return tokens
-            if len(stay) < len(active):
-                running.select(stay)
-            active = [active[i] for i in stay]
-            running.step([new[i] for i in stay])
+
+    def choose(logits: Tensor, active: Sequence[int]) -> tuple[Tensor, list[int]]:
+        tokens = logits.argmax(-1)
+        for s, token in zip(active, tokens.tolist(), strict=True):
+            answers[s].append(token)
+        unfinished = [len(answers[s]) < max_new_tokens and answers[s][-1] not in ends for s in active]
+        return tokens, [i for i, stays in enumerate(unfinished) if stays]
+
+    with engine.prefill_prepared(prompts, policy) as running:
+        drain(running, choose)
+    return answers

@@ -42,26 +42,20 @@ def search_vtw(
     layers = engine.model.shape.num_layers
     if not 1 <= first <= layers or eta < 0:
         raise InvalidArgumentError(f"first is {first}, eta {eta}; accepted: first 1 to {layers}, eta >= 0")
-    before = engine.policy
-    try:
-        engine.policy = KeepAll()  # the pictures pass the tower once, as they are
-        inputs = engine.prepare(prompts, images, chat)
-        full = _log_probabilities(engine, inputs, KeepAll())
-        for k in range(first, layers):
-            withdrawn = _log_probabilities(engine, inputs, FixedExit(k - 1))
-            kl = (withdrawn.exp() * (withdrawn - full)).sum(-1)
-            if kl.mean() <= eta:
-                return FixedExit(k - 1)
-        return FixedExit(layers - 1)
-    finally:
-        engine.policy = before
+    inputs = engine.prepare(prompts, images, chat, KeepAll())  # the pictures pass the tower once, as they are
+    full = _log_probabilities(engine, inputs, KeepAll())
+    for k in range(first, layers):
+        withdrawn = _log_probabilities(engine, inputs, FixedExit(k - 1))
+        kl = (withdrawn.exp() * (withdrawn - full)).sum(-1)
+        if kl.mean() <= eta:
+            return FixedExit(k - 1)
+    return FixedExit(layers - 1)
 
 
 def _log_probabilities(engine: Engine, inputs: Sequence[PreparedPrompt], policy: VisualTokenPolicy) -> Tensor:
     """f32 [samples, vocab], of the token after each prompt."""
-    engine.policy = policy
     out = []
     for start in range(0, len(inputs), engine.config.max_batch):
-        with engine.prefill_prepared(inputs[start : start + engine.config.max_batch]) as running:
+        with engine.prefill_prepared(inputs[start : start + engine.config.max_batch], policy) as running:
             out.append(running.logits.log_softmax(-1))
     return torch.cat(out)

@@ -201,8 +201,8 @@ def test_policies(engine):
     for bad in ("keep-all:3", "fixed", "fixed:x", "fastv:2,0.5,1", "dynamic", "fastv:0", "fastv:2,1.5", "nonsense", ""):
         with pytest.raises(DyvteError, match="accepted"):
             policies.parse(bad)
-    with pytest.raises(InvalidArgumentError, match="policy is a str"):
-        engine.policy = "fixed:2"
+    with pytest.raises(InvalidArgumentError, match="policy is a int"):
+        engine.policy = 2
     assert policies.parse("fastv:3,0.25") == FastV(3, 0.25)
     parsed = policies.parse("fastv:2+fixed:1")
     assert parsed.parts == (FastV(2, 0.5), FixedExit(1))

@@ -1,0 +1,178 @@
+"""What is asked of an engine, and what comes back: requests, their tokens as they come, results and figures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import DyvteError
+
+if TYPE_CHECKING:
+    from .policies import VisualTokenPolicy
+    from .runtime.worker import Worker
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One prompt for `Engine.submit`.
+
+    Attributes:
+        prompt, images, videos, video_fps, chat, generation_config: as in `Engine.generate`, of one prompt.
+        policy: when its visual tokens leave: a policy, its notation ("fastv:2,0.5+fixed:15"), or None for the engine's.
+        seed: of its samples.
+        priority: requests of a higher one are begun first; among equals the first to come.
+        options: sampling and stop options, as the keywords of `Engine.generate`.
+    """
+
+    prompt: Any
+    images: Any = None
+    videos: Any = None
+    video_fps: float = 2.0
+    chat: bool = True
+    policy: VisualTokenPolicy | str | None = None
+    seed: int = 0
+    priority: int = 0
+    generation_config: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Figures of one answer. Bytes are those of the pages held right after the prefill.
+
+    Attributes:
+        exit_layer: layer after which the last visual token left (-1: before the first); None if some stayed or there
+            were none.
+        visual_tokens: of the prompt, before any policy.
+        tokens_per_layer: prompt rows that each layer computed.
+        ttft_s: seconds from the call to this prompt's first token (waiting, processor, vision, prefill, sampling).
+        queued_s: the part of it before its turn came; vision_s: in processor, vision tower and projector.
+        decode_tokens_per_s: this sequence's tokens after the first, over the time they took; 0 for one token.
+        prefill_tflops: the paper's count (docs/method.md, 4), vision tower included; `_keep_all` without any exit.
+        prefill_tflops_true: grouped-query projections and causal attention counted as they are, LM head included.
+    """
+
+    exit_layer: int | None
+    visual_tokens: int
+    text_tokens: int
+    new_tokens: int
+    tokens_per_layer: list[int]
+    ttft_s: float
+    queued_s: float
+    vision_s: float
+    decode_tokens_per_s: float
+    prefill_tflops: float
+    prefill_tflops_keep_all: float
+    prefill_tflops_true: float
+    prefill_tflops_true_keep_all: float
+    kv_bytes: int
+    kv_bytes_keep_all: int
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """An answer. `finish_reason` is "stop" (end token, which `token_ids` hold), "stop_string", "length" or "time"."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: GenerationStats
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """One token of prompt `index`: the text it adds (may be empty) and, with the last one, the whole `result`."""
+
+    index: int
+    token_id: int
+    text: str
+    result: GenerationResult | None = None
+
+
+class Handle:
+    """A request under way. Iterate over it for `StreamChunk`s, with `for` or `async for`, or wait for its `result`.
+
+    Its chunks are handed out once: two loops over one handle share them.
+    """
+
+    def __init__(self, worker: Worker, cancel: Callable[[], None], chunks: deque[StreamChunk] | None = None):
+        self._worker, self._cancel = worker, cancel
+        self._chunks: deque[StreamChunk] = deque() if chunks is None else chunks
+        self._result: GenerationResult | None = None
+        self._error: BaseException | None = None
+
+    def put(self, chunk: StreamChunk) -> None:
+        """A token has come."""
+        self._result = chunk.result or self._result
+        self._chunks.append(chunk)
+
+    def fail(self, error: BaseException) -> None:
+        """It ends without a result."""
+        self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether its last token has come, or it failed or was cancelled."""
+        return self._result is not None or self._error is not None
+
+    def cancel(self) -> None:
+        """End it now and free what it holds. Whoever waits for it gets RequestCancelledError; no effect when done."""
+        self._cancel()
+
+    def result(self, timeout: float | None = None) -> GenerationResult:
+        """Wait for the answer, at most `timeout` seconds.
+
+        Raises:
+            TimeoutError: it has not come. RequestCancelledError, or whatever error the request met.
+        """
+        if not self._worker.run_until(lambda: self.done, timeout):
+            raise TimeoutError(f"no result within {timeout} s")
+        self._raise_error()
+        assert self._result is not None
+        return self._result
+
+    def _raise_error(self) -> None:
+        if self._error is None:
+            return
+        if isinstance(self._error, DyvteError):
+            raise type(self._error)(*self._error.args) from self._error
+        raise self._error
+
+    def __iter__(self) -> Iterator[StreamChunk]:
+        while True:
+            self._worker.run_until(lambda: bool(self._chunks) or self.done)
+            try:
+                chunk = self._chunks.popleft()
+            except IndexError:
+                self._raise_error()
+                return
+            yield chunk
+
+    async def __aiter__(self) -> AsyncIterator[StreamChunk]:
+        while True:
+            await self._until(lambda: bool(self._chunks) or self.done)
+            try:
+                chunk = self._chunks.popleft()
+            except IndexError:
+                self._raise_error()
+                return
+            yield chunk
+
+    async def wait(self) -> GenerationResult:
+        """As `result`, for `await`."""
+        await self._until(lambda: self.done)
+        return self.result()
+
+    async def _until(self, ready: Callable[[], bool]) -> None:
+        loop, came = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(came.set)
+
+        with self._worker.waking(ready, wake):
+            await came.wait()

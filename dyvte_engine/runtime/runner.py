@@ -1,0 +1,146 @@
+"""What runs on the device: the decoder with its K/V pool, attention and graphs, for whoever brings prompts."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..config import EngineConfig
+from ..errors import CacheError
+from ..inputs.splice import reduce_pictures
+from ..kernels.attention import CAPTURABLE, choose_backend
+from ..models import PreparedPrompt, VisionLanguageModel
+from ..models.rows import Rows
+from ..policies import VisualTokenPolicy
+from .decode import DecodeGraphs
+from .kv_cache import KVCache, PagePool
+from .prefill import Prefill, Watch
+from .running import Running
+from .text_graphs import BUCKETS, TextGraphs
+
+
+class Runner:
+    """Prefills and decodes. `lock` is held by whoever uses the device."""
+
+    def __init__(self, model: VisionLanguageModel, config: EngineConfig):
+        self.model, self.config, self.lock = model, config, threading.RLock()
+        self.max_len = model.decoder.max_len
+        shape = model.shape
+        self.attn_backend, self._attention = choose_backend(
+            config.attn_backend, config.device, config.dtype, shape.head_dim
+        )
+        self.pool = PagePool(shape, self._n_pages(), config.page_size, config.dtype, config.device)
+        self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+        self.graphs: DecodeGraphs | None = None
+        self.text_graphs: TextGraphs | None = None
+        if config.device.type == "cuda" and config.cuda_graphs:
+            self.graphs = DecodeGraphs(model.decoder, self.pool, config.max_batch, self.max_len)
+            if self.attn_backend in CAPTURABLE:
+                self.text_graphs = TextGraphs(model.decoder, self.pool, self._attention)
+            model.capture_tower()
+
+    def _n_pages(self) -> int:
+        shape, config = self.model.shape, self.config
+        one = shape.num_layers * -(-self.max_len // config.page_size)  # a sequence of max_len
+        if config.kv_memory is None:
+            return config.max_batch * one
+        page_bytes = config.page_size * shape.kv_bytes_per_row * config.dtype.itemsize
+        if config.kv_memory < one * page_bytes:
+            needed = f"one sequence of max_len {self.max_len} needs {one * page_bytes}"
+            raise CacheError(f"kv_memory is {config.kv_memory} bytes; {needed}")
+        return config.kv_memory // page_bytes
+
+    def cache(self, slots: int, count: int) -> KVCache:
+        """Room for `slots` sequences, the first `count` of them in use."""
+        cache = KVCache(self.pool, slots, self.max_len, count)
+        self._caches.add(cache)
+        return cache
+
+    def prefill(
+        self,
+        cache: KVCache,
+        prompts: Sequence[PreparedPrompt],
+        policy: VisualTokenPolicy,
+        watch: Watch | None = None,
+    ) -> Prefill:
+        """The prompts at the decoder's entry, to be advanced, with a cache that has a slot for each."""
+        prompts = reduce_pictures(policy, prompts)
+        return Prefill(
+            self.model.decoder,
+            self._attention,
+            cache,
+            torch.cat([p.inputs_embeds for p in prompts]),
+            _rows(prompts, self.model.decoder.cos_sin),
+            policy,
+            self.config.drop_early_kv,
+            watch,
+            self.text_graphs,
+        )
+
+    @torch.inference_mode()
+    def run(self, prompts: Sequence[PreparedPrompt], policy: VisualTokenPolicy, watch: Watch | None = None) -> Running:
+        """A whole prefill at once."""
+        with self.lock:
+            cache = self.cache(len(prompts), len(prompts))
+            try:
+                prefill = self.prefill(cache, prompts, policy, watch)
+                prefill.advance()
+                return Running(self.model.decoder, cache, prefill.finish(), self.graphs, self.lock)
+            except BaseException:
+                cache.close()
+                raise
+
+    def nobody(self) -> Running:
+        """A batch that requests can join: `max_batch` slots, all empty."""
+        return Running(self.model.decoder, self.cache(self.config.max_batch, 0), None, self.graphs, self.lock)
+
+    def check_integrity(self, promised: int = 0) -> None:
+        """Every page is free or held once, and all claims add up; `promised` are those of prompts without a cache yet.
+
+        Raises:
+            CacheError: they do not, which is a bug here.
+        """
+        caches = list(self._caches)
+        held = [page for cache in caches for page in cache.pages_held()]
+        claims = promised + sum(sum(cache.claims) for cache in caches)
+        if len(set(held)) < len(held) or len(held) != self.pool.allocator.used_count or claims != self.pool.claimed:
+            found = f"{len(held)} pages held ({len(set(held))} different), {claims} claimed"
+            counted = f"{self.pool.allocator.used_count} in use, {self.pool.claimed} claimed"
+            raise CacheError(f"the K/V pool does not add up: caches have {found}; the pool counts {counted}")
+
+    @torch.inference_mode()
+    def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
+        """Capture every graph that a request may ask for; from here on none is captured any more.
+
+        progress: called with graphs made and graphs to make.
+        """
+        with self.lock:
+            decode = [] if self.graphs is None else self.graphs.buckets()
+            text = [] if self.text_graphs is None else [(1, bucket) for bucket in BUCKETS]
+            for number, key in enumerate(decode):
+                assert self.graphs is not None
+                self.graphs.capture(key)
+                progress(number + 1, len(decode) + len(text))
+            for number, (batch, bucket) in enumerate(text):
+                assert self.text_graphs is not None
+                self.text_graphs.warm_up(batch, bucket)
+                progress(len(decode) + number + 1, len(decode) + len(text))
+            for graphs in (self.graphs, self.text_graphs):
+                if graphs is not None:
+                    graphs.sealed = True
+
+
+def _rows(prompts: Sequence[PreparedPrompt], cos_sin: torch.Tensor) -> Rows:
+    """The rows of all prompts, one after the other. `cos_sin` serves those whose positions have one axis."""
+    several_axes, rotations = any(p.rotations is not None for p in prompts), None
+    if several_axes:
+        rotations = torch.cat([cos_sin[p.positions.long()] if p.rotations is None else p.rotations for p in prompts])
+    additions = [
+        torch.cat([p.additions[k] if p.additions else torch.zeros_like(p.inputs_embeds) for p in prompts])
+        for k in range(max(len(p.additions) for p in prompts))
+    ]
+    return Rows.from_sequences([p.visual for p in prompts], [p.positions for p in prompts], rotations, additions)

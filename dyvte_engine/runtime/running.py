@@ -1,0 +1,125 @@
+"""Sequences that have been prefilled and are now decoded together; they join and leave at every step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgumentError
+from ..kernels.transfer import to_device
+from ..models.decoder import Decoder
+from .decode import DecodeGraphs, decode_step
+from .kv_cache import KVCache
+from .prefill import Prefilled
+
+
+class Running:
+    """A prefilled batch that can be stepped; `logits` f32 [B, vocab] are those of the next token.
+
+    Attributes:
+        exit_layers, rows: of the prompts it began with, in their order, as in `Prefilled`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        prefilled: Prefilled | None,
+        graphs: DecodeGraphs | None = None,
+        lock: threading.RLock | None = None,
+    ):
+        self.decoder, self.cache, self._graphs = decoder, cache, graphs
+        self._lock = lock or threading.RLock()
+        self.exit_layers = [] if prefilled is None else prefilled.exit_layers
+        self.rows = [] if prefilled is None else prefilled.rows
+        if prefilled is None:
+            self.logits = torch.empty(0, decoder.shape.vocab_size, device=cache.lens.device)
+        else:
+            self.logits = decoder.logits(prefilled.hidden)
+
+    def __len__(self) -> int:
+        return self.cache.count
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 [B], the next token's position in the first layer; in all layers, unless a policy renumbered."""
+        return self.cache.positions[0, : self.cache.count]
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """Append one token to every sequence; returns (and keeps) the next logits.
+
+        tokens: B numbers, or int64 [B] on the device: then nothing waits for the device.
+
+        Raises:
+            InvalidArgumentError: not one token id for each sequence.
+            CacheError: the pool is out of pages.
+        """
+        with self._lock:
+            cache = self.cache
+            ids = self._checked(tokens)
+            cache.reserve_next()
+            logits = None if self._graphs is None else self._graphs.step(cache, ids)
+            if logits is None:
+                n = cache.count
+                table, lens, positions = cache.block_table[:, :n], cache.lens[:, :n], cache.positions[:, :n]
+                logits = decode_step(self.decoder, cache.pool, ids, positions, table, lens)
+                lens += 1
+                positions += 1
+            cache.host_lens[:, : cache.count] += 1
+            self.logits = logits
+            return logits
+
+    def _checked(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        count, vocab, device = self.cache.count, self.decoder.shape.vocab_size, self.cache.lens.device
+        if isinstance(tokens, Tensor):
+            right = count > 0 and tokens.dtype == torch.int64 and tokens.shape == (count,)
+            # What is on the device already is taken as it is: to look at it would be to wait for it.
+            if right and (tokens.is_cuda or (int(tokens.min()) >= 0 and int(tokens.max()) < vocab)):
+                return to_device(tokens, device, torch.int64) if tokens.device != device else tokens
+        elif isinstance(tokens, Sequence) and len(tokens) == count > 0 and all(_is_id(t, vocab) for t in tokens):
+            return to_device(tokens, device, torch.int64)
+        accepted = f"one token id (0 to {vocab - 1}) for each of {count} sequences"
+        raise InvalidArgumentError(f"tokens is {tokens!r}; accepted: {accepted}")
+
+    @torch.inference_mode()
+    def join(self, cache: KVCache, hidden: Tensor) -> None:
+        """Prefilled sequences come in at the end: their cache, empty afterwards, and their last rows [B, d]."""
+        with self._lock:
+            logits = torch.cat((self.logits, self.decoder.logits(hidden)))
+            self.cache.join(cache)
+            self.logits = logits
+
+    @torch.inference_mode()
+    def select(self, keep: Sequence[int]) -> None:
+        """Continue with the sequences listed, in that order; the others give their memory back.
+
+        Raises:
+            InvalidArgumentError: a number that is none of a sequence, or comes twice.
+        """
+        with self._lock:
+            keep = list(keep)
+            count = self.cache.count
+            if len(set(keep)) < len(keep) or not all(type(b) is int and 0 <= b < count for b in keep):
+                raise InvalidArgumentError(f"keep is {keep}; accepted: numbers from 0 to {count - 1}, each once")
+            self.cache.select(keep)
+            self.logits = self.logits[to_device(keep, self.logits.device, torch.int64)]
+
+    @torch.inference_mode()
+    def close(self) -> None:
+        """Give all memory of the cache back."""
+        with self._lock:
+            self.cache.close()
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _is_id(token: object, vocab: int) -> bool:
+    return type(token) is int and 0 <= token < vocab

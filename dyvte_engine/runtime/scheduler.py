@@ -1,0 +1,321 @@
+"""Continuous batching: requests join and leave the running batch at every step.
+
+A step is some layers of one prefill group, then one token for everybody. A request is admitted when a slot is free and
+the pool can promise the pages that it needs at worst: all its rows in all layers, and its whole answer. Once its exit
+is known the promise shrinks to what it will really hold, which admits others. So nothing is ever preempted, and no
+running sequence can find the pool empty.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheError, PromptError, RequestCancelledError
+from ..kernels.transfer import to_device
+from ..models import PreparedPrompt
+from .kv_cache import KVCache
+from .prefill import Prefill
+from .runner import Runner
+from .sequence import Sequence
+
+
+class _Group:
+    """Sequences of one policy that are prefilled together: first their vision, then layer by layer.
+
+    errors: of those that fell out, by their place; cancelled ones too.
+    """
+
+    def __init__(self, runner: Runner, sequences: list[Sequence]):
+        self._runner, self.sequences = runner, sequences
+        self.errors: dict[int, BaseException] = {}
+        self._prepared: list[PreparedPrompt] = []
+        self._one_by_one = False
+        self._prefill: Prefill | None = None
+        self._cache: KVCache | None = None
+        self.promised = [worst_pages(runner, s) for s in sequences]
+        for s, pages in zip(sequences, self.promised, strict=True):
+            runner.pool.claim(pages)
+            s.begin()
+
+    def advance(self, row_layers: float) -> bool:
+        """Prepare prompts, or run layers of at most so many rows in sum. Returns whether the prefill is done."""
+        if self._prefill is None:
+            self._prepare(together=row_layers == float("inf"))
+            return False
+        return self._prefill.advance(row_layers)
+
+    def _prepare(self, together: bool) -> None:
+        """Vision and embeddings of one prompt, or of all that are left; when there is none left, the prefill begins."""
+        done = len(self._prepared)
+        if done == len(self.sequences):
+            return self._begin()
+        now = self.sequences[done:] if together and not self._one_by_one else self.sequences[done : done + 1]
+        started = time.perf_counter()
+        try:
+            prepared = self._runner.model.prepare([s.prompt for s in now], now[0].policy)
+        except Exception as error:
+            if len(now) == 1:
+                self.lose(now[0], error)
+            self._one_by_one = True
+            return
+        seconds = time.perf_counter() - started
+        for s, p in zip(now, prepared, strict=True):
+            s.saw_vision(seconds)
+            self._prepared.append(p)
+            beyond = self._beyond(s, p)
+            if beyond is not None:
+                self.lose(s, beyond)
+
+    def _beyond(self, s: Sequence, prepared: PreparedPrompt) -> PromptError | None:
+        """With several axes a position may be beyond the number of rows (slow videos)."""
+        if prepared.rotations is None:
+            return None
+        last = int(prepared.positions[-1])
+        if last + s.max_new_tokens < self._runner.max_len:
+            return None
+        given = f"the prompt ends at position {last} and the answer has {s.max_new_tokens} tokens"
+        return PromptError(f"{given}; accepted: together below max_len {self._runner.max_len}")
+
+    def _begin(self) -> None:
+        n = len(self.sequences)
+        self._cache = self._runner.cache(n, n)
+        for b, pages in enumerate(self.promised):
+            self._runner.pool.claim(-pages)
+            self._cache.claim(b, pages)
+        self.promised = []
+        self._prefill = self._runner.prefill(self._cache, self._prepared, self.sequences[0].policy)
+
+    def lose(self, sequence: Sequence, error: BaseException) -> None:
+        """The sequence falls out and frees what it held; its rows are computed to the end if they are under way."""
+        place = self.sequences.index(sequence)
+        sequence.fail(error)
+        if self._cache is not None:
+            self._cache.give_up(place)
+            self.errors[place] = error
+            return
+        self._runner.pool.claim(-self.promised.pop(place))
+        del self.sequences[place], self._prepared[place : place + 1]
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody is left in it."""
+        return len(self.errors) == len(self.sequences)
+
+    def finish(self) -> tuple[list[Sequence], KVCache, Tensor]:
+        """Those that can be decoded, their cache, and their last rows [B, d]. Claims shrink to what will be held."""
+        assert self._prefill is not None and self._cache is not None
+        pool, cache, done = self._runner.pool, self._cache, self._prefill.finish()
+        left = [b for b in range(len(self.sequences)) if b not in self.errors]
+        for b in left:
+            s = self.sequences[b]
+            s.prefilled(self._runner.model.decoder, cache, done, b)
+            rows = cache.host_lens[:, b] + s.max_new_tokens - 1
+            cache.claim(b, sum(map(pool.pages, rows.tolist())))
+        hidden = done.hidden
+        if len(left) < len(self.sequences):
+            cache.select(left)
+            hidden = hidden[to_device(left, hidden.device, torch.int64)]
+        return [self.sequences[b] for b in left], cache, hidden
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._runner.pool.claim(-sum(self.promised))
+        self.promised = []
+        if self._cache is not None:
+            self._cache.close()
+
+
+class Scheduler:
+    """Waiting, beginning and running sequences of one engine. `submit` and `cancel` may be called from any thread."""
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+        config = runner.config
+        self._slots, self._max_stall = config.max_batch, config.max_stall
+        self._queued = config.device.type == "cuda"  # a step is launched before the last one's text is made
+        self._mutex = threading.Lock()  # of `_waiting`
+        self._waiting: list[Sequence] = []
+        self._group: _Group | None = None
+        self._running = runner.nobody()
+        self._sequences: list[Sequence] = []  # those in `_running`
+        self._tokens: Tensor | None = None  # int64 [B], theirs, not fed yet
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._group or self._sequences)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Requests that wait, that are prefilled, and that are decoded."""
+        group = 0 if self._group is None else len(self._group.sequences)
+        return dict(waiting=len(self._waiting), prefilling=group, running=len(self._sequences))
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        """Queue them together. They must fit into the empty pool."""
+        with self._mutex:
+            for s in sequences:
+                bisect.insort(self._waiting, s, key=lambda s: -s.priority)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End it and free what it holds, unless it is done."""
+        with self._mutex:
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+                sequence.fail(RequestCancelledError("the request was cancelled"))
+                return
+        with self.runner.lock:
+            if sequence.done:
+                return
+            self._drop(sequence, RequestCancelledError("the request was cancelled"))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token for everybody, and at most `max_stall` row-layers of a prefill where somebody waits for it.
+
+        What goes wrong ends the requests concerned, never the others.
+        """
+        with self.runner.lock:
+            try:
+                self._feed()
+                self._prefill()
+                self._choose()
+            except BaseException as error:  # an interrupt: nothing here can be trusted to be whole
+                self._abort(error)
+                raise
+            if not self.has_work:
+                self.runner.check_integrity()
+
+    def _feed(self) -> None:
+        """The chosen tokens go through the layers."""
+        tokens, self._tokens = self._tokens, None
+        if tokens is None:
+            return
+        try:
+            self._running.step(tokens)
+        except Exception as error:
+            self._fail_running(error)
+
+    def _prefill(self) -> None:
+        if self._group is None:
+            self._group = self._admit()
+        group, alone = self._group, not self._sequences
+        if group is None:
+            return
+        try:
+            done = group.advance(float("inf") if alone else self._max_stall)
+            while alone and not done and not group.empty:
+                done = group.advance(float("inf"))
+            if done:
+                sequences, cache, hidden = group.finish()
+                self._running.join(cache, hidden)
+                self._sequences += sequences
+        except Exception as error:
+            for s in group.sequences:
+                s.fail(error)
+            group.close()
+            done = True
+        if group.empty:
+            group.close()
+        if done or group.empty:
+            self._group = None
+
+    def _admit(self) -> _Group | None:
+        """The first that waits, if it fits, and others of its policy; nobody overtakes one that lacks memory."""
+        with self._mutex:
+            chosen: list[Sequence] = []
+            room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
+            for s in self._waiting:
+                if chosen and s.policy is not chosen[0].policy:
+                    continue
+                pages -= worst_pages(self.runner, s)
+                if len(chosen) == room or pages < 0:
+                    break
+                chosen.append(s)
+            if not chosen and self._waiting and not self._sequences:
+                free = f"{self.runner.pool.claimable} of {self.runner.pool.n_pages} pages are free"
+                error = CacheError(f"{free}, held by batches of Engine.prefill; close them")
+                self._waiting.pop(0).fail(error)
+            for s in chosen:
+                self._waiting.remove(s)
+        return _Group(self.runner, chosen) if chosen else None
+
+    def _choose(self) -> None:
+        """A token for everybody; those that are finished leave."""
+        came = self._sequences
+        if not came:
+            return
+        tokens = self._sample(self._running.logits)
+        for s, token in zip(came, tokens.tolist(), strict=True):
+            if not s.done:
+                s.accept(token)
+        stay = [i for i, s in enumerate(came) if s.finish_reason is None and not s.done]
+        if len(stay) < len(came):
+            self._running.select(stay)
+            tokens = tokens[to_device(stay, tokens.device, torch.int64)]
+        self._sequences = [came[i] for i in stay]
+        self._tokens = tokens if stay else None
+        if self._queued:  # the device is at work on the next token while these become text
+            self._feed()
+        for s in came:
+            self._emit(s)
+
+    def _sample(self, logits: Tensor) -> Tensor:
+        """f32 [B, vocab] -> int64 [B]."""
+        tokens = logits.argmax(-1)
+        for i, s in enumerate(self._sequences):
+            if not s.sampler.plain:
+                try:
+                    tokens[i] = s.sampler(logits[i], s.ids)
+                except Exception as error:
+                    s.fail(error)
+        return tokens
+
+    def _emit(self, sequence: Sequence) -> None:
+        if sequence.done:
+            return
+        try:
+            sequence.emit()
+        except Exception as error:
+            self._drop(sequence, error)
+
+    def _drop(self, sequence: Sequence, error: BaseException) -> None:
+        """A sequence that has begun ends without a result."""
+        if self._group is not None and sequence in self._group.sequences:
+            self._group.lose(sequence, error)
+            if self._group.empty:
+                self._group.close()
+                self._group = None
+            return
+        sequence.fail(error)
+        if sequence in self._sequences:
+            stay = [i for i, s in enumerate(self._sequences) if s is not sequence]
+            self._running.select(stay)
+            self._sequences = [self._sequences[i] for i in stay]
+            if self._tokens is not None:
+                self._tokens = self._tokens[to_device(stay, self._tokens.device, torch.int64)] if stay else None
+
+    def _fail_running(self, error: BaseException) -> None:
+        for s in self._sequences:
+            s.fail(error)
+        self._running.close()
+        self._running.logits = self._running.logits[:0]
+        self._sequences, self._tokens = [], None
+
+    def _abort(self, error: BaseException) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            for s in group.sequences:
+                s.fail(error)
+            group.close()
+        self._fail_running(error)
+
+
+def worst_pages(runner: Runner, sequence: Sequence) -> int:
+    """Pages that it needs if no visual token leaves."""
+    return runner.pool.num_layers * runner.pool.pages(sequence.rows)

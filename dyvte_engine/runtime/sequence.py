@@ -1,0 +1,125 @@
+"""One request on its way through the engine: its tokens so far, what chooses and ends them, and where they go."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..flops import paper_flops, true_flops
+from ..models import Decoder, TokenizedPrompt
+from ..policies import VisualTokenPolicy
+from ..requests import GenerationResult, GenerationStats, Handle, StreamChunk
+from .kv_cache import KVCache
+from .prefill import Prefilled
+from .sampling import Sampler, StopRules
+
+
+class Sequence:
+    """A prompt, its answer so far, and the handle that its tokens go to.
+
+    `index` is its number in the call; `policy` is bound to the model; `picture_flops` are those of the vision tower,
+    under the policy and without one.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt: TokenizedPrompt,
+        policy: VisualTokenPolicy,
+        sampler: Sampler,
+        stops: StopRules,
+        max_new_tokens: int,
+        tokenizer: Any,
+        visual_tokens: int,
+        picture_flops: tuple[float, float],
+        priority: int = 0,
+    ):
+        self.index, self.prompt, self.policy, self.priority = index, prompt, policy, priority
+        self.max_new_tokens, self.visual_tokens = max_new_tokens, visual_tokens
+        self.sampler, self._stops, self._tokenizer, self._picture_flops = sampler, stops, tokenizer, picture_flops
+        self.handle: Handle | None = None
+        self.ids, self.new = list(prompt.input_ids), list[int]()
+        self.finish_reason: str | None = None
+        self._text = ""
+        self._asked_at = time.perf_counter() - prompt.seconds
+        self._begun_at = self._first_at = self._last_at = 0.0
+        self._vision_s = 0.0
+        self._figures: dict[str, Any] = {}
+
+    @property
+    def rows(self) -> int:
+        """K/V rows that a layer holds in the end if no visual token leaves; the last token is not fed."""
+        return len(self.prompt.input_ids) + self.max_new_tokens - 1
+
+    @property
+    def done(self) -> bool:
+        """Whether its handle has its result or an error."""
+        assert self.handle is not None
+        return self.handle.done
+
+    def fail(self, error: BaseException) -> None:
+        """It ends without a result, unless it has one."""
+        if not self.done:
+            assert self.handle is not None
+            self.handle.fail(error)
+
+    def begin(self) -> None:
+        """Its turn has come."""
+        self._begun_at = time.perf_counter()
+
+    def saw_vision(self, seconds: float) -> None:
+        """So long took vision tower and projector, of all prompts prepared together."""
+        self._vision_s = self.prompt.seconds + seconds
+
+    def prefilled(self, decoder: Decoder, cache: KVCache, done: Prefilled, b: int) -> None:
+        """Figures of its prefill, sequence b of `done`, read before any sequence leaves that batch."""
+        shape, pool, n = decoder.shape, cache.pool, len(self.prompt.input_ids)
+        rows, full = [layer[b] for layer in done.rows], [n] * decoder.shape.num_layers
+        under, without = self._picture_flops
+        self._figures = dict(
+            exit_layer=done.exit_layers[b],
+            tokens_per_layer=rows,
+            prefill_tflops=paper_flops(shape, rows, under) / 1e12,
+            prefill_tflops_keep_all=paper_flops(shape, full, without) / 1e12,
+            prefill_tflops_true=true_flops(shape, rows, under) / 1e12,
+            prefill_tflops_true_keep_all=true_flops(shape, full, without) / 1e12,
+            kv_bytes=cache.bytes_of(b),
+            kv_bytes_keep_all=shape.num_layers * pool.pages(n) * pool.page_bytes,
+        )
+
+    def accept(self, token: int) -> None:
+        """Its next token; sets `finish_reason` with the last one."""
+        self._last_at = time.perf_counter()
+        self._first_at = self._first_at or self._last_at
+        self.ids.append(token)
+        self.new.append(token)
+        self.finish_reason = self._stops.reason(self.ids, self.new)
+
+    def emit(self) -> None:
+        """Hand the newest token on, with the text it adds and, if it is the last, the result."""
+        assert self.handle is not None
+        text = self._new_text()
+        result = None if self.finish_reason is None else self._result(self.finish_reason)
+        self.handle.put(StreamChunk(self.index, self.new[-1], text, result))
+
+    def _new_text(self) -> str:
+        """What the newest token adds; an unfinished multi-byte character waits for its rest."""
+        text = self._tokenizer.decode(self.new, skip_special_tokens=True)
+        if text.endswith("\ufffd") and self.finish_reason is None:
+            return ""
+        added, self._text = text[len(self._text) :], text
+        return added
+
+    def _result(self, finish_reason: str) -> GenerationResult:
+        decode_s = self._last_at - self._first_at
+        stats = GenerationStats(
+            visual_tokens=self.visual_tokens,
+            text_tokens=len(self.prompt.input_ids) - self.visual_tokens,
+            new_tokens=len(self.new),
+            ttft_s=self._first_at - self._asked_at,
+            queued_s=self._begun_at - self._asked_at - self.prompt.seconds,
+            vision_s=self._vision_s,
+            decode_tokens_per_s=(len(self.new) - 1) / decode_s if decode_s > 0 else 0.0,
+            **self._figures,
+        )
+        return GenerationResult(self._text, list(self.new), finish_reason, stats)

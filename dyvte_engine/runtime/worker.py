@@ -1,0 +1,111 @@
+"""Who runs the scheduler: one thread at a time.
+
+Whoever waits for an answer runs the scheduler himself unless somebody already does: a plain call needs no thread and
+no switch between threads for each token. `start` adds a thread of its own, for as long as there is work, so that
+requests proceed while nobody waits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .scheduler import Scheduler
+
+_LINGER = 5.0  # seconds that the thread waits for more work
+Ready = Callable[[], bool]
+
+
+class Worker:
+    """Runs the steps of `scheduler` for those who wait."""
+
+    def __init__(self, scheduler: Scheduler):
+        self._scheduler = scheduler
+        self._mutex = threading.Lock()  # of all below; never held while a step runs
+        self._free = threading.Condition(self._mutex)  # nobody leads, or there is new work
+        self._leading = False
+        self._waiters: list[tuple[Ready, Callable[[], object]]] = []
+        self._thread: threading.Thread | None = None
+
+    def run_until(self, ready: Ready, timeout: float | None = None) -> bool:
+        """Return True as soon as `ready()`, False after `timeout` seconds; steps run meanwhile, here or elsewhere."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not ready():
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            if self._lead():
+                self._run(lambda: ready() or (end is not None and time.monotonic() >= end))
+                idle = not self._scheduler.has_work
+                assert ready() or not idle, "nothing runs that this could wait for"
+            else:
+                came = threading.Event()
+                with self.waking(lambda: ready() or not self._leading, came.set):
+                    came.wait(left)
+        return True
+
+    @contextmanager
+    def waking(self, ready: Ready, wake: Callable[[], object]) -> Iterator[None]:
+        """While this runs, `wake` is called when `ready()`: at once, after the step that made it so, or when nobody
+        leads; perhaps more than once.
+        """
+        waiter = (ready, wake)
+        with self._mutex:
+            self._waiters.append(waiter)
+            if ready():
+                wake()
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._waiters.remove(waiter)
+
+    def start(self) -> None:
+        """From here on steps run also while nobody waits."""
+        with self._mutex:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="dyvte-engine", daemon=True)
+                self._thread.start()
+            self._free.notify()
+
+    def notify(self) -> None:
+        """Something changed outside of a step."""
+        with self._mutex:
+            self._wake()
+
+    def _lead(self) -> bool:
+        with self._mutex:
+            if self._leading:
+                return False
+            self._leading = True
+            return True
+
+    def _run(self, enough: Ready) -> None:
+        """As the one who leads: steps until it is enough or no work is left."""
+        try:
+            while self._scheduler.has_work and not enough():
+                self._scheduler.step()
+                if self._waiters:
+                    self.notify()
+        finally:
+            with self._mutex:
+                self._leading = False
+                self._wake()
+                self._free.notify()
+
+    def _wake(self) -> None:
+        for ready, wake in self._waiters:
+            if ready():
+                wake()
+
+    def _serve(self) -> None:
+        while True:
+            with self._mutex:
+                idle = self._leading or not self._scheduler.has_work
+                if idle and not self._free.wait(_LINGER) and not self._scheduler.has_work:
+                    self._thread = None
+                    return
+            if self._scheduler.has_work and self._lead():
+                self._run(lambda: False)
