@@ -24,7 +24,7 @@ def watched(engine, texts, images, policy):
     """f64 [B, L, FIELDS] of prompts of raw text, as the engine sees them."""
     engine.policy = policy
     watch = AttentionWatch(engine.model.decoder.scale)
-    engine.prefill_prepared(engine.prepare(texts, images, chat=False), watch).close()
+    engine.prefill_prepared(engine.prepare(texts, images, chat=False), watch=watch).close()
     return watch.table
 
 

@@ -90,7 +90,8 @@ def with_graphs(device, policy=None, **options):
     engine, _ = build(device=device, policy=policy, **{"page_size": 4, "cuda_graphs": False, **options})
     plain, _ = build(device=device, policy=policy, **{"page_size": 4, "cuda_graphs": False, **options})
     capture = Captures() if device == "cpu" else capture_cuda
-    engine._graphs = DecodeGraphs(engine.model.decoder, engine.pool, capture)
+    graphs = DecodeGraphs(engine.model.decoder, engine.pool, engine.config.max_batch, engine.max_len, capture)
+    engine.runner.graphs = engine._scheduler._running._graphs = graphs
     return engine, plain
 
 
@@ -105,11 +106,11 @@ def test_answers_equal_those_without_graphs(policy, device):
     assert [r.token_ids for r in engine.generate(texts, images, **options)] == want
     assert len({len(w) for w in want}) > 3, "all answers have one length: the batch never shrank"
     assert engine.pool.bytes_held == 0
-    buckets = sorted(engine._graphs._replays)
-    assert len({batch for batch, _ in buckets}) > 3
+    buckets = sorted(engine.runner.graphs._replays)
+    assert len({batch for batch, _ in buckets}) > 2
     assert len({pages for _, pages in buckets}) > 1
     engine.generate(texts, images, **options)
-    assert sorted(engine._graphs._replays) == buckets, "captured again"
+    assert sorted(engine.runner.graphs._replays) == buckets, "captured again"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,7 +143,7 @@ def test_a_batch_that_is_gone_is_not_kept():
     texts, images = tiny.prompts(seed=92, n=1)
     running = engine.prefill_prepared(engine.model.prepare(engine.model.tokenize(texts, images)))
     running.step([5])
-    home = engine._graphs._homes[1]
+    home = engine.runner.graphs._home
     assert home.tenant() is running.cache
     running.close()
     del running
@@ -158,7 +159,7 @@ def test_the_bucket_holds_one_more_row(rows):
     text = torch.zeros(rows, dtype=torch.bool)
     with engine.prefill(embeds, text) as running, plain.prefill(embeds, text) as other:
         torch.testing.assert_close(running.step([6]), other.step([6]))
-    ((_, pages),) = engine._graphs._replays
+    ((_, pages),) = engine.runner.graphs._replays
     assert rows + 1 <= 4 * pages
     assert pages == 10 or (pages & (pages - 1) == 0 and 2 * rows >= 4 * pages - 8)
 
@@ -222,8 +223,8 @@ def add_text_graphs(engine, device):
         captures.append(step)
         return capture(step, memory)
 
-    engine._text_graphs = TextGraphs(engine.model.decoder, engine.pool, attend_by_offsets, counted)
-    return engine._text_graphs, captures
+    engine.runner.text_graphs = TextGraphs(engine.model.decoder, engine.pool, attend_by_offsets, counted)
+    return engine.runner.text_graphs, captures
 
 
 def with_text_graphs(device, policy=None, **options):
@@ -363,10 +364,10 @@ def test_rows_that_fill_up_write_to_the_spare_page_alone(device):
     pool.k.fill_(7)
     pool.v.fill_(7)
     with engine.prefill(*text_prompts(engine, [10, 9])) as running:
-        held = {page for layer in running.cache._pages for pages in layer for page in pages}
+        held = set(running.cache.pages_held())
     written = {page for t in (pool.k, pool.v) for page in (t != 7).flatten(1).any(dim=1).nonzero()[:, 0].tolist()}
     assert written == held | {pool.spare}
-    assert sorted(pool.take(pool.allocator.free_count)) == list(range(pool.spare)), "it is given to somebody"
+    assert sorted(pool.allocator.alloc(pool.allocator.free_count)) == list(range(pool.spare)), "it is given to somebody"
 
 
 @pytest.mark.parametrize("decoder", tiny.DECODERS)
@@ -399,7 +400,7 @@ def test_watched_layers_pass_by_the_graphs():
     engine, _, graphs, _ = with_text_graphs("cpu")
     prompts = engine.prepare(["w3 w4"], [None], chat=False)
     seen = []
-    engine.prefill_prepared(prompts, lambda number, q, k, rows: seen.append(number)).close()
+    engine.prefill_prepared(prompts, watch=lambda number, q, k, rows: seen.append(number)).close()
     assert seen == list(range(LAYERS))
     assert not graphs._replays
 

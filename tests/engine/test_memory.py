@@ -72,7 +72,7 @@ def test_stats_report_what_was_held():
 
 def test_a_pool_without_pages_says_so():
     engine, _ = build(page_size=16, max_batch=1, max_len=32)
-    cache = KVCache(engine.pool, LAYERS, 1, 512)
+    cache = KVCache(engine.pool, 1, 512, 1)
     with pytest.raises(CacheError, match="out of pages"):
         cache.reserve(range(1), [512])
     cache.close()
