@@ -30,7 +30,7 @@ from .runtime.decode import DecodeGraphs
 from .runtime.generation import GenerationResult, PrefillFigures, Request, Running, StreamChunk, TokenLoop
 from .runtime.kv_cache import KVCache, PagePool
 from .runtime.prefill import Watch, prefill
-from .runtime.sampling import merge_config
+from .runtime.sampling import answer_limit, merge_config
 from .runtime.text_graphs import TextGraphs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -207,12 +207,12 @@ class Engine:
 
         Arguments are checked at the call, not at the first token.
         """
-        config = merge_config(self.model.hf.generation_config, generation_config, options)
+        config = merge_config(self.model.hf.generation_config, generation_config, options, self.model.shape.vocab_size)
         inputs = self._tokenize(prompts, images, videos, video_fps, chat)
         seeds = [seed + i for i in range(len(inputs))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(inputs):
             raise InvalidArgumentError(f"seed has {len(seeds)} entries for {len(inputs)} prompts")
-        budgets = [self._budget(len(i.input_ids), config.max_new_tokens) for i in inputs]
+        budgets = [self._budget(len(i.input_ids), config) for i in inputs]
         batches = [slice(i, i + self.config.max_batch) for i in range(0, len(inputs), self.config.max_batch)]
         return (c for b in batches for c in self._stream_batch(b.start, inputs[b], budgets[b], config, seeds[b]))
 
@@ -319,10 +319,10 @@ class Engine:
             cache.close()
             raise
 
-    def _budget(self, prompt_len: int, max_new_tokens: int | None) -> int:
+    def _budget(self, prompt_len: int, config: Any) -> int:
         """Answer tokens a prompt of `prompt_len` tokens may have. Raises PromptError when it does not fit."""
-        room = self.max_len - prompt_len
-        wanted = min(_DEFAULT_NEW_TOKENS, max(room, 1)) if max_new_tokens is None else max_new_tokens
+        room, limit = self.max_len - prompt_len, answer_limit(config, prompt_len)
+        wanted = config.max_new_tokens or min(limit or _DEFAULT_NEW_TOKENS, max(room, 1))
         if wanted > room:
             given = f"the prompt has {prompt_len} tokens and max_new_tokens is {wanted}"
             raise PromptError(f"{given}; accepted: together at most max_len {self.max_len}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from ..flops import paper_flops, true_flops
@@ -17,7 +16,7 @@ from ..models import Decoder
 from .decode import DecodeGraphs, decode_step
 from .kv_cache import KVCache
 from .prefill import Prefilled
-from .sampling import Sampler
+from .sampling import Sampler, StopRules, end_tokens
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """An answer. `finish_reason` is "stop" (end token, which `token_ids` hold), "stop_string" or "length"."""
+    """An answer. `finish_reason` is "stop" (end token, which `token_ids` hold), "stop_string", "length", "time"."""
 
     text: str
     token_ids: list[int]
@@ -191,21 +190,21 @@ class TokenLoop:
     def __init__(
         self, sequences: list[Request], config: Any, tokenizer: Any, seeds: Sequence[int], device: torch.device
     ):
-        eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-        self.eos = set([] if eos is None else [eos] if isinstance(eos, int) else eos)
+        eos = end_tokens(config, tokenizer)
         self.sequences, self.tokenizer = sequences, tokenizer
-        self.sampler = Sampler(config, [s.ids for s in sequences], seeds, sorted(self.eos), device)
-        self.stops = transformers.StopStringCriteria(tokenizer, config.stop_strings) if config.stop_strings else None
+        self.samplers = [Sampler(config, s.ids, seed, eos, device) for s, seed in zip(sequences, seeds, strict=True)]
+        self.stops = [StopRules(config, tokenizer, eos, len(s.ids), s.max_new_tokens) for s in sequences]
 
     def run(self, running: Running) -> Iterator[tuple[int, int, str]]:
         """Yield (sequence, token, new text) until every sequence has finished; finished ones leave the batch."""
         active = list(range(len(self.sequences)))
         queued = running.logits.is_cuda
         while active:
-            tokens = self.sampler(running.logits, active, [self.sequences[s].ids for s in active])
+            rows = zip(running.logits, active, strict=True)
+            tokens = torch.stack([self.samplers[s](row, self.sequences[s].ids) for row, s in rows])
             came = list(zip(active, tokens.tolist(), strict=True))
             for s, token in came:
-                self._accept(self.sequences[s], token)
+                self._accept(self.sequences[s], token, self.stops[s])
             stay = [i for i, s in enumerate(active) if self.sequences[s].finish_reason is None]
             if queued:  # the device is at work on the next token while this one becomes text
                 _go_on(running, tokens, stay)
@@ -215,17 +214,12 @@ class TokenLoop:
                 _go_on(running, tokens, stay)
             active = [active[i] for i in stay]
 
-    def _accept(self, s: Request, token: int) -> None:
+    def _accept(self, s: Request, token: int, stops: StopRules) -> None:
         s.last_at = time.perf_counter()
         s.first_at = s.first_at or s.last_at
         s.ids.append(token)
         s.new.append(token)
-        if token in self.eos:
-            s.finish_reason = "stop"
-        elif self.stops is not None and bool(self.stops(torch.tensor([s.ids]), None)[0]):
-            s.finish_reason = "stop_string"
-        elif len(s.new) >= s.max_new_tokens:
-            s.finish_reason = "length"
+        s.finish_reason = stops.reason(s.ids, s.new)
 
     def _new_text(self, s: Request) -> str:
         """What the newest token adds; an unfinished multi-byte character waits for its rest."""
