@@ -30,7 +30,7 @@ from .runtime.decode import DecodeGraphs
 from .runtime.generation import GenerationResult, PrefillFigures, Request, Running, StreamChunk, TokenLoop
 from .runtime.kv_cache import KVCache, PagePool
 from .runtime.prefill import Watch, prefill
-from .runtime.sampling import answer_limit, merge_config
+from .runtime.sampling import answer_limit, merge_config, sequence_seeds
 from .runtime.text_graphs import TextGraphs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -179,9 +179,13 @@ class Engine:
             video_fps: frames of the videos in a second, for families that tell the model the time.
             chat: apply the checkpoint's chat template to questions; False takes them as finished text.
             seed: seeds sequence i with seed + i, or one seed for each.
-            generation_config: transformers' GenerationConfig instead of the checkpoint's own.
-            **options: max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
-                no_repeat_ngram_size, min_new_tokens, stop_strings, eos_token_id: as in transformers.
+            generation_config: transformers' GenerationConfig instead of the checkpoint's; its special tokens stay.
+            **options: as in transformers: max_new_tokens, max_length, min_new_tokens, min_length, max_time,
+                stop_strings, eos_token_id, do_sample, temperature, top_k, top_p, min_p, top_h, typical_p,
+                epsilon_cutoff, eta_cutoff, repetition_penalty, no_repeat_ngram_size, both with `encoder_` (of the
+                prompt), sequence_bias, bad_words_ids, suppress_tokens, begin_suppress_tokens, forced_bos_token_id,
+                forced_eos_token_id, exponential_decay_length_penalty, remove_invalid_values, renormalize_logits,
+                watermarking_config. Beams, drafts, guidance and several answers are refused, whatever asks for them.
 
         Raises:
             PromptError, ImageError, InvalidArgumentError: before anything is computed.
@@ -209,9 +213,7 @@ class Engine:
         """
         config = merge_config(self.model.hf.generation_config, generation_config, options, self.model.shape.vocab_size)
         inputs = self._tokenize(prompts, images, videos, video_fps, chat)
-        seeds = [seed + i for i in range(len(inputs))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(inputs):
-            raise InvalidArgumentError(f"seed has {len(seeds)} entries for {len(inputs)} prompts")
+        seeds = sequence_seeds(seed, len(inputs))
         budgets = [self._budget(len(i.input_ids), config) for i in inputs]
         batches = [slice(i, i + self.config.max_batch) for i in range(0, len(inputs), self.config.max_batch)]
         return (c for b in batches for c in self._stream_batch(b.start, inputs[b], budgets[b], config, seeds[b]))

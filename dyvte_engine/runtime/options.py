@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import transformers
@@ -176,6 +176,19 @@ def check_seed(seed: Any) -> int:
     return int(seed)
 
 
+def sequence_seeds(seed: Any, n: int) -> list[int]:
+    """The seeds of n sequences: seed + i for one seed, or those listed.
+
+    Raises:
+        InvalidArgumentError: as `check_seed`, or a list of another length.
+    """
+    if not isinstance(seed, Sequence) or isinstance(seed, (str, bytes)):
+        return [check_seed(check_seed(seed) + i) for i in range(n)]
+    if len(seed) != n:
+        raise InvalidArgumentError(f"seed has {len(seed)} entries for {n} prompts")
+    return list(map(check_seed, seed))
+
+
 def _check_names(options: dict[str, Any], defaults: Any) -> None:
     known = [name for name in _SERVED if hasattr(defaults, name)]  # top_h is not known to every release
     for name in options:
@@ -209,7 +222,8 @@ def _check_unknown(values: dict[str, Any], base: Any, defaults: Any) -> None:
         value, default = values[name], getattr(defaults, name, None)
         from_checkpoint = hasattr(base, name) and _same(value, getattr(base, name))
         ignored = from_checkpoint and (name in _OUTPUTS or not hasattr(defaults, name))
-        if not (name.startswith("_") or ignored or value is None or _same(value, default) or value is False):
+        off = value is None or (not value and not default) or _same(value, default)
+        if not (name.startswith("_") or ignored or off):
             raise InvalidArgumentError(f"{name} is {value!r} in generation_config, which is not served")
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError
 from ..kernels.transfer import to_device
-from .options import check_seed, merge_config
+from .options import check_seed, merge_config, sequence_seeds
 
-__all__ = ["Sampler", "StopRules", "answer_limit", "check_seed", "end_tokens", "merge_config"]
+__all__ = ["Sampler", "StopRules", "answer_limit", "check_seed", "end_tokens", "merge_config", "sequence_seeds"]
 
 _Asked = tuple[str, Any, Callable[[], Any]]  # an option, whether it is on, its processor
 
