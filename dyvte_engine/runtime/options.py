@@ -152,13 +152,13 @@ def merge_config(base: Any, given: Any | None, options: dict[str, Any], vocab_si
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(base, name))
+    if config.max_length == defaults.max_length:
+        config.max_length = None  # releases before 5 have a default, which asks for nothing
     values = vars(config) | options
     _check_served(values, options)
     _check_refused(values)
     _check_unknown(values, base, defaults)
     _check_tokens(values, base, vocab_size)
-    if "max_length" not in options and config.max_length == defaults.max_length:
-        config.max_length = None  # releases before 5 have a default, which asks for nothing
     chosen = copy.deepcopy({k: v for k, v in options.items() if k != "synced_gpus"})
     try:
         if isinstance(chosen.get("watermarking_config"), dict):

@@ -44,7 +44,7 @@ ALWAYS = [
     {"exponential_decay_length_penalty": [0, 3]},
     {"suppress_tokens": list(range(40, 90))},
     {"begin_suppress_tokens": list(range(9, 90))},
-    {"watermarking_config": {"bias": 4.0, "context_width": 2, "seeding_scheme": "selfhash"}},
+    {"watermarking_config": transformers.WatermarkingConfig(bias=4.0, context_width=2, seeding_scheme="selfhash")},
     {"watermarking_config": transformers.SynthIDTextWatermarkingConfig(ngram_len=3, keys=[11, 5, 8, 900])},
     {"renormalize_logits": True},
     {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "begin_suppress_tokens": [10], "forced_eos_token_id": 5},
@@ -59,7 +59,12 @@ SAMPLING = [
     {"epsilon_cutoff": 0.02},
     {"eta_cutoff": 0.05},
     {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "epsilon_cutoff": 0.001},
-    {"eta_cutoff": 0.01, "repetition_penalty": 1.2, "renormalize_logits": True, "watermarking_config": {"bias": 3.0}},
+    {
+        "eta_cutoff": 0.01,
+        "repetition_penalty": 1.2,
+        "renormalize_logits": True,
+        "watermarking_config": transformers.WatermarkingConfig(bias=3.0),
+    },
 ]
 
 
@@ -109,7 +114,7 @@ def test_scores_of_every_step_equal_generate(tiny_engine, engine, sampled, optio
         ids = inputs.pop("input_ids")[0].tolist()
         of_prompt = check_scores(hf, ids, sampled, options, **inputs)
         steps, changed = steps + of_prompt[0], changed + of_prompt[1]
-    assert steps >= 9
+    assert steps >= 6
     inert = {"remove_invalid_values", "forced_bos_token_id"}.intersection(options)  # on such prompts and logits
     assert sampled or bool(changed) != bool(inert)
 
