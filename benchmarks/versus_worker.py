@@ -24,7 +24,7 @@ class Dyvte:
         self.engine = Engine.from_pretrained(folder, dtype=dtype, device="cpu", policy=parse(policy), max_batch=1)
 
     def run(self, picture, text, new_tokens, ends):
-        options = {} if ends else {"eos_token_id": self.engine.model.shape.vocab_size}  # a token that never comes
+        options = {} if ends else {"eos_token_id": []}
         return self.engine.generate(text, picture, max_new_tokens=new_tokens, do_sample=False, **options).text
 
 

@@ -32,7 +32,7 @@ from .runtime import sequence
 from .runtime.prefill import Watch
 from .runtime.runner import Runner
 from .runtime.running import Running
-from .runtime.sampling import Sampler, StopRules, end_tokens, merge_config
+from .runtime.sampling import Sampler, StopRules, answer_limit, end_tokens, merge_config, sequence_seeds
 from .runtime.scheduler import Scheduler
 from .runtime.worker import Worker
 
@@ -213,7 +213,7 @@ class Engine:
         r = request
         if not is_single(r.prompt):
             raise InvalidArgumentError("request.prompt must be one prompt: a string or a list of messages")
-        config = merge_config(self.model.hf.generation_config, r.generation_config, dict(r.options))
+        config = self._config(r.generation_config, dict(r.options))
         inputs = self._tokenize(r.prompt, r.images, r.videos, r.video_fps, r.chat)
         queued = self._sequences(inputs, r.policy, [r.seed], config, r.priority)
         handle = self._enqueue(queued)[0]
@@ -245,14 +245,18 @@ class Engine:
             chat: apply the checkpoint's chat template to questions; False takes them as finished text.
             policy: when visual tokens leave, a policy or its notation; default the engine's.
             seed: seeds sequence i with seed + i, or one seed for each.
-            generation_config: transformers' GenerationConfig instead of the checkpoint's own.
-            **options: max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
-                no_repeat_ngram_size, min_new_tokens, stop_strings, eos_token_id: as in transformers.
+            generation_config: transformers' GenerationConfig instead of the checkpoint's; its special tokens stay.
+            **options: as in transformers: max_new_tokens, max_length, min_new_tokens, min_length, max_time,
+                stop_strings, eos_token_id, do_sample, temperature, top_k, top_p, min_p, top_h, typical_p,
+                epsilon_cutoff, eta_cutoff, repetition_penalty, no_repeat_ngram_size, both with `encoder_` (of the
+                prompt), sequence_bias, bad_words_ids, suppress_tokens, begin_suppress_tokens, forced_bos_token_id,
+                forced_eos_token_id, exponential_decay_length_penalty, remove_invalid_values, renormalize_logits,
+                watermarking_config. Beams, drafts, guidance and several answers are refused, whatever asks for them.
 
         Raises:
             PromptError, ImageError, InvalidArgumentError: before anything is computed.
         """
-        config = merge_config(self.model.hf.generation_config, generation_config, options)
+        config = self._config(generation_config, options)
         inputs = self._tokenize(prompts, images, videos, video_fps, chat)
         handles = self._enqueue(self._sequences(inputs, policy, seed, config))
         with _cancelling(handles):
@@ -276,7 +280,7 @@ class Engine:
 
         Arguments are checked at the call, not at the first token. Leaving the loop cancels what is left.
         """
-        config = merge_config(self.model.hf.generation_config, generation_config, options)
+        config = self._config(generation_config, options)
         inputs = self._tokenize(prompts, images, videos, video_fps, chat)
         return self._drain(self._sequences(inputs, policy, seed, config))
 
@@ -303,22 +307,20 @@ class Engine:
         priority: int = 0,
     ) -> list[sequence.Sequence]:
         """What the scheduler takes, all checked. Nothing has been computed yet."""
-        seeds = [seed + i for i in range(len(inputs))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(inputs):
-            raise InvalidArgumentError(f"seed has {len(seeds)} entries for {len(inputs)} prompts")
+        seeds = sequence_seeds(seed, len(inputs))
         bound, tokenizer = self.bind(policy), self.model.processor.tokenizer
         ends, tower = end_tokens(config, tokenizer), self.model.hf.config.vision_config
         flops = vision_flops(tower, bound.tower_merges), vision_flops(tower)
         out = []
         for index, (prompt, one_seed) in enumerate(zip(inputs, seeds, strict=True)):
-            n, budget = len(prompt.input_ids), self._budget(len(prompt.input_ids), config.max_new_tokens)
+            n, budget = len(prompt.input_ids), self._budget(len(prompt.input_ids), config)
             passes = self.model.tower_passes(prompt)
             out.append(
                 sequence.Sequence(
                     index,
                     prompt,
                     bound,
-                    Sampler(config, prompt.input_ids, one_seed, ends, self.config.device, tokenizer),
+                    Sampler(config, prompt.input_ids, one_seed, ends, self.config.device),
                     StopRules(config, tokenizer, ends, n, budget),
                     budget,
                     tokenizer,
@@ -435,10 +437,13 @@ class Engine:
         """As `prefill`, of what `prepare` gave: at most `max_batch` prompts. `watch` sees every layer's attention."""
         return self.runner.run(prompts, self.bind(policy), watch)
 
-    def _budget(self, prompt_len: int, max_new_tokens: int | None) -> int:
+    def _config(self, given: Any, options: dict[str, Any]) -> Any:
+        return merge_config(self.model.hf.generation_config, given, options, self.model.shape.vocab_size)
+
+    def _budget(self, prompt_len: int, config: Any) -> int:
         """Answer tokens a prompt of `prompt_len` tokens may have. Raises PromptError when it does not fit."""
-        room = self.max_len - prompt_len
-        wanted = min(_DEFAULT_NEW_TOKENS, max(room, 1)) if max_new_tokens is None else max_new_tokens
+        room, limit = self.max_len - prompt_len, answer_limit(config, prompt_len)
+        wanted = config.max_new_tokens or min(limit or _DEFAULT_NEW_TOKENS, max(room, 1))
         if wanted > room:
             given = f"the prompt has {prompt_len} tokens and max_new_tokens is {wanted}"
             raise PromptError(f"{given}; accepted: together at most max_len {self.max_len}")

@@ -97,7 +97,7 @@ def try_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: i
     if name != "sdpa" and (device.type == "cpu") != (name == "native"):
         return "runs on the CPU only" if name == "native" else "runs on CUDA devices only"
     try:
-        q = torch.randn(5, 2, head_dim, device=device).to(dtype)
+        q = torch.randn(5, 2, head_dim, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         lengths = Lengths(torch.tensor([0, 2, 5], dtype=torch.int32, device=device), [2, 3])
         got = _FUNCTIONS[name](q, q, q, lengths, 1 / math.sqrt(head_dim))
         want = _sdpa(q, q, q, lengths, 1 / math.sqrt(head_dim))

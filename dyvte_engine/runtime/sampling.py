@@ -1,9 +1,9 @@
-"""Choosing the next token: transformers' own logits processors and names, one random stream per sequence."""
+"""Choosing the next token and when to stop: transformers' own processors and criteria, for one sequence."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,56 +11,50 @@ import transformers
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
+from ..kernels.transfer import to_device
+from .options import check_seed, merge_config, sequence_seeds
 
-SUPPORTED = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "stop_strings",
-    "eos_token_id",
-)
+__all__ = ["Sampler", "StopRules", "answer_limit", "check_seed", "end_tokens", "merge_config", "sequence_seeds"]
+
+_Asked = tuple[str, Any, Callable[[], Any]]  # an option, whether it is on, its processor
 
 
-def merge_config(base: Any, given: Any | None, options: dict[str, Any]) -> Any:
-    """The checkpoint's GenerationConfig, replaced by `given` if there is one, updated with keyword `options`.
+def end_tokens(config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the config's, or the tokenizer's where the config has none."""
+    ids = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else sorted(set(ids))
+
+
+def answer_limit(config: Any, prompt_len: int) -> int | None:
+    """The longest answer that a config of `merge_config` allows, in tokens; None if it names no length.
 
     Raises:
-        InvalidArgumentError: an option this engine does not know, or a value transformers refuses.
+        InvalidArgumentError: `max_length`, which counts the prompt, leaves no room for an answer.
     """
-    unknown = sorted(set(options) - set(SUPPORTED))
-    if unknown:
-        raise InvalidArgumentError(f"unknown option {unknown[0]!r}; accepted: {', '.join(SUPPORTED)}")
-    config = copy.deepcopy(base if given is None else given)
-    if (config.num_beams or 1) > 1:
-        raise InvalidArgumentError(f"num_beams is {config.num_beams}; accepted: 1")
-    _check_ranges(options)
-    config.update(**options)
-    return config
-
-
-def _check_ranges(options: dict[str, Any]) -> None:
-    rules = {
-        "max_new_tokens": (lambda v: isinstance(v, int) and v >= 1, "an integer of at least 1"),
-        "temperature": (lambda v: v > 0, "more than 0 (do_sample=False is greedy)"),
-        "top_k": (lambda v: isinstance(v, int) and v >= 0, "an integer of at least 0 (0 is off)"),
-        "top_p": (lambda v: 0 < v <= 1, "above 0, up to 1"),
-        "min_p": (lambda v: 0 <= v <= 1, "0 to 1"),
-        "repetition_penalty": (lambda v: v > 0, "more than 0"),
-    }
-    for name, (accepts, accepted) in rules.items():
-        value = options.get(name)
-        if value is not None and not accepts(value):
-            raise InvalidArgumentError(f"{name} is {value!r}; accepted: {accepted}")
+    if config.max_new_tokens is not None or config.max_length is None:
+        return config.max_new_tokens
+    if config.max_length <= prompt_len:
+        given = f"max_length (prompt and answer) is {config.max_length} and the prompt has {prompt_len} tokens"
+        raise InvalidArgumentError(f"{given}; accepted: more than that, or max_new_tokens")
+    return config.max_length - prompt_len
 
 
 class Sampler:
-    """The next tokens of one sequence. `prompt_ids` are what penalties look at too, as in transformers."""
+    """The next tokens of one sequence, as transformers' generate would choose them with a random stream of its own.
+
+    Args:
+        config: of `merge_config`.
+        prompt_ids: the prompt, which penalties look at too, as in transformers.
+        seed: of this sequence's draws; nothing else has a part in them.
+        eos: the end tokens.
+        device: of the logits.
+
+    Attributes:
+        plain: the argmax of the logits is the answer.
+
+    Raises:
+        InvalidArgumentError: a value that only transformers' processors refuse.
+    """
 
     def __init__(
         self,
@@ -69,60 +63,176 @@ class Sampler:
         seed: int,
         eos: Sequence[int],
         device: torch.device,
-        tokenizer: Any = None,
     ):
-        self._greedy = not config.do_sample
-        self._chain = _processors(config, len(prompt_ids), list(eos), device)
-        self.plain = self._greedy and not self._chain
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._ids = to_device(prompt_ids, device, torch.int64)
+        self._chain = _processors(config, self._ids, eos)
+        self._stream = torch.Generator(device).manual_seed(check_seed(seed)) if config.do_sample else None
+        self.plain = not self._chain and self._stream is None
 
     def __call__(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
-        """logits f32 [vocab] after all `ids` so far -> int64 []."""
-        scores = self._chain(torch.tensor([ids], device=logits.device), logits[None].clone())[0]
-        if self._greedy:
+        """logits f32 [vocab] of the next token, all ids so far, which only ever grow -> int64 [] on their device."""
+        scores = self.scores(logits, ids)
+        if self._stream is None:
             return scores.argmax()
-        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)[0]
+        return torch.multinomial(scores.softmax(-1), 1, generator=self._stream)[0]
+
+    def scores(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
+        """The processed scores f32 [vocab] that the token is chosen from; arguments as in a call."""
+        if not self._chain:
+            return logits
+        new = to_device(ids[len(self._ids) :], logits.device, torch.int64)
+        self._ids = torch.cat((self._ids, new))
+        return self._chain(self._ids[None], logits[None].clone())[0]
 
 
 class StopRules:
-    """When one sequence ends."""
+    """When one sequence ends. Its `max_time` runs from here.
+
+    Args:
+        config: of `merge_config`.
+        tokenizer: for `stop_strings`.
+        eos: the end tokens.
+        prompt_len, max_new_tokens: tokens of the prompt, and the most of the answer.
+
+    Raises:
+        InvalidArgumentError: stop strings that no token of the tokenizer can end.
+    """
 
     def __init__(self, config: Any, tokenizer: Any, eos: Sequence[int], prompt_len: int, max_new_tokens: int):
-        self._eos, self._max = set(eos), max_new_tokens
-        self._strings = transformers.StopStringCriteria(tokenizer, config.stop_strings) if config.stop_strings else None
+        self._eos = frozenset(eos)
+        limit = answer_limit(config, prompt_len)
+        self._limit = max_new_tokens if limit is None else min(limit, max_new_tokens)
+        self._deadline = None if config.max_time is None else time.perf_counter() + config.max_time
+        self._strings = None
+        if config.stop_strings is not None:
+            try:
+                self._strings = transformers.StopStringCriteria(tokenizer, config.stop_strings)
+            except ValueError as e:
+                raise InvalidArgumentError(f"stop_strings is {config.stop_strings!r}: {e}") from e
 
     def reason(self, ids: Sequence[int], new: Sequence[int]) -> str | None:
-        """After a token was appended: "stop" (end token), "stop_string", "length", or None."""
+        """After a token was appended to all `ids` and to the `new` ones: why the sequence ends there, if it does.
+
+        "stop" (an end token), "stop_string", "length", "time", in this order, or None.
+        """
         if new[-1] in self._eos:
             return "stop"
-        if self._strings is not None and bool(self._strings(torch.tensor([ids]), None)[0]):
-            return "stop_string"
-        return "length" if len(new) >= self._max else None
+        if self._strings is not None:
+            last = ids[-self._strings.maximum_token_len :]  # a stop string is at most as many tokens as characters
+            if bool(self._strings(torch.tensor([last]), None)[0]):
+                return "stop_string"
+        if len(new) >= self._limit:
+            return "length"
+        return "time" if self._deadline is not None and time.perf_counter() > self._deadline else None
 
 
-def end_tokens(config: Any, tokenizer: Any) -> list[int]:
-    eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+class _Watermark(transformers.LogitsProcessor):
+    """The watermark's own processor, made when the size of the vocabulary is seen."""
+
+    def __init__(self, config: Any):
+        self._config = config
+        self._processor: Any = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if self._processor is None:
+            self._processor = self._config.construct_processor(scores.shape[-1], scores.device)
+        return self._processor(input_ids, scores)
 
 
-def _processors(config: Any, prompt_len: int, eos: list[int], device: torch.device) -> Any:
+def _processors(config: Any, prompt: Tensor, eos: Sequence[int]) -> Any:
     """transformers' chain in transformers' order, holding only what the config turns on."""
-    t = transformers
-    chain = t.LogitsProcessorList()
-    if config.repetition_penalty is not None and config.repetition_penalty != 1.0:
-        chain.append(t.RepetitionPenaltyLogitsProcessor(penalty=float(config.repetition_penalty)))
-    if config.no_repeat_ngram_size:
-        chain.append(t.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
-    if config.min_new_tokens and eos:
-        chain.append(t.MinNewTokensLengthLogitsProcessor(prompt_len, config.min_new_tokens, eos, device=str(device)))
+    asked = _penalties(config, prompt, eos)
     if config.do_sample:
-        if config.temperature is not None and config.temperature != 1.0:
-            chain.append(t.TemperatureLogitsWarper(float(config.temperature)))
-        top_k = 50 if config.top_k is None else config.top_k  # what transformers' generate takes for "unset"
-        if top_k:
-            chain.append(t.TopKLogitsWarper(top_k))
-        if config.top_p is not None and config.top_p < 1.0:
-            chain.append(t.TopPLogitsWarper(config.top_p))
-        if config.min_p is not None:
-            chain.append(t.MinPLogitsWarper(config.min_p))
+        asked += _warpers(config, prompt.device)
+    c, t = config, transformers
+    asked += [
+        ("watermarking_config", c.watermarking_config, lambda: _Watermark(c.watermarking_config)),
+        ("renormalize_logits", c.renormalize_logits, t.LogitNormalization),
+    ]
+    chain = t.LogitsProcessorList()
+    for name, on, make in asked:
+        try:
+            if on:
+                chain.append(make())
+        except (TypeError, ValueError) as e:
+            raise InvalidArgumentError(f"{name} is {getattr(config, name)!r}: {e}") from e
     return chain
+
+
+def _penalties(c: Any, prompt: Tensor, eos: Sequence[int]) -> list[_Asked]:
+    """What greedy search looks at too. The prompt [n] is what transformers calls the encoder's input here."""
+    t, n, device = transformers, len(prompt), str(prompt.device)
+    end = to_device(list(eos), prompt.device, torch.int64) if eos else None
+    least = c.min_length if c.min_new_tokens is None else c.min_new_tokens and n + c.min_new_tokens
+    begin = n if n > 1 or c.forced_bos_token_id is None else n + 1
+    decay, limit = c.exponential_decay_length_penalty, answer_limit(c, n) or 0  # merge_config wants one where it counts
+    return [
+        ("sequence_bias", c.sequence_bias, lambda: t.SequenceBiasLogitsProcessor(_biases(c.sequence_bias))),
+        (
+            "encoder_repetition_penalty",
+            _differs(c.encoder_repetition_penalty, 1),
+            lambda: t.EncoderRepetitionPenaltyLogitsProcessor(float(c.encoder_repetition_penalty), prompt[None]),
+        ),
+        (
+            "repetition_penalty",
+            _differs(c.repetition_penalty, 1),
+            lambda: t.RepetitionPenaltyLogitsProcessor(float(c.repetition_penalty)),
+        ),
+        (
+            "no_repeat_ngram_size",
+            c.no_repeat_ngram_size,
+            lambda: t.NoRepeatNGramLogitsProcessor(c.no_repeat_ngram_size),
+        ),
+        (
+            "encoder_no_repeat_ngram_size",
+            c.encoder_no_repeat_ngram_size,
+            lambda: t.EncoderNoRepeatNGramLogitsProcessor(c.encoder_no_repeat_ngram_size, prompt[None]),
+        ),
+        ("bad_words_ids", c.bad_words_ids, lambda: t.NoBadWordsLogitsProcessor(list(map(list, c.bad_words_ids)), end)),
+        ("min_length", least and eos, lambda: t.MinLengthLogitsProcessor(least, end, device)),
+        (
+            "forced_bos_token_id",
+            c.forced_bos_token_id is not None,
+            lambda: t.ForcedBOSTokenLogitsProcessor(c.forced_bos_token_id),
+        ),
+        (
+            "forced_eos_token_id",
+            c.forced_eos_token_id is not None,
+            lambda: t.ForcedEOSTokenLogitsProcessor(n + limit, c.forced_eos_token_id, device),
+        ),
+        ("remove_invalid_values", c.remove_invalid_values, t.InfNanRemoveLogitsProcessor),
+        ("exponential_decay_length_penalty", decay and eos, lambda: t.ExponentialDecayLengthPenalty(decay, end, n)),
+        ("suppress_tokens", c.suppress_tokens, lambda: t.SuppressTokensLogitsProcessor(c.suppress_tokens, device)),
+        (
+            "begin_suppress_tokens",
+            c.begin_suppress_tokens,
+            lambda: t.SuppressTokensAtBeginLogitsProcessor(c.begin_suppress_tokens, begin, device),
+        ),
+    ]
+
+
+def _warpers(c: Any, device: torch.device) -> list[_Asked]:
+    """What shapes the distribution that is sampled."""
+    t, top_h = transformers, getattr(c, "top_h", None)  # which releases before 5 do not have
+    top_k = c.top_k
+    if top_k is None and t.GenerationConfig().top_k is None:
+        top_k = 50  # what transformers takes for a value that is not set
+    return [
+        ("temperature", _differs(c.temperature, 1), lambda: t.TemperatureLogitsWarper(float(c.temperature))),
+        ("top_h", top_h, lambda: t.TopHLogitsWarper(top_h)),
+        ("top_k", top_k, lambda: t.TopKLogitsWarper(top_k)),
+        ("top_p", _differs(c.top_p, 1), lambda: t.TopPLogitsWarper(c.top_p)),
+        ("min_p", c.min_p is not None, lambda: t.MinPLogitsWarper(c.min_p)),
+        ("typical_p", _differs(c.typical_p, 1), lambda: t.TypicalLogitsWarper(c.typical_p)),
+        ("epsilon_cutoff", 0 < (c.epsilon_cutoff or 0) < 1, lambda: t.EpsilonLogitsWarper(c.epsilon_cutoff)),
+        ("eta_cutoff", 0 < (c.eta_cutoff or 0) < 1, lambda: t.EtaLogitsWarper(c.eta_cutoff, device=str(device))),
+    ]
+
+
+def _differs(value: float | None, neutral: float) -> bool:
+    return value is not None and value != neutral
+
+
+def _biases(given: Any) -> dict[tuple[int, ...], float]:
+    pairs = given.items() if isinstance(given, dict) else given
+    return {tuple(ids): float(bias) for ids, bias in pairs}
