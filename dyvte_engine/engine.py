@@ -208,17 +208,18 @@ class Engine:
         Raises:
             PromptError, ImageError, InvalidArgumentError, ...: at once, before anything is computed.
         """
-        if not isinstance(request, Request):
-            raise InvalidArgumentError(f"request is a {type(request).__name__}; accepted: a Request")
-        r = request
-        if not is_single(r.prompt):
-            raise InvalidArgumentError("request.prompt must be one prompt: a string or a list of messages")
-        config = self._config(r.generation_config, dict(r.options))
-        inputs = self._tokenize(r.prompt, r.images, r.videos, r.video_fps, r.chat)
-        queued = self._sequences(inputs, r.policy, [r.seed], config, r.priority)
-        handle = self._enqueue(queued)[0]
+        handle = self._enqueue(self._prepare_request(request))[0]
         self._worker.start()
         return handle
+
+    def _prepare_request(self, request: Request) -> list[sequence.Sequence]:
+        if not isinstance(request, Request):
+            raise InvalidArgumentError(f"request is a {type(request).__name__}; accepted: a Request")
+        if not is_single(request.prompt):
+            raise InvalidArgumentError("request.prompt must be one prompt: a string or a list of messages")
+        config = self._config(request.generation_config, dict(request.options))
+        inputs = self._tokenize(request.prompt, request.images, request.videos, request.video_fps, request.chat)
+        return self._sequences(inputs, request.policy, [request.seed], config, request.priority)
 
     def generate(
         self,

@@ -170,6 +170,7 @@ class KVCache:
         self.claims += other.claims
         self.count = new.stop
         other.claims, other.count = [], 0
+        other._held[:] = 0
 
     def select(self, keep: Sequence[int]) -> None:
         """Continue with the sequences listed, each once, in that order; the others give their pages back."""

@@ -1,0 +1,294 @@
+"""Requests that join and leave a running batch: each is answered as if it were alone, and nothing leaks.
+
+Random traces of submit, step and cancel with mixed policies, lengths, pictures, sampling and stop rules. Each runs some
+dozens of traces here; `DYVTE_TRACES=2000` asks for more.
+"""
+
+import asyncio
+import functools
+import os
+import threading
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from dyvte_engine import (
+    CacheError,
+    DynamicExit,
+    FastV,
+    FixedExit,
+    InvalidArgumentError,
+    KeepAll,
+    PromptError,
+    PyramidDrop,
+    Random,
+    Request,
+    RequestCancelledError,
+    compose,
+)
+from tests import tiny
+from tests.engine.conftest import build
+from tests.engine.test_exit import random_heads
+
+TEXTS, IMAGES = tiny.prompts(seed=7, n=16)
+POLICIES = {
+    "none": None,
+    "keep-all": KeepAll(),
+    "before": FixedExit(-1),
+    "fixed": FixedExit(1),
+    "notation": "fastv:1,0.5+fixed:2",
+    "dynamic": DynamicExit(random_heads(4), 0.7),
+    "fastv+dynamic": compose(FastV(1, 0.5), DynamicExit(random_heads(4), 0.6, hysteresis=2)),
+    "random": Random(0, 0.5),
+    "pyramid": PyramidDrop(),
+}
+SAMPLING = {
+    "greedy": {},
+    "sampled": dict(do_sample=True, temperature=1.3, top_k=40),
+    "penalty": dict(repetition_penalty=1.4),
+    "stop string": dict(stop_strings=["w7", "w1 w2", "w33"]),
+    "end tokens": dict(eos_token_id=list(range(3, 30))),
+}
+TRACES = int(os.environ.get("DYVTE_TRACES", 25))
+requests = st.tuples(
+    st.integers(0, len(TEXTS) - 1),
+    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from(sorted(SAMPLING)),
+    st.integers(0, 3),
+    st.sampled_from([1, 2, 3, 9, 24]),
+)
+
+
+def request_of(spec, priority=0):
+    prompt, policy, sampling, seed, n = spec
+    options = dict(max_new_tokens=n, **SAMPLING[sampling])
+    return Request(
+        TEXTS[prompt],
+        IMAGES[prompt],
+        chat=False,
+        policy=POLICIES[policy],
+        seed=seed,
+        priority=priority,
+        options=options,
+    )
+
+
+@functools.cache
+def engines():
+    """One whose pool holds about two requests and whose slices are short, and one for each request alone."""
+    tight, _ = build(
+        page_size=4, max_batch=3, max_stall=40, max_len=192, kv_memory=4 * 48 * 2 * 4 * 2 * 2 * 16 * 4 // 2
+    )
+    alone, _ = build(page_size=4, max_batch=1, max_len=192)
+    return tight, alone
+
+
+@functools.cache
+def answer(spec):
+    r = request_of(spec)
+    alone = engines()[1]
+    result = alone.generate(r.prompt, r.images, chat=False, policy=r.policy, seed=r.seed, **r.options)
+    return result.token_ids, result.text, result.finish_reason, result.stats.exit_layer, result.stats.tokens_per_layer
+
+
+def told(result):
+    return result.token_ids, result.text, result.finish_reason, result.stats.exit_layer, result.stats.tokens_per_layer
+
+
+class Traces(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.engine = engines()[0]
+        self.scheduler = self.engine._scheduler
+        self.handles = []
+
+    @rule(spec=requests, priority=st.integers(-1, 1))
+    def submit(self, spec, priority):
+        sequences = self.engine._prepare_request(request_of(spec, priority))
+        self.handles.append((spec, self.engine._enqueue(sequences)[0]))
+
+    @rule(steps=st.integers(1, 12))
+    def step(self, steps):
+        for _ in range(steps):
+            self.scheduler.step()
+
+    @rule(which=st.integers(0, 99))
+    def cancel(self, which):
+        if self.handles:
+            _, handle = self.handles[which % len(self.handles)]
+            done = handle.done
+            handle.cancel()
+            assert handle.done
+            if not done:
+                with pytest.raises(RequestCancelledError):
+                    handle.result(0)
+
+    @invariant()
+    def pages_add_up(self):
+        with self.engine.runner.lock:
+            group = self.scheduler._group
+            self.engine.runner.check_integrity(sum(group.promised) if group else 0)
+
+    def teardown(self):
+        while self.scheduler.has_work:
+            self.scheduler.step()
+        self.engine.check_integrity()
+        assert self.engine.pool.bytes_held == self.engine.pool.claimed == 0
+        for spec, handle in self.handles:
+            if handle._error is None:
+                assert told(handle.result(0)) == answer(spec), spec
+                assert "".join(chunk.text for chunk in handle) == answer(spec)[1]
+            else:
+                assert isinstance(handle._error, RequestCancelledError)
+
+
+TestTraces = Traces.TestCase
+TestTraces.settings = settings(
+    max_examples=TRACES,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize="DYVTE_TRACES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def specs(n):
+    policies, sampling = sorted(POLICIES), sorted(SAMPLING)
+    return [
+        (i % 16, policies[i % len(policies)], sampling[i % len(sampling)], i % 3, 3 + 5 * (i % 4)) for i in range(n)
+    ]
+
+
+def test_threads_that_submit_stream_and_generate_at_once():
+    """Every thread gets its own answers, whoever runs the steps."""
+    engine, _ = engines()
+    wrong = []
+
+    def work(offset):
+        for spec in specs(24)[offset::4]:
+            r = request_of(spec)
+            if offset % 2:
+                got = told(engine.submit(r).result(60))
+            else:
+                options = dict(chat=False, policy=r.policy, seed=r.seed, **r.options)
+                chunks = list(engine.stream(r.prompt, r.images, **options))
+                got = told(chunks[-1].result)
+            if got != answer(spec):
+                wrong.append(spec)
+
+    for spec in specs(24):
+        answer(spec)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert not wrong
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+
+
+def test_async_iteration():
+    engine, _ = engines()
+
+    async def ask(spec):
+        handle = engine.submit(request_of(spec))
+        text = "".join([chunk.text async for chunk in handle])
+        result = await handle.wait()
+        assert text == result.text
+        return told(result)
+
+    async def all_of(chosen):
+        return await asyncio.gather(*(ask(spec) for spec in chosen))
+
+    chosen = specs(10)
+    assert asyncio.run(all_of(chosen)) == [answer(spec) for spec in chosen]
+
+
+def test_a_stream_that_is_left_frees_everything():
+    engine, _ = engines()
+    for chunk in engine.stream(TEXTS[:4], IMAGES[:4], chat=False, max_new_tokens=20):
+        assert chunk.token_id >= 0
+        break
+    assert engine.pool.claimed == 0
+    never = engine.stream(TEXTS[0], IMAGES[0], chat=False)
+    del never
+    assert not engine._scheduler.has_work
+
+
+def test_priority_goes_first():
+    engine, _ = build(page_size=4, max_batch=2)
+    order = []
+    handles = [
+        engine._enqueue(engine._prepare_request(request_of((i, "fixed", "greedy", 0, 2), priority)))[0]
+        for i, priority in enumerate([0, 0, 5, 0, 5])
+    ]
+    while not all(h.done for h in handles):
+        engine._scheduler.step()
+        order += [i for i, h in enumerate(handles) if h.done and i not in order]
+    assert order == [2, 4, 0, 1, 3]
+
+
+def test_what_cannot_be_queued_is_refused_at_once():
+    engine, _ = engines()
+    with pytest.raises(InvalidArgumentError, match="a Request"):
+        engine.submit("Hello")
+    with pytest.raises(InvalidArgumentError, match="one prompt"):
+        engine.submit(Request(["a", "b"], chat=False))
+    with pytest.raises(PromptError, match="max_len"):
+        engine.submit(Request("w1", chat=False, options=dict(max_new_tokens=1000)))
+    with pytest.raises(InvalidArgumentError, match="policy"):
+        engine.submit(Request("w1", chat=False, policy=3))
+    assert not engine._scheduler.has_work
+
+
+def test_pages_held_by_an_open_prefill_are_not_waited_for():
+    engine, _ = build(page_size=4, max_batch=1, max_len=32)
+    texts, images = tiny.prompts(seed=3, n=1, images=(0,))
+    with engine.prefill_prepared(engine.prepare(texts, images, chat=False)):
+        with pytest.raises(CacheError, match=r"Engine\.prefill"):
+            engine.generate(texts[0], chat=False, max_new_tokens=8)
+    assert engine.generate(texts[0], chat=False, max_new_tokens=8).stats.new_tokens == 8
+
+
+def test_one_failing_request_leaves_its_neighbours_alone(monkeypatch):
+    engine, _ = engines()
+    chosen = [(i, "fixed", "greedy", 0, 9) for i in range(3)]
+    want = [answer(spec) for spec in chosen]
+    prepare = engine.model.prepare
+
+    def failing(prompts, policy=None):
+        if any(p.input_ids == bad for p in prompts):
+            raise RuntimeError("the tower is out of memory")
+        return prepare(prompts, policy)
+
+    sequences = [engine._prepare_request(request_of(spec))[0] for spec in chosen]
+    bad = sequences[1].prompt.input_ids
+    monkeypatch.setattr(engine.model, "prepare", failing)
+    handles = engine._enqueue(sequences)
+    assert told(handles[0].result()) == want[0] and told(handles[2].result()) == want[2]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        handles[1].result()
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+
+
+@pytest.mark.parametrize("where", ["prefill", "step"])
+def test_an_interrupt_leaves_nothing_behind(where, monkeypatch):
+    """Ctrl-C in the middle of a step: the call ends with it, and the next one is as on the first day."""
+    engine, _ = engines()
+    spec = specs(4)[3]
+    want, r = answer(spec), request_of(spec)
+    target = engine._scheduler._running if where == "step" else engine.model.decoder
+    name = "step" if where == "step" else "layer"
+    monkeypatch.setattr(target, name, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    options = dict(chat=False, policy=r.policy, seed=r.seed, **r.options)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(r.prompt, r.images, **options)
+    monkeypatch.undo()
+    engine.check_integrity()
+    assert engine.pool.claimed == 0 and not engine._scheduler.has_work
+    assert told(engine.generate(r.prompt, r.images, **options)) == want
