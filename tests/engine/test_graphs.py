@@ -129,8 +129,9 @@ def test_running_batches_of_one_size_do_not_disturb_each_other(device):
     for step in tokens:
         for r, mine in zip(running, got):
             mine.append(r.step(step))
+    # A graph's table ends at its bucket: attention on a GPU splits the rows in fewer parts, and sums in another order.
     for mine, theirs in zip(got, want):
-        torch.testing.assert_close(torch.stack(mine), torch.stack(theirs))
+        torch.testing.assert_close(torch.stack(mine), torch.stack(theirs), rtol=1e-4, atol=1e-4)
     assert [r.cache.lens.tolist() for r in running] == [r.cache.host_lens.tolist() for r in running]
     for r in running:
         r.close()
