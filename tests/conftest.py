@@ -16,7 +16,7 @@ NOT_RUN = pytest.StashKey[int]()
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if torch.cuda.is_available() or not gpu:
+    if torch.cuda.is_available() or config.option.collectonly or not gpu:
         return
     config.stash[NOT_RUN] = len(gpu)
     config.hook.pytest_deselected(items=gpu)
