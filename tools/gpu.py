@@ -89,7 +89,7 @@ def capacity(model: str, options: str = "") -> Step:
 
 
 def smol(stage: str, minutes: float) -> Step:
-    """In outputs/smol, where it goes on with what an earlier call left."""
+    """In outputs/smol, continued from what an earlier call left there."""
     command = ["-m", "dyvte_engine.training.smol.train"]
     options = ["--stage", stage, "--minutes", str(minutes), "--batch", "128", "--workers", "12"]
     return Step(f"smol {stage}", [*command, *options, "--out", str(ROOT / "outputs" / "smol")], [*command, "--help"])
@@ -236,9 +236,9 @@ class Call:
         failed = []
         for step in self.part.steps:
             start = time.monotonic()
-            fault = self._step(step) if start < self.end else "not begun: the time is up"
-            print(f"{step.name}: {fault or 'done'}, {time.monotonic() - start:.0f} s", flush=True)
-            failed += [f"{step.name}: {fault}"] if fault else []
+            problem = self._step(step) if start < self.end else "not begun: the time is up"
+            print(f"{step.name}: {problem or 'done'}, {time.monotonic() - start:.0f} s", flush=True)
+            failed += [f"{step.name}: {problem}"] if problem else []
             self._pack()
         return failed
 
@@ -252,9 +252,9 @@ class Call:
         before = [] if self.dry else list(step.before)
         around = {**environment(), **step.environment, "PYTHONPATH": str(self.package), "HF_HUB_OFFLINE": "1"}
         with log.open("w") as file:
-            fault = _within(self.end, [*before, sys.executable, *arguments], self.package, around, file)
-        print("".join(log.read_text().splitlines(keepends=True)[-40 if fault else -12 :]), flush=True)
-        return fault
+            problem = _within(self.end, [*before, sys.executable, *arguments], self.package, around, file)
+        print("".join(log.read_text().splitlines(keepends=True)[-40 if problem else -12 :]), flush=True)
+        return problem
 
     def _pack(self) -> None:
         new = self.archive.with_suffix(".new")
