@@ -3,10 +3,12 @@
 On the CPU a stand-in for the graph runs the step again at each replay; with `-m gpu` the same tests run real graphs.
 """
 
+import contextlib
 import functools
 import gc
 import itertools
 from dataclasses import dataclass
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from dyvte_engine import (
     VisualTokenPolicy,
     compose,
 )
+from dyvte_engine.kernels import graphs
 from dyvte_engine.kernels.graphs import capture_cuda
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.tower_graphs import TowerGraphs
@@ -84,6 +87,26 @@ class Captures:
             return result
 
         return replay
+
+
+def test_each_device_captures_on_a_stream_of_its_own(monkeypatch):
+    """torch's default is one stream for all graphs, of the device that captured first."""
+    streams = []
+
+    @contextlib.contextmanager
+    def graph(graph, pool, stream):
+        streams.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: [device])
+    monkeypatch.setattr(graphs, "_stream", functools.cache(graphs._stream.__wrapped__))
+    for device in (0, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        assert capture_cuda(lambda: "out", [])() == "out"
+    assert streams == [[0], [1], [0]]
+    assert streams[0] is streams[2], "graphs that share memory must share a stream"
 
 
 def with_graphs(device, policy=None, **options):
