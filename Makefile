@@ -18,7 +18,7 @@ DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
-.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check doctor clean distclean FORCE
+.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check gpu-prebuild gpu-rehearsal doctor clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -131,11 +131,21 @@ bench-docs: $(VENV)/.built ## outputs/benchmarks among the records in benchmarks
 	$(BENCH).document --results outputs/benchmarks
 	$(BENCH).floors --page docs/performance.md
 
-gpu-bench: ## benchmarks at published sizes (random weights) on one GPU, with the python3 in PATH; see tools/gpu_bench.sh
-	PYTHON='$(PYTHON)' bash tools/gpu_bench.sh
+GPU = '$(PYTHON)' tools/gpu.py
+GPU_RUN = $(GPU) run $(if $(OUT),--out '$(OUT)') $(if $(DRY),--dry)
+gpu-bench: ## benchmarks at published sizes (random weights) on one GPU, with the python3 in PATH; PART="c d e", or others (tools/gpu.py), OUT=folder
+	$(GPU_RUN) $(or $(PART),c d e)
 
 gpu-check: ## GPU tests and compute-sanitizer with the python3 in PATH; no network, no virtual environment
-	PYTHON='$(PYTHON)' bash tools/gpu_check.sh
+	$(GPU_RUN) a b
+
+GPU_ARCH ?= 90a
+GPU_PYTHON ?=
+gpu-prebuild: $(VENV)/.torch ## on a machine without a GPU: libraries for one with it, in build/gpu/native; GPU_ARCH, GPU_PYTHON (its version, with headers)
+	$(NATIVE_ENV) $(PY) tools/gpu.py prebuild --arch '$(GPU_ARCH)' --module-python '$(GPU_PYTHON)'
+
+gpu-rehearsal: build ## every part of gpu-check and gpu-bench on the CPU, with tiny models
+	$(PY) tools/gpu.py run --dry a b c d e f
 
 clean: ## remove everything built; distclean also removes the virtual environment
 	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info dyvte_engine/*.so $(VENV)/.built

@@ -1,4 +1,4 @@
-"""How much arithmetic a prefill is: in the paper's accounting (spec section 4), and counted truly.
+"""How much arithmetic a prefill is: in the paper's accounting (docs/method.md section 4), and counted truly.
 
 All figures are FLOPs, two for a multiply-add. Nothing here runs a model: shapes and token counts go in.
 """

@@ -42,9 +42,7 @@ Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const T
   Tensor score = empty({p.rows_k}, aoti_torch_dtype_float32(), vq);
   if (p.rows_k == 0) return score;
   p.score = static_cast<float*>(score.data_ptr());
-  const Scratch scratch(DYVTE_SCRATCH(vq, p, token_score), vq);
-  p.scratch = scratch.data();
-  DYVTE_LAUNCH(vq, p, token_score);
+  DYVTE_LAUNCH_WITH_SCRATCH(vq, p, token_score);
   return score;
 }
 
@@ -88,9 +86,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_p
   Tensor out = empty({p.batch, p.heads_q, p.pool.dim}, vq.dtype, vq);
   if (p.batch * p.heads_q == 0) return out;
   p.out = out.data_ptr();
-  const Scratch scratch(DYVTE_SCRATCH(vq, p, decode_attention), vq);
-  p.scratch = scratch.data();
-  DYVTE_LAUNCH(vq, p, decode_attention);
+  DYVTE_LAUNCH_WITH_SCRATCH(vq, p, decode_attention);
   return out;
 }
 

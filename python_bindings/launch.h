@@ -62,17 +62,17 @@ inline void check_status(const char* op, Status status) {
   if (status) fail(op, ": ", status);
 }
 
-// Runs one of the two launchers where the tensor `on` lives. Without CUDA kernels in this build `cuda` is never called.
-template <class Params>
-void launch(const View& on, const Params& p, Status (*cpu)(const Params&, ParallelFor),
-            Status (*cuda)(const Params&, void*)) {
-  if (!on.on_cuda()) return check_status(on.op, cpu(p, torch_parallel_for));
+// Calls cpu(), or cuda(stream) with the device of `on` current: whatever asks for the device, as the size of scratch
+// may, belongs inside. Without CUDA kernels in this build `cuda`, a generic lambda, is never instantiated.
+template <class Cpu, class Cuda>
+void dispatch(const View& on, const Cpu& cpu, const Cuda& cuda) {
+  if (!on.on_cuda()) return check_status(on.op, cpu());
 #ifdef DYVTE_WITH_CUDA
   void* stream = nullptr;
   if (!aoti_torch_get_current_cuda_stream) fail(on.op, ": ", on.name, " is on CUDA, but this torch is a CPU build");
   const torch::stable::accelerator::DeviceGuard guard(on.device_index);
   shim(aoti_torch_get_current_cuda_stream(on.device_index, &stream));
-  check_status(on.op, cuda(p, stream));
+  check_status(on.op, cuda(stream));
 #else
   (void)cuda;
   fail(on.op, ": ", on.name, " is on CUDA, but this build has no CUDA kernels; rebuild with DYVTE_CUDA=ON");
@@ -81,11 +81,23 @@ void launch(const View& on, const Params& p, Status (*cpu)(const Params&, Parall
 
 }  // namespace dyvte::bind
 
-#ifdef DYVTE_WITH_CUDA
-#define DYVTE_LAUNCH(on, p, name) ::dyvte::bind::launch(on, p, &name##_cpu, &name##_cuda)
-#define DYVTE_SCRATCH(on, p, name) ((on).on_cuda() ? name##_cuda_scratch(p) : name##_cpu_scratch(p))
-#else
-#define DYVTE_LAUNCH(on, p, name) \
-  ::dyvte::bind::launch(on, p, &name##_cpu, static_cast<Status (*)(const decltype(p)&, void*)>(nullptr))
-#define DYVTE_SCRATCH(on, p, name) name##_cpu_scratch(p)
-#endif
+// Runs kernel `name` with parameters p where the tensor `on` is.
+#define DYVTE_LAUNCH(on, p, name)                                     \
+  ::dyvte::bind::dispatch(                                            \
+      on, [&] { return ::dyvte::name##_cpu(p, torch_parallel_for); }, \
+      [&](auto* stream) { return ::dyvte::name##_cuda(p, stream); })
+
+// The same for a kernel that works in p.scratch.
+#define DYVTE_LAUNCH_WITH_SCRATCH(on, p, name)                            \
+  ::dyvte::bind::dispatch(                                                \
+      on,                                                                 \
+      [&] {                                                               \
+        const ::dyvte::bind::Scratch scratch(name##_cpu_scratch(p), on);  \
+        p.scratch = scratch.data();                                       \
+        return ::dyvte::name##_cpu(p, torch_parallel_for);                \
+      },                                                                  \
+      [&](auto* stream) {                                                 \
+        const ::dyvte::bind::Scratch scratch(name##_cuda_scratch(p), on); \
+        p.scratch = scratch.data();                                       \
+        return ::dyvte::name##_cuda(p, stream);                           \
+      })

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 torch.set_num_threads(min(torch.get_num_threads(), 4))
+torch.backends.cudnn.allow_tf32 = False  # float32 on a GPU is compared with the CPU's; matmuls have no TF32 by default
 NOT_RUN = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    gpu = [item for item in items if "gpu" in item.keywords]
-    if torch.cuda.is_available() or not gpu:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if torch.cuda.is_available() or config.option.collectonly or not gpu:
         return
     config.stash[NOT_RUN] = len(gpu)
     config.hook.pytest_deselected(items=gpu)
-    items[:] = [item for item in items if "gpu" not in item.keywords]
+    items[:] = [item for item in items if item not in gpu]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -79,11 +79,3 @@ def test_symbol_reader_agrees_with_nm(audit):
 def test_no_library_holds_the_path_of_its_build():
     for path in libraries():
         assert str(ROOT).encode() not in path.read_bytes(), path.name
-
-
-def test_gpu_check_runs_every_gpu_test():
-    command = re.search(r"-m gpu -p no:cacheprovider (tests/ops .*)", (TOOLS / "gpu_check.sh").read_text()).group(1)
-    listed = [ROOT / path for path in command.split()]
-    marked = [path for path in (ROOT / "tests").rglob("*.py") if re.search(r"mark\.gpu\b", path.read_text())]
-    assert marked and all(path.exists() for path in listed)
-    assert [path for path in marked if not any(path.is_relative_to(there) for there in listed)] == []

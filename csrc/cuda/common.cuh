@@ -123,11 +123,21 @@ inline int multiprocessors() {
   return count;
 }
 
+// Blocks of a launch. A count beyond 32 bits becomes one that CUDA refuses, where a conversion would drop the high
+// bits.
+struct Grid {
+  int64_t x, y;
+  Grid(int64_t x_, int64_t y_ = 1) : x(x_), y(y_) {}
+  dim3 blocks() const { return dim3(clipped(x), clipped(y)); }
+
+ private:
+  static unsigned clipped(int64_t n) { return n < UINT32_MAX ? static_cast<unsigned>(n) : UINT32_MAX; }
+};
+
 template <class... Parameters, class... Arguments>
-inline void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, void* stream,
-                   const Arguments&... arguments) {
+inline void launch(void (*kernel)(Parameters...), Grid grid, int threads, void* stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
+  config.gridDim = grid.blocks();
   config.blockDim = dim3(threads);
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchKernelEx(&config, kernel, arguments...);  // launch_status() reports what it returns

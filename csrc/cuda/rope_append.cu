@@ -92,7 +92,7 @@ void run(const RopeAppendParams& p, void* stream) {
   if (units == 0) return;
   int64_t pieces = ceil_div(units, kThreads);
   pieces = pieces < 1024 ? pieces : 1024;
-  launch(rope_append_kernel<T, V>, dim3(p.rows, pieces), kThreads, stream, p);
+  launch(rope_append_kernel<T, V>, Grid(p.rows, pieces), kThreads, stream, p);
 }
 
 template <class T>

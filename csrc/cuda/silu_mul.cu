@@ -29,7 +29,7 @@ template <class T, int V>
 void run(const SiluMulParams& p, void* stream) {
   int64_t pieces = ceil_div(p.m, kThreads * V);
   pieces = pieces < 1024 ? pieces : 1024;
-  launch(silu_mul_kernel<T, V>, dim3(p.rows, pieces), kThreads, stream, p);
+  launch(silu_mul_kernel<T, V>, Grid(p.rows, pieces), kThreads, stream, p);
 }
 
 }  // namespace

@@ -52,10 +52,13 @@ __host__ __device__ Scratch split_scratch(const TokenScoreParams& p, int splits)
   return {reinterpret_cast<float2*>(p.scratch), p.scratch + 2 * splits * p.rows_q * p.heads_q};
 }
 
-struct Shared {
+// Its rows are read four floats at a time.
+struct alignas(16) Shared {
   float q[kQueries][kPitch];
   float k[kKeys][kPitch];
 };
+static_assert(alignof(Shared) % alignof(float4) == 0 && sizeof(Shared::q[0]) % alignof(float4) == 0,
+              "a row that begins at no multiple of a float4 cannot be read as such");
 
 // Channels [c0, c0 + kChunk) of ROWS rows into shared memory, zeros outside the sequence or the head.
 template <class T, int V, int ROWS>

@@ -1,6 +1,8 @@
 // Runs every kernel in every implementation on odd sizes, strided and misaligned data, and compares them with each
 // other. Meant to run under the address and undefined-behaviour sanitisers; tests/ops compares the CPU kernels with
 // torch.
+#include <sys/mman.h>
+
 #include <numeric>
 
 #include "implementations.h"
@@ -356,6 +358,105 @@ void heads(DType dtype, int64_t shift) {
   }
 }
 
+// Pages of K and V beyond element 2^31 of a pool hold what the first pages of a small pool hold. Most of the memory is
+// never touched.
+struct Pages {
+  static constexpr int64_t kPage = 16, kHeads = 2, kDim = 64;
+  int64_t count, bytes;
+  char* memory;
+
+  explicit Pages(int64_t count_) : count(count_), bytes(2 * count * kPage * kHeads * kDim * 2) {
+    void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) check("no address space", "far_pages");
+    memory = static_cast<char*>(mapped);
+  }
+  ~Pages() { munmap(memory, bytes); }
+  KvPool pool() const { return {memory, memory + bytes / 2, count, kPage, kHeads, kDim}; }
+};
+
+// Appends rows on the last two pages, drops every other one and attends to the rest.
+std::vector<float> use_last_pages(const Implementation& with, const Pages& pages, const Values& qkv_start) {
+  constexpr int64_t kRows = 21, kHeads = Pages::kHeads, kDim = Pages::kDim, kWidth = 3 * kHeads * kDim;
+  const Values qkv = qkv_start, out(DType::bf16, kHeads * kDim);
+  const Ints table{static_cast<int32_t>(pages.count - 1), static_cast<int32_t>(pages.count - 2)}, zero{0}, cu{0, kRows};
+  const Ints positions(kRows), lens{kRows}, keep(kRows / 2), keep_cu{0, kRows / 2};
+  for (int32_t i = 0; i < kRows / 2; ++i) keep[i] = 2 * i + 1;
+  const Array<float> cos_sin(kDim);
+  std::fill(cos_sin.data(), cos_sin.data() + kDim, 0.6f);
+  constexpr int64_t kRowBytes = kHeads * kDim * 2;
+  char* base = static_cast<char*>(qkv.data());
+
+  RopeAppendParams append{};
+  append.q = base;
+  append.k = base + kRowBytes;
+  append.v = base + 2 * kRowBytes;
+  append.q_stride = append.k_stride = append.v_stride = kWidth;
+  append.cos_sin = cos_sin.data();
+  append.positions = positions.data();
+  append.cu_seqlens = cu.data();
+  append.pool = pages.pool();
+  append.block_table = table.data();
+  append.lens = zero.data();
+  append.rows = kRows;
+  append.batch = 1;
+  append.heads_q = kHeads;
+  append.rot_dim = kDim;
+  append.max_pages = append.table_stride = 2;
+  append.dtype = DType::bf16;
+  check(with.rope_append(append, threaded_for), "rope_append");
+
+  const KvCompactParams compact{pages.pool(), table.data(), lens.data(), keep.data(), keep_cu.data(), 1, 2, kRowBytes};
+  check(with.kv_compact(compact, threaded_for), "kv_compact");
+
+  DecodeAttentionParams attend{};
+  attend.q = base;
+  attend.out = out.data();
+  attend.pool = pages.pool();
+  attend.block_table = table.data();
+  attend.kv_lens = lens.data();
+  attend.q_stride = kWidth;
+  attend.batch = 1;
+  attend.heads_q = kHeads;
+  attend.max_pages = attend.table_stride = 2;
+  attend.max_len = with.cuda ? 2 * Pages::kPage : lens[0];
+  attend.scale = 0.1f;
+  attend.dtype = DType::bf16;
+  const Array<float> scratch(with.cuda ? decode_attention_cuda_scratch(attend) : decode_attention_cpu_scratch(attend));
+  attend.scratch = scratch.data();
+  check(with.decode_attention(attend, threaded_for), "decode_attention");
+  std::vector<float> result;
+  out.append_to(result);
+  return result;
+}
+
+void far_pages() {
+  const Values qkv(DType::bf16, 21 * 3 * Pages::kHeads * Pages::kDim);
+  const Pages near(2), far((int64_t{1} << 20) + 2);
+  for (const Implementation& with : implementations()) {
+    if (use_last_pages(with, near, qkv) != use_last_pages(with, far, qkv))
+      check("pages beyond element 2^31 differ", with.name.c_str());
+  }
+}
+
+void empty_batches() {
+  for (const Implementation& with : implementations()) {
+    check(with.exit_head({}, threaded_for), "exit_head");
+    check(with.kv_compact({}, threaded_for), "kv_compact");
+    check(with.rope_append({}, threaded_for), "rope_append");
+    check(with.token_score({}, threaded_for), "token_score");
+    check(with.decode_attention({}, threaded_for), "decode_attention");
+    check(with.rms_norm({}, threaded_for), "rms_norm");
+    check(with.silu_mul({}, threaded_for), "silu_mul");
+  }
+}
+
+// A grid of so many blocks is refused; its low 32 bits alone would be one block.
+void too_many_rows() {
+  const Values gate_up(DType::f32, 2), out(DType::f32, 1);
+  const SiluMulParams p{gate_up.data(), out.data(), (int64_t{1} << 32) + 1, 1, 2, DType::f32};
+  if (silu_mul_cuda(p, nullptr) == nullptr) check("2^32 + 1 rows were taken as one", "silu_mul");
+}
+
 }  // namespace
 }  // namespace dyvte::test
 
@@ -369,6 +470,9 @@ int main() {
       heads(dtype, shift);
     }
   }
+  far_pages();
+  empty_batches();
+  too_many_rows();
   std::printf("ok:");
   for (const Implementation& implementation : implementations()) std::printf(" %s", implementation.name.c_str());
   std::printf(" agree\n");

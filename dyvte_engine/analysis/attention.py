@@ -1,4 +1,4 @@
-"""Attention and entropy statistics of every layer (spec section 7), without any n x n map.
+"""Attention and entropy statistics of every layer (docs/method.md section 7), without any n x n map.
 
 The softmax rows of a few queries exist at a time, in fp32, and are reduced at once: memory grows with the sequence, not
 with its square. What is measured are the rows that each layer really computed, so exits are seen too.

@@ -1,5 +1,5 @@
-"""The exit heads: one two-layer MLP after every decoder layer ("hyper-network" in the paper, spec section 1), or the
-light form in which all layers share one trunk and differ by an embedding (spec section 6).
+"""The exit heads: one two-layer MLP after every decoder layer ("hyper-network" in the paper, docs/method.md section 1),
+or the light form in which all layers share one trunk and differ by an embedding (section 6 there).
 
 This module knows their weights, their file and the plain torch forward used for training; inference
 runs the fused `dyvte::exit_head` kernel on the same tensors.
@@ -51,7 +51,7 @@ class ExitHeadConfig:
 
 
 class ExitHeads(nn.Module):
-    """`w1` [L, h, S*d] and `w2` [L, 2, h], no biases, Xavier-uniform (spec section 1); logits are (keep, exit).
+    """`w1` [L, h, S*d] and `w2` [L, 2, h], no biases, Xavier-uniform; logits are (keep, exit).
 
     With `config.shared`: w1 [1, h, S*d], w2 [1, 2, h] and the layer embedding `b1` [L, h], else `b1` is None.
     """

@@ -1,18 +1,24 @@
-"""Small copies between host and device that wait for nothing."""
+"""Small copies between host and device that wait for nothing, and the device that calls are meant for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """While this is entered a CUDA device is the current one, whose streams graphs, events and launches take."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def to_device(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Host values as a tensor on the device. From pinned memory, which torch keeps until the copy is done."""
     host = torch.as_tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def upload(target: Tensor, host: Tensor) -> None:
@@ -22,10 +28,12 @@ def upload(target: Tensor, host: Tensor) -> None:
 
 def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
     """Begin to copy to the host; the function returned waits for this copy alone, not for what is queued behind it."""
+    if not tensor.is_cuda:
+        return tensor.tolist
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(tensor.device))
 
     def read() -> list[Any]:
         copied.synchronize()

@@ -75,7 +75,7 @@ class Rows:
         n_visual = [int(v.sum()) for v in visual]
         return cls(
             positions=torch.cat(list(positions)).to(torch.int32),
-            visual=torch.cat(list(visual)).to(device),
+            visual=to_device(torch.cat(visual), device, torch.bool),
             source=torch.arange(sum(host), device=device),
             lengths=Lengths(_cumulative(host, device), host),
             n_visual=n_visual,
@@ -145,8 +145,9 @@ class Rows:
         for keep, before, after in zip(decision, self.n_visual, n_visual, strict=True):
             if keep is not None and after < before:
                 visual = self.visual_rows[start : start + before].long()
-                stay[visual] = False
-                stay[visual[keep]] = True
+                # Not `stay[visual] = False`: that copies the number to the device, and waits.
+                stay.index_fill_(0, visual, False)
+                stay.index_fill_(0, visual[keep], True)
             start += before
         host = [n - old + new for n, old, new in zip(self.lengths.host, self.n_visual, n_visual, strict=True)]
         index = torch.nonzero_static(stay, size=sum(host))[:, 0]

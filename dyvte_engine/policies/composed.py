@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
+from ..kernels.transfer import read_later
 from .base import Decision, LayerState, VisualTokenPolicy
 
 if TYPE_CHECKING:
@@ -70,23 +71,41 @@ class Composed(VisualTokenPolicy):
         asked = [part for part in self.parts if state.layer in part.layers(state.num_layers)]
         decisions = [part.decide(state) for part in asked]
         if any(callable(d) for d in decisions):
-            return lambda: _both([d() if callable(d) else d for d in decisions])
-        return _both(decisions)  # type: ignore[arg-type]
+            return lambda: _settled(_both([_settled(d) for d in decisions], state.rows.n_visual))
+        return _both([_settled(d) for d in decisions], state.rows.n_visual)
 
     def renumbers(self, layer: int, num_layers: int) -> bool:
         return any(layer in p.layers(num_layers) and p.renumbers(layer, num_layers) for p in self.parts)
 
 
-def _both(decisions: Sequence[Decision]) -> Decision:
-    """What every decision keeps."""
-    merged: list[Tensor | None] = list(decisions[0])
-    for decision in decisions[1:]:
-        for b, (before, keep) in enumerate(zip(merged, decision, strict=True)):
-            if before is None or keep is None:
-                merged[b] = before if keep is None else keep
-            else:
-                merged[b] = keep[torch.isin(keep, before)]
-    return merged
+def _both(decisions: Sequence[Decision], sizes: Sequence[int]) -> Decision | Callable[[], Decision]:
+    """What every decision keeps of the `sizes` visual rows; where only a device knows how many, a function."""
+    merged: list[Tensor | None] = []
+    open_: dict[int, Tensor] = {}  # sequences of which several decisions keep a part: bool [n], true where all keep
+    for b, (keeps, n) in enumerate(zip(zip(*decisions, strict=True), sizes, strict=True)):
+        parts = [keep for keep in keeps if keep is not None and len(keep) < n]
+        fewest = min(parts, key=len, default=None)
+        merged.append(fewest)
+        if fewest is not None and len(parts) > 1 and len(fewest) > 0:
+            marks = fewest.new_zeros((len(parts), n), dtype=torch.bool)
+            for mark, keep in zip(marks, parts, strict=True):
+                mark.index_fill_(0, keep, True)
+            open_[b] = marks.all(dim=0)
+    if not open_:
+        return merged
+    counts = torch.stack([stays.sum() for stays in open_.values()])
+    read = read_later(counts)
+
+    def settle() -> Decision:
+        for (b, stays), count in zip(open_.items(), read(), strict=True):
+            merged[b] = torch.nonzero_static(stays, size=count)[:, 0]
+        return merged
+
+    return settle if counts.is_cuda else settle()
+
+
+def _settled(decision: Decision | Callable[[], Decision]) -> Decision:
+    return decision() if callable(decision) else decision
 
 
 def compose(*parts: VisualTokenPolicy) -> VisualTokenPolicy:

@@ -50,7 +50,7 @@ class DivPrune(VisualTokenPolicy):
         chosen = [nearest.argmax(-1)]
         nearest = distance[at, chosen[0]].clone()
         for _ in range(max(round(self.keep * size), 1) - 1):
-            nearest[at, chosen[-1]] = -torch.inf
+            nearest.scatter_(1, chosen[-1][:, None], -torch.inf)
             chosen.append(nearest.argmax(-1))
             nearest = torch.minimum(nearest, distance[at, chosen[-1]])
         return torch.stack(chosen, dim=-1).sort(-1).values

@@ -1,4 +1,4 @@
-"""DyVTE: a head after each layer says when all visual tokens leave (spec sections 1 and 2)."""
+"""DyVTE: a head after each layer says when all visual tokens leave (docs/method.md sections 1 and 2)."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
+from ..kernels.transfer import to_device
 from .base import Decision, LayerState, VisualTokenPolicy
 
 
@@ -44,13 +45,13 @@ class Random(VisualTokenPolicy):
     def reduce(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.place > 0:
             return features
-        return [f[self.select(len(f)).to(f.device)] for f in features]
+        return [f[to_device(self.select(len(f)), f.device, torch.int64)] for f in features]
 
     def layers(self, num_layers: int) -> set[int]:
         return {self.place - 1} if self.place > 0 else set()
 
     def decide(self, state: LayerState) -> Decision:
-        return [self.select(n).to(state.hidden.device) for n in state.rows.n_visual]
+        return [to_device(self.select(n), state.hidden.device, torch.int64) for n in state.rows.n_visual]
 
     def select(self, size: int) -> Tensor:
         """int64 [size - int(ratio * size)], ascending rows that stay."""

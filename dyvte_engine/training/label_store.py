@@ -32,7 +32,7 @@ from dyvte_engine.training.metrics import normalised
 
 Mode = Literal["reference", "self", "free-running"]
 Rule = Literal["auto", "paper", "argmax", "text"]
-AGREEMENT, CE_SCALE = 0.99, 1.03  # spec section 3: tau and scale as the paper's code reads them
+AGREEMENT, CE_SCALE = 0.99, 1.03  # docs/method.md section 3: tau and scale as the paper's code reads them
 REPORT_SECONDS = 10.0
 
 
@@ -157,9 +157,9 @@ def _begin(out: Path, info: LabelInfo) -> None:
 def load_labels(folder: str | Path, states: Sequence[str], rule: Rule = "auto") -> tuple[HeadData, LabelInfo]:
     """All samples of a finished folder, in order, with the pooled `states` side by side.
 
-    rule: `paper` (spec section 3: more than 99 % of the argmax tokens stay and CE_exit < 1.03 CE_full), `argmax` (all
-    of them stay), `text` (the generated strings are equal; needs free-running labels), or `auto`: text, argmax or
-    paper for labels of mode free-running, self or reference.
+    rule: `paper` (docs/method.md section 3: more than 99 % of the argmax tokens stay and CE_exit < 1.03 CE_full),
+    `argmax` (all of them stay), `text` (the generated strings are equal; needs free-running labels), or `auto`: text,
+    argmax or paper for labels of mode free-running, self or reference.
 
     Raises:
         DataError: shards are missing or damaged, or the rule needs what these labels do not hold.

@@ -1,4 +1,4 @@
-"""Exit labels of spec section 3, for all layers of a teacher-forced batch in one pass (spec section 5).
+"""Exit labels (docs/method.md section 3), for all layers of a teacher-forced batch in one pass (section 5 there).
 
 Works on the live Hugging Face language model of any family that the engine runs; it knows decoder layers, not families.
 After each layer a branch forks off that holds only the text rows, at their original positions; all live branches go

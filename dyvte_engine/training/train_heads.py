@@ -1,4 +1,4 @@
-"""Trains exit heads on the labels of a frozen model (spec sections 3 and 6), and calibrates their threshold.
+"""Trains exit heads on the labels of a frozen model (docs/method.md sections 3 and 6), and calibrates their threshold.
 
 Three disjoint parts of the samples: most train, a tenth chooses the best epoch, a fifth calibrates.
 """
@@ -30,7 +30,7 @@ SELECT, CALIBRATE = 0.1, 0.2  # of all samples
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What a training run is. `paper`: the recipe of spec section 3, one random layer a step, threshold 0.5.
+    """What a training run is. `paper`: the recipe of docs/method.md section 3, one random layer a step, threshold 0.5.
 
     target_agreement or target_flops: what the stored threshold promises; neither: 0.5. min_layer, every_k and
     hysteresis are `DynamicExit`'s and belong to the calibration.

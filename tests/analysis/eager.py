@@ -9,7 +9,7 @@ NAN = float("nan")
 
 
 def reduced(maps: Tensor, visual: Tensor, tail: int) -> list[float]:
-    """maps [H, n, n] of one layer, visual bool [n], the last `tail` rows the text -> the nine figures of spec 7."""
+    """maps [H, n, n] of one layer, visual bool [n], the last `tail` the text -> nine figures (docs/method.md, 7)."""
     top = maps.double().amax(0)
     n = len(top)
     text = torch.arange(n) >= n - tail

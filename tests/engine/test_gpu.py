@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dyvte_engine import DynamicExit, FastV, FixedExit, KeepAll, compose
+from dyvte_engine import DivPrune, DynamicExit, FastV, FixedExit, KeepAll, PyramidDrop, Random, compose
 from dyvte_engine.kernels.attention import BACKENDS, CAPTURABLE, try_backend
 from tests import tiny
 from tests.engine.conftest import build, logits_errors
@@ -17,6 +17,10 @@ POLICIES = {
     "fastv": FastV(1, 0.5),
     "dynamic": DynamicExit(random_heads(6), 0.7),
     "dyvte+fastv": compose(FastV(1, 0.5), DynamicExit(random_heads(6), 0.7)),
+    "pyramiddrop": PyramidDrop(),
+    "divprune": DivPrune(0.5),
+    "random": Random(2, 0.5),
+    "two that keep a part": compose(FastV(2, 0.5), Random(2, 0.5)),
 }
 
 
@@ -58,10 +62,11 @@ def test_backends_stay_within_twice_torchs_error(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # with the second, text-only layers are graphs too
+@pytest.mark.parametrize("drop_early_kv", [False, True])
 @pytest.mark.parametrize("name", POLICIES)
-def test_neither_prefill_nor_decoding_waits_for_the_device(name, dtype):
-    """torch raises where an operation waits; the decision of the heads is read by an event, behind queued work."""
-    engine, _ = build(device="cuda", dtype=dtype, policy=POLICIES[name], page_size=4)
+def test_neither_prefill_nor_decoding_waits_for_the_device(name, drop_early_kv, dtype):
+    """torch raises where an operation waits; decisions are read by an event, behind queued work."""
+    engine, _ = build(device="cuda", dtype=dtype, policy=POLICIES[name], page_size=4, drop_early_kv=drop_early_kv)
     texts, images = tiny.prompts(seed=82, n=8, images=(1, 2))
     prompts = engine.model.prepare(engine.model.tokenize(texts, images))
     tokens = torch.full((8,), 7, device="cuda")
@@ -74,3 +79,15 @@ def test_neither_prefill_nor_decoding_waits_for_the_device(name, dtype):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         running.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ["keep-all", "dyvte+fastv"])
+def test_a_device_that_is_not_the_current_one(name):
+    """Both devices in turn, so that graphs of one are captured when the other has some already."""
+    texts, images = tiny.prompts(seed=83, n=8)
+    engines = [build(device=f"cuda:{n}", dtype=torch.bfloat16, policy=POLICIES[name], page_size=4)[0] for n in (0, 1)]
+    assert torch.cuda.current_device() == 0
+    answers = [engine.generate(texts, images, chat=False, max_new_tokens=8) for engine in (*engines, *engines)]
+    assert len({str([r.token_ids for r in answer]) for answer in answers}) == 1
+    assert torch.cuda.current_device() == 0

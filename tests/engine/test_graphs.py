@@ -3,10 +3,12 @@
 On the CPU a stand-in for the graph runs the step again at each replay; with `-m gpu` the same tests run real graphs.
 """
 
+import contextlib
 import functools
 import gc
 import itertools
 from dataclasses import dataclass
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from dyvte_engine import (
     VisualTokenPolicy,
     compose,
 )
+from dyvte_engine.kernels import graphs
 from dyvte_engine.kernels.graphs import capture_cuda
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.tower_graphs import TowerGraphs
@@ -86,6 +89,26 @@ class Captures:
         return replay
 
 
+def test_each_device_captures_on_a_stream_of_its_own(monkeypatch):
+    """torch's default is one stream for all graphs, of the device that captured first."""
+    streams = []
+
+    @contextlib.contextmanager
+    def graph(graph, pool, stream):
+        streams.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: [device])
+    monkeypatch.setattr(graphs, "_stream", functools.cache(graphs._stream.__wrapped__))
+    for device in (0, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        assert capture_cuda(lambda: "out", [])() == "out"
+    assert streams == [[0], [1], [0]]
+    assert streams[0] is streams[2], "graphs that share memory must share a stream"
+
+
 def with_graphs(device, policy=None, **options):
     engine, _ = build(device=device, policy=policy, **{"page_size": 4, "cuda_graphs": False, **options})
     plain, _ = build(device=device, policy=policy, **{"page_size": 4, "cuda_graphs": False, **options})
@@ -130,8 +153,9 @@ def test_running_batches_of_one_size_do_not_disturb_each_other(device):
     for step in tokens:
         for r, mine in zip(running, got):
             mine.append(r.step(step))
+    # A graph's table ends at its bucket: attention on a GPU splits the rows in fewer parts, and sums in another order.
     for mine, theirs in zip(got, want):
-        torch.testing.assert_close(torch.stack(mine), torch.stack(theirs))
+        torch.testing.assert_close(torch.stack(mine), torch.stack(theirs), rtol=1e-4, atol=1e-4)
     assert [r.cache.lens.tolist() for r in running] == [r.cache.host_lens.tolist() for r in running]
     for r in running:
         r.close()

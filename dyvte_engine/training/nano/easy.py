@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import easy_vqa
 import numpy as np
 from PIL import Image
 
@@ -17,6 +16,8 @@ def kind_of(answer: str) -> str:
 
 def load_easy_vqa(split: str) -> tuple[list[str], list[list[Question]]]:
     """Picture files and each picture's questions, of "train" (4,000 and 38,575) or "test" (1,000 and 9,673)."""
+    import easy_vqa  # an optional dependency; who takes only the generated scenes does without
+
     texts, answers, pictures = getattr(easy_vqa, f"get_{split}_questions")()
     paths = getattr(easy_vqa, f"get_{split}_image_paths")()
     order = sorted(paths)
