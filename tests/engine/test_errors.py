@@ -128,7 +128,7 @@ def test_damaged_checkpoints(checkpoint, tmp_path):
 
     data = Path(f"{checkpoint}/model.safetensors").read_bytes()
     (copy("short") / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ModelError, match="cannot load"):
+    with pytest.raises(ModelError, match=r"model.safetensors is no readable safetensors file"):
         Engine.from_pretrained(tmp_path / "short")
 
     torch.save(weights, copy("pickle") / "pytorch_model.bin")
