@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..config import DecoderShape
 from ..errors import InvalidArgumentError, ModelError, PromptError
+from ..inputs.images import check_processed
 from .decoder import Decoder
 from .families import Family, family_of, join, visual_ids
 from .intern_vit import tell_states
@@ -178,6 +180,7 @@ class VisionLanguageModel:
         self, text: str, pictures: Sequence[Any], clips: Sequence[Any], video_fps: float
     ) -> TokenizedPrompt:
         started = time.perf_counter()
+        check_processed(pictures, getattr(self.processor, "image_processor", None))
         bos = getattr(self.processor.tokenizer, "bos_token", None)
         encoded = self.processor(
             text=[text],
@@ -348,7 +351,10 @@ def _additions(entry: dict[str, Any]) -> list[Tensor]:
 
 
 def _check_finite(module: torch.nn.Module) -> None:
-    for name, tensor in module.state_dict().items():
+    """Parameters and buffers, those too that no checkpoint stores (rotations, from the config's numbers)."""
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(f"weight {name!r} is on the meta device: no value was loaded")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(f"weight {name!r} holds NaN or infinity")
 
