@@ -113,6 +113,7 @@ def _part(part: Any, place: str, found: dict[str, list[tuple[str, Any]]]) -> dic
     {"type": "image_url", "image_url": {"url": ...}}.
     """
     kind = part.get("type") if isinstance(part, dict) else None
+    kind = kind if isinstance(kind, str) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return dict(part)
     if kind == "image_url":
@@ -120,7 +121,7 @@ def _part(part: Any, place: str, found: dict[str, list[tuple[str, Any]]]) -> dic
         found["image"].append((place, url.get("url") if isinstance(url, dict) else url))
         return {"type": "image"}
     if kind not in found:
-        given = f"of type {kind!r}" if isinstance(kind, str) else f"a {type(part).__name__} without a type"
+        given = f"of type {kind!r}" if kind else f"a {type(part).__name__} without a type"
         raise InvalidArgumentError(f"{place} is {given}; accepted: dicts of type text (a string), image or video")
     sources = [part[name] for name in (kind, "path", "url") if part.get(name) is not None]
     if len(sources) > 1:

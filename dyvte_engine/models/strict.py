@@ -67,7 +67,8 @@ def load_whole(
 
 
 def check_stored(folder: str | Path) -> None:
-    """Raises ModelError for a weight that transformers would cast without a word (whole numbers) or wrongly (8 bits).
+    """Raises ModelError for weights that transformers would read wrongly without a word: of whole numbers or 8 bits, or
+    laid out as another framework has them.
 
     The checkpoint's own files only: those in folders below are other models'.
     """
@@ -76,9 +77,12 @@ def check_stored(folder: str | Path) -> None:
     for file in sorted(Path(folder).glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as stored:
+                layout = (stored.metadata() or {}).get("format", "pt")
                 dtypes = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as e:
             raise ModelError(f"{file} is no readable safetensors file: {first_line(e)}") from e
+        if layout != "pt":
+            raise ModelError(f"the format of {file} is {layout!r}; accepted: pt")
         wrong = next((n for n, t in dtypes.items() if t not in _STORED and not n.endswith(_COUNTERS)), None)
         if wrong is not None:
             raise ModelError(f"weight {wrong!r} of {file} is {dtypes[wrong]}; accepted: {', '.join(_STORED)}")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import DecoderShape
-from ..errors import InvalidArgumentError, ModelError, PromptError
+from ..errors import ImageError, InvalidArgumentError, ModelError, PromptError, first_line
 from ..inputs.images import check_processed
 from .decoder import Decoder
 from .families import Family, family_of, join, visual_ids
@@ -182,13 +182,18 @@ class VisionLanguageModel:
         started = time.perf_counter()
         check_processed(pictures, getattr(self.processor, "image_processor", None))
         bos = getattr(self.processor.tokenizer, "bos_token", None)
-        encoded = self.processor(
-            text=[text],
-            images=[list(pictures)] if pictures else None,
-            return_tensors="pt",
-            add_special_tokens=not (bos and text.startswith(bos)),  # the template may have written it already
-            **(self._video_arguments(pictures, clips, video_fps) if clips else {}),
-        )
+        arguments = self._video_arguments(pictures, clips, video_fps) if clips else {}
+        try:
+            encoded = self.processor(
+                text=[text],
+                images=[list(pictures)] if pictures else None,
+                return_tensors="pt",
+                add_special_tokens=not (bos and text.startswith(bos)),  # the template may have written it already
+                **arguments,
+            )
+        except Exception as e:  # of a picture that it scales to no pixels, for one
+            kind = ImageError if pictures or clips else PromptError
+            raise kind(f"the checkpoint's processor cannot take the prompt: {type(e).__name__}: {first_line(e)}") from e
         ids = encoded["input_ids"][0].tolist()
         if not ids:
             raise PromptError("prompts holds an empty prompt")
