@@ -23,6 +23,8 @@ MAX_ASPECT = 200
 scale the short side up to the tower's would make gigabytes of a line of single pixels."""
 MAX_VIDEO_PIXELS = 250_000_000
 """Of all frames of a video together, 120 of 1920 x 1080: 750 MB as an array."""
+MAX_FRAMES = 10_000
+"""Of a video, an hour at three a second: files of a few bytes may claim millions."""
 MAX_DATA_URL = 64 * 2**20
 """Characters of a `data:` URL; phones' photos have a tenth of that."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -105,7 +107,8 @@ def load_video(source: Any, place: str = "video") -> np.ndarray:
         else is decoded. `place` names the video in errors.
 
     Raises:
-        ImageError: not found, not one of these, no frames, frames of several sizes, or more than MAX_VIDEO_PIXELS.
+        ImageError: not found, not one of these, no frames, frames of several sizes, or more than MAX_FRAMES or
+            MAX_VIDEO_PIXELS.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _checked_array(np.asarray(source.detach().cpu() if isinstance(source, torch.Tensor) else source), place)
@@ -116,7 +119,7 @@ def load_video(source: Any, place: str = "video") -> np.ndarray:
     size, total = None, 0
     for i, frame in enumerate(_frames(source, place) if isinstance(source, (str, Path)) else source):
         total += frame.width * frame.height
-        _check_video(total, place)
+        _check_video(i + 1, total, place)
         size = size or frame.size
         if frame.size != size:
             given = " and ".join(f"{width} x {height}" for width, height in sorted((size, frame.size)))
@@ -131,11 +134,13 @@ def _checked_array(frames: np.ndarray, place: str) -> np.ndarray:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         given = f"an array {frames.dtype} {list(frames.shape)}"
         raise ImageError(f"{place} is {given}; accepted: uint8 [T, H, W, 3]")
-    _check_video(frames.size // 3, place)
+    _check_video(len(frames), frames.size // 3, place)
     return frames
 
 
-def _check_video(pixels: int, place: str) -> None:
+def _check_video(frames: int, pixels: int, place: str) -> None:
+    if frames > MAX_FRAMES:
+        raise ImageError(f"{place} has {frames:,} frames or more; accepted: {MAX_FRAMES:,}")
     if pixels > MAX_VIDEO_PIXELS:
         raise ImageError(f"{place} has {pixels:,} pixels or more; accepted: {MAX_VIDEO_PIXELS:,} in all frames")
 
@@ -154,7 +159,7 @@ def _frames(source: str | Path, place: str) -> Iterator[Image.Image]:
             count = getattr(image, "n_frames", 1)
         except Exception as e:  # as above
             raise ImageError(f"{place} cannot be decoded: {first_line(e)}") from e
-        _check_video(count * image.width * image.height, place)
+        _check_video(count, count * image.width * image.height, place)
         yield from _decoded(ImageSequence.Iterator(image), place)
 
 

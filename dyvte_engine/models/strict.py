@@ -69,12 +69,10 @@ def load_whole(
 def check_stored(folder: str | Path) -> None:
     """Raises ModelError for weights that transformers would read wrongly without a word: of whole numbers or 8 bits, or
     laid out as another framework has them.
-
-    The checkpoint's own files only: those in folders below are other models'.
     """
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    for file in _stored_files(Path(folder)):
         try:
             with safe_open(file, "pt") as stored:
                 layout = (stored.metadata() or {}).get("format", "pt")
@@ -86,3 +84,14 @@ def check_stored(folder: str | Path) -> None:
         wrong = next((n for n, t in dtypes.items() if t not in _STORED and not n.endswith(_COUNTERS)), None)
         if wrong is not None:
             raise ModelError(f"weight {wrong!r} of {file} is {dtypes[wrong]}; accepted: {', '.join(_STORED)}")
+
+
+def _stored_files(folder: Path) -> list[Path]:
+    """Those that transformers reads; none where it will say itself what is missing."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    try:
+        weights = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        return sorted({folder / name for name in weights.values()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []

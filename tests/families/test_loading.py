@@ -1,5 +1,7 @@
 """Checkpoint folders of every family, and clear words for those that cannot run."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -100,6 +102,15 @@ def test_damaged_files(tmp_path):
         with pytest.raises(ModelError, match=f"model.safetensors is '{layout}'; accepted: pt"):
             Engine.from_pretrained(tmp_path)
     file.write_bytes(data)
+    (tmp_path / "exit_heads.safetensors").write_bytes(b"of no concern here")
+    with pytest.raises(ModelError, match="processor"):
+        Engine.from_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    file.rename(tmp_path / "shard-1.safetensors")
+    for weight_map in ({"a": "shard-1.safetensors", "b": "shard-2.safetensors"}, {"a": 3}, [], None):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        with pytest.raises(ModelError, match=r"shard-2|cannot load"):
+            Engine.from_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
     for damaged in ("", "[]", "3", "{", config.replace('"llava"', "[]"), "[" * 100_000):
         (tmp_path / "config.json").write_text(damaged)

@@ -197,6 +197,19 @@ def test_long_videos_are_refused_undecoded(tmp_path):
         load_video([Image.new("RGB", (1, 300))] * 2, "clips")
 
 
+def test_videos_of_many_frames(tmp_path):
+    frame = b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02D\x01\0"
+    header = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6)
+    file = tmp_path / "a.gif"
+    for count in (3, 10_001):
+        file.write_bytes(header + count * frame + b";")
+        if count == 3:
+            assert load_video(file).shape == (3, 1, 1, 3)
+        else:
+            with pytest.raises(ImageError, match="video has 10,001 frames or more; accepted: 10,000"):
+                load_video(file)
+
+
 def test_files_that_are_no_pictures(tmp_path):
     whole = encoded(noise("RGB", (64, 64)), "PNG")
     jpeg = encoded(noise("RGB", (64, 64)), "JPEG")
