@@ -109,7 +109,7 @@ def _taken_out(prompt: Any, place: str) -> tuple[Prompt, dict[str, list[tuple[st
 def _part(part: Any, place: str, found: dict[str, list[tuple[str, Any]]]) -> dict[str, Any]:
     """A part of a message's content as chat templates know it; what it holds of pictures goes to `found`.
 
-    Pictures are {"type": "image"} with an entry "image", "path" or "url", videos likewise, and in OpenAI's notation
+    Pictures are {"type": "image"} with an entry "image", "path" or "url", videos the same way, and in OpenAI's notation
     {"type": "image_url", "image_url": {"url": ...}}.
     """
     kind = part.get("type") if isinstance(part, dict) else None

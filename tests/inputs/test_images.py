@@ -135,7 +135,7 @@ def png(width: int, height: int, rows: bytes) -> bytes:
 
 
 def peak(call) -> int:
-    """Bytes that Python and numpy had at most."""
+    """Bytes that Python and numpy hold at most."""
     tracemalloc.start()
     try:
         call()
