@@ -51,3 +51,9 @@ class RequestCancelledError(DyvteError):
 
 class NativeLibraryError(DyvteError, ImportError):
     """The native library is missing or does not load."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, at most 300 characters of it; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

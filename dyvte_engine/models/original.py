@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from . import intern_vit
 from .image_processors import pil_image_processor
+from .strict import nobody_asked
 
 _PROJECTOR, _TOWER, _DECODER, _HEAD = "model.mm_projector.", "model.vision_tower.vision_tower.", "model.", "lm_head."
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # old releases stored these too
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LINEAR = {"0": "linear_1", "2": "linear_2"}  # of the projector, an nn.Sequential
 _CLIP_336 = dict(  # openai/clip-vit-large-patch14-336
     hidden_size=1024,
@@ -53,11 +55,21 @@ def convert(
         unpickle: also read `.bin` files, with torch's restricted unpickler (`weights_only`).
 
     Raises:
-        ModelError: another layout, tower or projector; weights missing or left over; pickles without `unpickle`.
+        ModelError: another layout, tower or projector; weights missing or left over, damaged, or of a dtype that is not
+            floating; pickles without `unpickle`; files that cannot be read or written.
     """
+    try:
+        with nobody_asked():
+            _convert(Path(source), target, vision_tower, unpickle)
+    except ModelError:
+        raise
+    except Exception as e:  # SafetensorError, UnpicklingError, KeyError, OSError, ... depending on what is wrong
+        raise ModelError(f"cannot convert {source}: {type(e).__name__}: {first_line(e)}") from e
+
+
+def _convert(source: Path, target: str | Path, vision_tower: str | Path | None, unpickle: bool) -> None:
     import transformers
 
-    source = Path(source)
     config = _read_config(source)
     parts = _split(_weights(source, unpickle))
     tower = _tower_config(config, vision_tower)
@@ -130,7 +142,11 @@ def _weights(folder: Path, unpickle: bool) -> Iterator[tuple[str, Tensor]]:
     if not files and not pickles:
         raise ModelError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
     for file in files or pickles:
-        yield from (load_file(file) if files else torch.load(file, map_location="cpu", weights_only=True)).items()
+        weights = load_file(file) if files else torch.load(file, map_location="cpu", weights_only=True)
+        for name, weight in weights.items():
+            if weight.dtype not in _FLOATING and not name.endswith(_COMPUTED):
+                raise ModelError(f"weight {name!r} of {file} is {weight.dtype}; accepted: 16 to 64 floating bits")
+            yield name, weight
 
 
 def _split(weights: Iterator[tuple[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -165,7 +181,7 @@ def _tower_config(config: dict[str, Any], folder: str | Path | None) -> Any:
     if intern_vit.is_intern_vit(config["mm_vision_tower"]):
         return intern_vit.config_for(config["mm_vision_tower"], folder)
     if folder is not None:
-        clip = transformers.AutoConfig.from_pretrained(folder)
+        clip = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return getattr(clip, "vision_config", clip)
     if not config["mm_vision_tower"].endswith("clip-vit-large-patch14-336"):
         raise ModelError(f"mm_vision_tower is {config['mm_vision_tower']!r}; give its folder as vision_tower")
@@ -184,9 +200,9 @@ def _processor(source: Path, config: dict[str, Any], tower: Any) -> tuple[Any, d
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (ImportError, OSError, ValueError) as e:
-        raise ModelError(f"the tokenizer of {source} cannot be read: {str(e).strip().splitlines()[0]}") from e
+        raise ModelError(f"the tokenizer of {source} cannot be read: {first_line(e)}") from e
     tokenizer.add_tokens([transformers.AddedToken("<image>", special=True, normalized=False)])
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .image_processors import pil_image_processor
 from .original import TEMPLATE
-from .strict import load_whole, stored_config
+from .strict import check_stored, load_whole, stored_config
 
 
 class DownsamplingProjector(nn.Module):
@@ -87,6 +87,7 @@ def load_vila(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def _projector(folder: Path, features: int, llm: Any, dtype: torch.dtype) -> DownsamplingProjector:
     from safetensors.torch import load_file
 
+    check_stored(folder)
     projector = DownsamplingProjector(features, llm.config.hidden_size)
     try:
         projector.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
@@ -99,7 +100,7 @@ def _processor(root: Path, vision: Any) -> tuple[Any, int, int]:
     """The processor, the id of a picture's placeholder and the rows that the vocabulary needs."""
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "llm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "llm", trust_remote_code=False)
     tokenizer.add_tokens([transformers.AddedToken("<image>", special=True, normalized=False)])
     side = -(-(vision.image_size // vision.patch_size) // 2)
     processor = transformers.LlavaProcessor(

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..config import DecoderShape
-from ..errors import InvalidArgumentError, ModelError, PromptError
+from ..errors import ImageError, InvalidArgumentError, ModelError, PromptError, first_line
+from ..inputs.images import check_processed
 from .decoder import Decoder
 from .families import Family, family_of, join, visual_ids
 from .intern_vit import tell_states
@@ -178,14 +180,20 @@ class VisionLanguageModel:
         self, text: str, pictures: Sequence[Any], clips: Sequence[Any], video_fps: float
     ) -> TokenizedPrompt:
         started = time.perf_counter()
+        check_processed(pictures, getattr(self.processor, "image_processor", None))
         bos = getattr(self.processor.tokenizer, "bos_token", None)
-        encoded = self.processor(
-            text=[text],
-            images=[list(pictures)] if pictures else None,
-            return_tensors="pt",
-            add_special_tokens=not (bos and text.startswith(bos)),  # the template may have written it already
-            **(self._video_arguments(pictures, clips, video_fps) if clips else {}),
-        )
+        arguments = self._video_arguments(pictures, clips, video_fps) if clips else {}
+        try:
+            encoded = self.processor(
+                text=[text],
+                images=[list(pictures)] if pictures else None,
+                return_tensors="pt",
+                add_special_tokens=not (bos and text.startswith(bos)),  # the template may have written it already
+                **arguments,
+            )
+        except Exception as e:  # of a picture that it scales to no pixels, for one
+            kind = ImageError if pictures or clips else PromptError
+            raise kind(f"the checkpoint's processor cannot take the prompt: {type(e).__name__}: {first_line(e)}") from e
         ids = encoded["input_ids"][0].tolist()
         if not ids:
             raise PromptError("prompts holds an empty prompt")
@@ -348,7 +356,10 @@ def _additions(entry: dict[str, Any]) -> list[Tensor]:
 
 
 def _check_finite(module: torch.nn.Module) -> None:
-    for name, tensor in module.state_dict().items():
+    """Parameters and buffers, those too that no checkpoint stores (rotations, from the config's numbers)."""
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(f"weight {name!r} is on the meta device: no value was loaded")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(f"weight {name!r} holds NaN or infinity")
 

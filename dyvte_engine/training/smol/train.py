@@ -200,7 +200,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = parts.base()
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(args.device)
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if args.stage == "assemble":
         assemble(model, load_file(args.out / "trained.safetensors"))
         parts.save(model, processor, args.out / "model")
