@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -40,3 +41,21 @@ def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
         return host.tolist()
 
     return read
+
+
+class DeviceLock:
+    """Held by whoever uses a device, which is torch's current one meanwhile. One thread may enter it several times."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._lock = device, threading.RLock()
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        current = on(self._device)
+        current.__enter__()
+        self._entered.append(current)
+
+    def __exit__(self, *exc: Any) -> None:
+        self._entered.pop().__exit__(*exc)
+        self._lock.release()

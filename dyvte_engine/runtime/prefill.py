@@ -193,7 +193,7 @@ class Prefill:
         if not early:
             return
         alive = torch.zeros(len(self._seen[0].source), dtype=torch.bool, device=final.source.device)
-        alive[final.source] = True
+        alive.index_fill_(0, final.source, True)  # an assignment would wait for the device
         total = sum(final.lengths.host)
         keep, cu = [], [final.lengths.cu[:1]]
         for number, rows in enumerate(early):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from ..config import EngineConfig
 from ..errors import CacheError
 from ..inputs.splice import reduce_pictures
 from ..kernels.attention import CAPTURABLE, choose_backend
+from ..kernels.transfer import DeviceLock
 from ..models import PreparedPrompt, VisionLanguageModel
 from ..models.rows import Rows
 from ..policies import VisualTokenPolicy
@@ -27,9 +27,13 @@ class Runner:
     """Prefills and decodes. `lock` is held by whoever uses the device."""
 
     def __init__(self, model: VisionLanguageModel, config: EngineConfig):
-        self.model, self.config, self.lock = model, config, threading.RLock()
+        self.model, self.config, self.lock = model, config, DeviceLock(config.device)
         self.max_len = model.decoder.max_len
-        shape = model.shape
+        with self.lock:
+            self._set_up(config)
+
+    def _set_up(self, config: EngineConfig) -> None:
+        model, shape = self.model, self.model.shape
         self.attn_backend, self._attention = choose_backend(
             config.attn_backend, config.device, config.dtype, shape.head_dim
         )

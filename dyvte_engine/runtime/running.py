@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
-from ..kernels.transfer import to_device
+from ..kernels.transfer import DeviceLock, to_device
 from ..models.decoder import Decoder
 from .decode import DecodeGraphs, decode_step
 from .kv_cache import KVCache
@@ -29,10 +28,10 @@ class Running:
         cache: KVCache,
         prefilled: Prefilled | None,
         graphs: DecodeGraphs | None = None,
-        lock: threading.RLock | None = None,
+        lock: DeviceLock | None = None,
     ):
         self.decoder, self.cache, self._graphs = decoder, cache, graphs
-        self._lock = lock or threading.RLock()
+        self._lock = lock or DeviceLock(cache.lens.device)
         self.exit_layers = [] if prefilled is None else prefilled.exit_layers
         self.rows = [] if prefilled is None else prefilled.rows
         if prefilled is None:
