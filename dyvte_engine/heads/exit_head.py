@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import HeadsError, InvalidArgumentError
+from ..files import write_bytes
 
 STATE_BITS = {"mean_visual": 1, "last_visual": 2, "mean_text": 4, "last_text": 8}
 
@@ -99,12 +100,14 @@ class ExitHeads(nn.Module):
         return (states * rms.to(states.dtype)).flatten(-2)
 
     def save(self, path: str | Path, model_fingerprint: str = "", **metadata: Any) -> None:
-        """Write one safetensors file: weights, config, the fingerprint of the model, any JSON-able metadata."""
+        """Write one safetensors file: weights, config, the fingerprint of the model, any JSON-able metadata.
+
+        Raises:
+            FileError: `path` cannot be written; what was there still is.
+        """
         header = {"config": asdict(self.config), "model_fingerprint": model_fingerprint, **metadata}
         tensors = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
-        written = Path(f"{path}.part")
-        save_file(tensors, str(written), metadata={"dyvte_exit_heads": json.dumps(header)})
-        written.replace(path)
+        write_bytes(path, save(tensors, metadata={"dyvte_exit_heads": json.dumps(header)}))
 
     @classmethod
     def load(cls, path: str | Path) -> ExitHeads:

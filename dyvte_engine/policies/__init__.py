@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ..errors import InvalidArgumentError
-from ..training.vtw_search import search_vtw
 from .base import Decision, LayerState, VisualTokenPolicy
 from .composed import Composed, compose
 from .divprune import DivPrune
@@ -22,6 +21,7 @@ from .pyramid_drop import PyramidDrop
 from .random import Random
 from .tome import ToMe
 from .visionzip import VisionZip
+from .vtw_search import search_vtw
 
 
 class Notation(NamedTuple):
