@@ -75,9 +75,12 @@ sanitize: $(VENV)/.torch ## the kernels without torch, under the address and und
 	$(VENV)/bin/cmake --build build/sanitize
 	build/sanitize/kernels
 
-wheel: build ## a wheel in dist/
-	$(NATIVE_ENV) $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
-	ls -l dist/*.whl
+wheel: build ## the source archive and, built from it, a wheel for this Python in dist/
+	rm -rf build/egg && mkdir -p build/egg
+	$(PY) setup.py -q egg_info --egg-base build/egg sdist -d dist
+	$(NATIVE_ENV) $(PIP) wheel -q --no-deps --no-build-isolation -w dist "$$(ls -t dist/*.tar.gz | head -1)"
+	$(PY) tools/tag_wheel.py
+	ls -l dist
 
 wheel-test: wheel ## the wheel in an empty environment, from another directory
 	$(PY) tools/wheel_smoke.py --torch $(TORCH)
