@@ -56,11 +56,13 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES) build/configurat
 	$(NATIVE_ENV) DYVTE_CUDA_ARCHS='$(LOCAL_ARCHS)' $(PIP) install -q --no-build-isolation -e '.[dev]'
 	touch $@
 
-lint: build ## ruff, clang-format, mypy
+lint: build ## ruff, clang-format, mypy, which part may import which, the length of functions
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(PY) tools/function_length.py
 
 format: build ## rewrite Python and C++ sources in the project's format
 	$(PY) -m ruff check --fix .

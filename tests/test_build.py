@@ -126,3 +126,12 @@ def test_a_wheel_is_tagged_with_the_glibc_its_libraries_need(tmp_path, audit):
         archive.write(Path(torch.__file__).parent / "lib" / "libtorch_python.so", "x/x.so")
     with pytest.raises(SystemExit, match="gets no tag: undefined symbol"):
         tag_wheel.tag(wheel)
+
+
+def test_a_function_is_measured_without_its_docstring():
+    import function_length
+
+    body = "    x = 1\n" * (function_length.LIMIT - 1)
+    text = '    """' + "word\n" * 20 + '"""\n'
+    assert list(function_length.too_long(f"def f():\n{text}{body}")) == []
+    assert list(function_length.too_long(f"def f():\n{text}{body}    y = 2\n")) == [(1, "f", function_length.LIMIT + 1)]

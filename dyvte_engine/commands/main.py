@@ -76,39 +76,30 @@ def generate(
 
     quiet()
     options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "stop_strings": stop,
+        **dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+        **dict(repetition_penalty=repetition_penalty, stop_strings=stop, video_fps=video_fps),
         "do_sample": True if temperature is not None else None,
-        "video_fps": video_fps,
     }
     options = {k: v for k, v in options.items() if v is not None}
+    size: dict[str, Any] = {"max_batch": min(len(prompt), 8), "max_len": max_len, "drop_early_kv": drop_early_kv}
     with loading(model):
+        chosen = policy_for(policy, model)
         engine = Engine.from_pretrained(
-            model,
-            policy_for(policy, model),
-            dtype,
-            device,
-            attn_backend,
-            max_batch=min(len(prompt), 8),
-            max_len=max_len,
-            drop_early_kv=drop_early_kv,
-            trust_remote_code=trust_remote_code,
+            model, chosen, dtype, device, attn_backend, trust_remote_code=trust_remote_code, **size
         )
     if len(prompt) == 1 and not as_json:
         _stream_one(engine, prompt[0], image, video, seed, options)
         return
     images, videos = (image, video) if len(prompt) > 1 else ([image], [video])
     results = engine.generate(prompt, images, videos=videos, seed=seed, **options)
-    assert isinstance(results, list)
+    _print(prompt, results, as_json)
+
+
+def _print(prompts: list[str], results: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(r) for r in results], indent=2))
         return
-    for question, result in zip(prompt, results, strict=True):
+    for question, result in zip(prompts, results, strict=True):
         print(f"{question}\n{result.text.strip()}")
         _show(result.stats)
 
