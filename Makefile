@@ -18,7 +18,7 @@ DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
-.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check doctor clean distclean FORCE
+.PHONY: help demo test build lint fuzz mutants format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check doctor clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -68,6 +68,11 @@ format: build ## rewrite Python and C++ sources in the project's format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+CALLS ?= 2000
+SEED ?= 0
+fuzz: build ## the engine called with random odd arguments; CALLS=20000 SEED=1 for a long run
+	$(PY) -m tests.fuzz --calls $(CALLS) --seed $(SEED)
 
 audit: build ## what the native libraries ask of the system they are loaded on
 	$(PY) tools/audit_symbols.py

@@ -43,9 +43,9 @@ if TYPE_CHECKING:
         VisionZip,
         VisualTokenPolicy,
         compose,
-        search_vtw,
     )
     from .runtime.generation import GenerationResult, GenerationStats, Running, StreamChunk
+    from .training.vtw_search import search_vtw
 
 __version__ = "0.1.0"
 
@@ -124,7 +124,7 @@ _HOMES = {
     "VisualTokenPolicy": "policies",
     "compose": "policies",
     "hf": "",
-    "search_vtw": "policies",
+    "search_vtw": "training.vtw_search",
 }
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import is_real
 from ..errors import HeadsError, InvalidArgumentError
 from ..files import write_bytes
 
@@ -39,8 +40,13 @@ class ExitHeadConfig:
     shared: bool = False
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.states, (tuple, list)) and isinstance(self.shared, bool)):
+            given = f"states is {self.states!r}, shared {self.shared!r}"
+            raise InvalidArgumentError(f"{given}; accepted: a tuple of names, True or False")
+        if self.rms_eps is not None and not is_real(self.rms_eps):
+            raise InvalidArgumentError(f"rms_eps is {self.rms_eps!r}; accepted: None or a number")
         ordered = tuple(s for s in STATE_BITS if s in self.states)
-        if not ordered or set(self.states) - set(STATE_BITS):
+        if not ordered or any(s not in STATE_BITS for s in self.states):
             raise InvalidArgumentError(
                 f"states is {self.states!r}; accepted: a non-empty subset of {tuple(STATE_BITS)}"
             )

@@ -21,7 +21,6 @@ from .pyramid_drop import PyramidDrop
 from .random import Random
 from .tome import ToMe
 from .visionzip import VisionZip
-from .vtw_search import search_vtw
 
 
 class Notation(NamedTuple):
@@ -80,7 +79,6 @@ __all__ = [
     "VisualTokenPolicy",
     "compose",
     "parse",
-    "search_vtw",
 ]
 
 

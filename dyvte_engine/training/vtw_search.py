@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
-from .base import VisualTokenPolicy
-from .fixed import FixedExit, KeepAll
+from ..policies.base import VisualTokenPolicy
+from ..policies.fixed import FixedExit, KeepAll
 
 if TYPE_CHECKING:
     from ..engine import Engine
