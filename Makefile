@@ -74,6 +74,10 @@ SEED ?= 0
 fuzz: build ## the engine called with random odd arguments; CALLS=20000 SEED=1 for a long run
 	$(PY) -m tests.fuzz --calls $(CALLS) --seed $(SEED)
 
+MUTANTS ?=
+mutants: build ## mutation testing, hours for all: MUTANTS=dyvte_engine/heads for a part, MUTANTS='--sample 200' for some
+	$(PY) tools/mutants.py $(MUTANTS)
+
 audit: build ## what the native libraries ask of the system they are loaded on
 	$(PY) tools/audit_symbols.py
 

@@ -131,7 +131,7 @@ class Calibration:
 
     def at(self, threshold: float) -> dict[str, Any]:
         """The measured figures of one threshold of the grid."""
-        if threshold not in self.thresholds:
+        if not (is_real(threshold) and threshold in self.thresholds):
             raise InvalidArgumentError(
                 f"threshold is {threshold!r}; accepted: one of the grid's {len(self.thresholds)}"
             )

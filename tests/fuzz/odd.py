@@ -46,10 +46,11 @@ _OTHER: list[Callable[[Tensor], Any]] = [
     lambda t: t[:0], lambda t: t[None], lambda t: t[0], lambda t: t[1:], lambda t: t.flip(0), lambda t: t.flatten(),
     lambda t: t.to("meta"), lambda t: t.to(torch.float8_e4m3fn), lambda t: t.to(torch.float16), lambda t: t.int(),
     lambda t: t.to(torch.complex64), lambda t: t.bool(), lambda t: t.to(torch.uint8), lambda t: t.to_sparse(),
-    lambda t: t * 1e30, lambda t: t + -(10**6), lambda t: t.float() * math.nan, lambda t: t.numpy(), lambda t: t.tolist(),
+    lambda t: t * 1e30, lambda t: t + -(10**6), lambda t: t.float() * math.nan, lambda t: t.numpy(),
     lambda t: t[..., :3], lambda t: t.expand(2, *t.shape), lambda t: t[:1].expand(400, *t.shape[1:]),
     lambda t: t[:1].expand(2**40, *t.shape[1:]), lambda t: [t], lambda t: [t, t], lambda t: [t] * 9,
-    lambda t: (t, None),    lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8), lambda t: iter([t]),
+    lambda t: (t, None), lambda t: t.tolist(), lambda t: iter([t]),
+       lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8),
 ]  # fmt: skip
 
 _AROUND: list[Callable[[], Any]] = [
