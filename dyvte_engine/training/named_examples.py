@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import InvalidArgumentError
 from .head_data import Example, read_examples
 
 
@@ -13,6 +14,8 @@ def examples_named(data: str, images: Path | None, samples: int | None, seed: in
     Raises:
         DataError, InvalidArgumentError, ImageError: what cannot be read or is not known, by name.
     """
+    if samples is not None and samples < 1:
+        raise InvalidArgumentError(f"samples is {samples}; accepted: at least 1")
     if data.split(":")[0] == "nano":
         from .nano import head_examples
 
