@@ -43,8 +43,10 @@ class ExitHeadConfig:
         if not (isinstance(self.states, (tuple, list)) and isinstance(self.shared, bool)):
             given = f"states is {self.states!r}, shared {self.shared!r}"
             raise InvalidArgumentError(f"{given}; accepted: a tuple of names, True or False")
-        if self.rms_eps is not None and not is_real(self.rms_eps):
-            raise InvalidArgumentError(f"rms_eps is {self.rms_eps!r}; accepted: None or a number")
+        if self.rms_eps is not None:
+            if not is_real(self.rms_eps):
+                raise InvalidArgumentError(f"rms_eps is {self.rms_eps!r}; accepted: None or a number")
+            object.__setattr__(self, "rms_eps", float(self.rms_eps))  # NumPy's would not go into a file
         ordered = tuple(s for s in STATE_BITS if s in self.states)
         if not ordered or any(s not in STATE_BITS for s in self.states):
             raise InvalidArgumentError(

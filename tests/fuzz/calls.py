@@ -13,6 +13,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dyvte_engine import DynamicExit, Engine, ExitHeadConfig, ExitHeads, GenerationResult, KeepAll, policies
+from dyvte_engine import DynamicExit, DyvteError, Engine, ExitHeadConfig, ExitHeads, GenerationResult, KeepAll, policies
 from dyvte_engine.commands import main as command_line
 from dyvte_engine.heads.calibration import Calibration
 from dyvte_engine.inputs.images import load_image, load_video
 from tests import tiny
 from tests.fuzz.odd import around, damaged, damaged_json, odd, other, same, varied
+
+QUEUES = hasattr(Engine, "submit")
 
 
 class Call(NamedTuple):
@@ -88,6 +91,7 @@ def _request(rng: random.Random, world: World) -> dict[str, Any]:
     prompts: Any = "w1 w2 w3" if one else ["w1", "w2 w3", "w4 w5"][: rng.randint(0, 3)]
     request = {"prompts": prompts, "images": entry if one else [entry] * len(prompts)}
     request |= {"videos": None, "video_fps": 2.0, "chat": True, "seed": 0, "generation_config": None}
+    request |= {"policy": rng.choice((None, "fixed:1", KeepAll()))} if QUEUES else {}
     return varied(rng, request, rng.choice((0, 1, 1, 2))) | _options(rng)
 
 
@@ -136,17 +140,53 @@ def stream(rng: random.Random, world: World) -> Call:
 
 
 def submit(rng: random.Random, world: World) -> Call:
-    request, cancels = _request(rng, world), rng.random() < 0.3
+    """A request left after some tokens, cancelled or waited for, with another one under way."""
+    from dyvte_engine.requests import Request
+
+    request = {"prompt": "w1 w2 w3", "images": world.picture, "videos": None, "video_fps": 2.0, "chat": True, "seed": 0}
+    request = varied(
+        rng, request | {"policy": None, "priority": 0, "generation_config": None}, rng.choice((0, 1, 1, 2))
+    )
+    request["options"] = _options(rng) if rng.random() < 0.9 else odd(rng)
+    taken, end = rng.randrange(3), rng.choice(("result", "result", "cancel", "leave"))
+    wait = rng.choice((None, None, 0, 1e-6, odd(rng)))
 
     def run() -> None:
-        handles = world.engine.submit(**request)
-        for handle in handles if isinstance(handles, list) else [handles]:
-            if cancels:
+        other = world.engine.submit(Request("w1 w2", world.picture, policy=KeepAll(), options={"max_new_tokens": 6}))
+        try:
+            handle = world.engine.submit(Request(**request))
+            for _ in zip(range(taken), handle, strict=False):
+                pass
+            if end == "cancel":
                 handle.cancel()
-            else:
-                _is_answer(handle.result())
+            if end != "leave":
+                with contextlib.suppress(TimeoutError):
+                    _is_answer(handle.result(wait))
+        finally:
+            assert other.result().token_ids == world.answer, "the request next to it gets another answer"
 
-    return Call(f"{_short(request)}, cancelled: {cancels}", run)
+    return Call(f"{_short(request)}, {taken} tokens, then {end}, waiting {_short(wait)}", run)
+
+
+def together(rng: random.Random, world: World) -> Call:
+    """Calls from three threads: each gets its own answer or its own error."""
+    requests = [_request(rng, world) for _ in range(2)]
+
+    def attempt(request: dict[str, Any]) -> None:
+        with contextlib.suppress(DyvteError):
+            _is_answer(world.engine.generate(**request))
+
+    def run() -> None:
+        plain = {"prompts": "w1 w2", "images": world.picture, "max_new_tokens": 6, "policy": KeepAll()}
+        with ThreadPoolExecutor(3) as pool:
+            odd_ones = [pool.submit(attempt, request) for request in requests]
+            assert pool.submit(lambda: world.engine.generate(**plain)).result().token_ids == world.answer, (
+                "another answer"
+            )
+            for one in odd_ones:
+                one.result()
+
+    return Call(_short(requests), run)
 
 
 def prefill(rng: random.Random, world: World) -> Call:
@@ -403,5 +443,5 @@ CALLS = {
     generate: 6, plain_elsewhere: 1, stream: 3, prefill: 6, from_pretrained: 2, checkpoint: 2, parse: 4, policy: 3,
     heads_file: 3, heads: 2, calibration: 3, picture: 3, commands: 2,
 }  # fmt: skip
-if hasattr(Engine, "submit"):
-    CALLS[submit] = 4
+if QUEUES:
+    CALLS |= {submit: 5, together: 1}
