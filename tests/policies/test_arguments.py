@@ -11,6 +11,7 @@ from dyvte_engine import (
     DivPrune,
     Downsample,
     ExitHeadConfig,
+    ExitHeads,
     FastV,
     FixedExit,
     InvalidArgumentError,
@@ -78,3 +79,15 @@ def test_calibration():
     for odd in (p[:0], p[0], p[:, :2], p.to("meta"), p.to(torch.float8_e4m3fn), p.to_sparse(), p * math.nan):
         with pytest.raises(InvalidArgumentError, match="accepted:"):
             Calibration.measure(odd, agree, flops)
+
+
+def test_where_every_threshold_keeps_the_promise_the_lowest_is_taken():
+    p = torch.rand(200, 4)
+    curve = Calibration.measure(p, torch.ones(200, 4, dtype=torch.bool), torch.ones(200, 4))
+    assert curve.for_agreement(0.5) == curve.thresholds[-1]
+
+
+def test_a_number_of_numpy_goes_into_a_heads_file(tmp_path):
+    heads = ExitHeads(ExitHeadConfig(8, 3, head_hidden=4, rms_eps=np.float32(0.5)))
+    heads.save(tmp_path / "heads.safetensors")
+    assert ExitHeads.load(tmp_path / "heads.safetensors").config == heads.config
