@@ -152,7 +152,7 @@ gpu-check: ## GPU tests and compute-sanitizer with the python3 in PATH; no netwo
 	PYTHON='$(PYTHON)' bash tools/gpu_check.sh
 
 clean: ## remove everything built; distclean also removes the virtual environment
-	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info dyvte_engine/*.so $(VENV)/.built
+	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info dyvte_engine/*.so $(VENV)/.built
 
 distclean: clean
 	rm -rf $(VENV)
