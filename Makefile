@@ -18,7 +18,7 @@ DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
-.PHONY: help demo test build lint format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check gpu-prebuild gpu-rehearsal doctor clean distclean FORCE
+.PHONY: help demo test build lint fuzz mutants format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check gpu-prebuild gpu-rehearsal doctor clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -56,16 +56,27 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES) build/configurat
 	$(NATIVE_ENV) DYVTE_CUDA_ARCHS='$(LOCAL_ARCHS)' $(PIP) install -q --no-build-isolation -e '.[dev]'
 	touch $@
 
-lint: build ## ruff, clang-format, mypy
+lint: build ## ruff, clang-format, mypy, which part may import which, the length of functions
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(PY) tools/function_length.py
 
 format: build ## rewrite Python and C++ sources in the project's format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+CALLS ?= 2000
+SEED ?= 0
+fuzz: build ## the engine called with random odd arguments; CALLS=20000 SEED=1 for a long run
+	$(PY) -m tests.fuzz --calls $(CALLS) --seed $(SEED)
+
+MUTANTS ?=
+mutants: build ## mutation testing, hours for all: MUTANTS=dyvte_engine/heads for a part, MUTANTS='--sample 200' for some
+	$(PY) tools/mutants.py $(MUTANTS)
 
 audit: build ## what the native libraries ask of the system they are loaded on
 	$(PY) tools/audit_symbols.py
@@ -75,9 +86,12 @@ sanitize: $(VENV)/.torch ## the kernels without torch, under the address and und
 	$(VENV)/bin/cmake --build build/sanitize
 	build/sanitize/kernels
 
-wheel: build ## a wheel in dist/
-	$(NATIVE_ENV) $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
-	ls -l dist/*.whl
+wheel: build ## the source archive and, built from it, a wheel for this Python in dist/
+	rm -rf build/egg && mkdir -p build/egg
+	$(PY) setup.py -q egg_info --egg-base build/egg sdist -d dist
+	$(NATIVE_ENV) $(PIP) wheel -q --no-deps --no-build-isolation -w dist "$$(ls -t dist/*.tar.gz | head -1)"
+	$(PY) tools/tag_wheel.py
+	ls -l dist
 
 wheel-test: wheel ## the wheel in an empty environment, from another directory
 	$(PY) tools/wheel_smoke.py --torch $(TORCH)
@@ -148,7 +162,7 @@ gpu-rehearsal: build ## every part of gpu-check and gpu-bench on the CPU, with t
 	$(PY) tools/gpu.py run --dry a b c d e f
 
 clean: ## remove everything built; distclean also removes the virtual environment
-	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info dyvte_engine/*.so $(VENV)/.built
+	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info dyvte_engine/*.so $(VENV)/.built
 
 distclean: clean
 	rm -rf $(VENV)

@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from dyvte_engine.runtime.generation import Running
 from matplotlib.figure import Figure
 
 from benchmarks import roofline, workload
@@ -30,7 +31,6 @@ from benchmarks.report import COLORS, Sheet, finish, new_figure, number, percent
 from dyvte_engine import NANO_HEADS, DynamicExit, Engine, FastV, FixedExit, KeepAll, VisualTokenPolicy, compose
 from dyvte_engine import engine as engine_module
 from dyvte_engine.errors import CacheError
-from dyvte_engine.runtime.generation import Running
 from dyvte_engine.runtime.kv_cache import KVCache, PagePool
 
 BASE = "KeepAll"

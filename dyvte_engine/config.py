@@ -100,5 +100,5 @@ class EngineConfig:
         for name in ("max_batch", "max_len", "page_size", "kv_memory", "max_stall"):
             value = getattr(self, name)
             optional = name in ("max_len", "kv_memory") and value is None
-            if not optional and (type(value) is not int or value < 1):
+            if not optional and (type(value) is not int or not 1 <= value < 1 << 48):
                 raise InvalidArgumentError(f"{name} is {value!r}; accepted: an integer of at least 1")

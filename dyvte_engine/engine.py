@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from .assets import resolve_model
+from .checks import is_whole
 from .config import EngineConfig
 from .errors import DeviceError, InvalidArgumentError, PromptError
 from .flops import vision_flops
+from .inputs.images import check_processed
 from .inputs.prompts import as_batch, is_single, render
 from .models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
 from .models.linear import packing_fault
@@ -217,6 +219,10 @@ class Engine:
             raise InvalidArgumentError(f"request is a {type(request).__name__}; accepted: a Request")
         if not is_single(request.prompt):
             raise InvalidArgumentError("request.prompt must be one prompt: a string or a list of messages")
+        if not is_whole(request.priority):
+            raise InvalidArgumentError(f"request.priority is {request.priority!r}; accepted: an integer")
+        if not isinstance(request.options, Mapping):
+            raise InvalidArgumentError(f"request.options is a {type(request.options).__name__}; accepted: a mapping")
         config = self._config(request.generation_config, dict(request.options))
         inputs = self._tokenize(request.prompt, request.images, request.videos, request.video_fps, request.chat)
         return self._sequences(inputs, request.policy, [request.seed], config, request.priority)
@@ -325,7 +331,7 @@ class Engine:
                     StopRules(config, tokenizer, ends, n, budget),
                     budget,
                     tokenizer,
-                    int(self.model.visual(torch.tensor(prompt.input_ids)).sum()),
+                    int(self.model.visual(torch.tensor(prompt.input_ids, device="cpu")).sum()),
                     (passes * flops[0], passes * flops[1]),
                     priority,
                 )
@@ -367,8 +373,11 @@ class Engine:
         Raises:
             InvalidArgumentError: shapes, dtypes or values that do not fit, naming the argument.
         """
-        embeds, masks = _as_list(inputs_embeds), _as_list(visual_mask)
-        positions = [torch.arange(len(e)) for e in embeds] if position_ids is None else _as_list(position_ids)
+        embeds, masks = _as_list("inputs_embeds", inputs_embeds), _as_list("visual_mask", visual_mask)
+        if position_ids is None:
+            positions = [torch.arange(len(e), device="cpu") for e in embeds]
+        else:
+            positions = _as_list("position_ids", position_ids)
         if not len(embeds) == len(masks) == len(positions):
             raise InvalidArgumentError(
                 f"{len(embeds)} inputs_embeds, {len(masks)} visual_mask, {len(positions)} position_ids"
@@ -399,6 +408,8 @@ class Engine:
             raise InvalidArgumentError(
                 f"inputs_embeds is {given}; accepted: floating [n >= 1, {self.model.shape.hidden_size}]"
             )
+        if not torch.isfinite(embeds).all():
+            raise InvalidArgumentError("inputs_embeds holds NaN or infinity; accepted: finite values")
         if mask.dtype != torch.bool or mask.shape != (n,):
             raise InvalidArgumentError(f"visual_mask is {mask.dtype} {list(mask.shape)}; accepted: bool [{n}]")
         axes = self.model.family.axes
@@ -414,10 +425,10 @@ class Engine:
 
     def _tokenize(self, prompts: Any, images: Any, videos: Any, video_fps: float, chat: bool) -> list[TokenizedPrompt]:
         batch, pictures, clips = as_batch(prompts, images, videos)
-        texts = [
-            render(p, len(i), self.model.processor, chat, len(v))
-            for p, i, v in zip(batch, pictures, clips, strict=True)
-        ]
+        texts = []
+        for prompt, own, videos_of in zip(batch, pictures, clips, strict=True):
+            check_processed(own, getattr(self.model.processor, "image_processor", None))
+            texts.append(render(prompt, len(own), self.model.processor, chat, len(videos_of)))
         return self.model.tokenize(texts, pictures, clips, video_fps)
 
     def prepare(
@@ -472,8 +483,19 @@ def _cancelling(handles: Sequence[Handle]) -> Iterator[None]:
                 handle.cancel()
 
 
-def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else list(value)
+def _as_list(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Dense tensors that hold something, of at least one axis."""
+    tensors: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    for t in tensors:
+        if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_meta or t.dim() == 0 or t.is_quantized:
+            raise InvalidArgumentError(f"{name} is {_kind(t)}; accepted: a dense tensor, or a list of them")
+    return tensors
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"a tensor {list(value.shape)}, {value.dtype}, {value.layout}, on {value.device}"
 
 
 def _options(device: str | torch.device, dtype: str | torch.dtype, **others: Any) -> EngineConfig:
@@ -494,11 +516,11 @@ def _packed(config: EngineConfig, asked: bool | str, model: VisionLanguageModel)
 
 def _resolve_device(device: str | torch.device) -> torch.device:
     """The device, made sure of. Raises DeviceError when it is not there."""
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except (RuntimeError, TypeError) as e:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as e:
         raise DeviceError(f"device {device!r} is not known: {e}; accepted: auto, cpu, cuda, cuda:N") from e
     if resolved.type not in ("cpu", "cuda"):
         raise DeviceError(f"device {device!r} is not supported; accepted: auto, cpu, cuda, cuda:N")

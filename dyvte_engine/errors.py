@@ -37,6 +37,10 @@ class SourceError(DyvteError):
     """Pictures, names or pretrained parts that are fetched at run time cannot be: a package, a program, the network."""
 
 
+class FileError(DyvteError, OSError):
+    """A file or folder cannot be written: a full disk, a read-only folder, a path through a file."""
+
+
 class DeviceError(DyvteError):
     """A device, dtype or attention backend that this machine or this build does not have."""
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .errors import DyvteError
+from .checks import is_real
+from .errors import DyvteError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from .policies import VisualTokenPolicy
@@ -129,6 +130,8 @@ class Handle:
         Raises:
             TimeoutError: it has not come. RequestCancelledError, or whatever error the request met.
         """
+        if timeout is not None and not is_real(timeout):
+            raise InvalidArgumentError(f"timeout is {timeout!r}; accepted: seconds, or None")
         if not self._worker.run_until(lambda: self.done, timeout):
             raise TimeoutError(f"no result within {timeout} s")
         self._raise_error()

@@ -1,11 +1,16 @@
 """What was built is what it says it is, asks little of the system, and carries one version number."""
 
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import packaging.tags
 import pytest
 import torch
 
@@ -17,15 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tools_on_the_path():
+    sys.path.insert(0, str(TOOLS))
+    yield
+    sys.path.remove(str(TOOLS))
+
+
 @pytest.fixture(scope="module")
 def audit():
-    sys.path.insert(0, str(TOOLS))
-    try:
-        import audit_symbols
+    import audit_symbols
 
-        yield audit_symbols
-    finally:
-        sys.path.remove(str(TOOLS))
+    return audit_symbols
 
 
 def libraries() -> list[Path]:
@@ -79,3 +87,43 @@ def test_symbol_reader_agrees_with_nm(audit):
 def test_no_library_holds_the_path_of_its_build():
     for path in libraries():
         assert str(ROOT).encode() not in path.read_bytes(), path.name
+
+
+def test_the_source_archive_holds_all_that_a_build_needs(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        there = {Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()}
+    listed = ["git", "ls-files", "dyvte_engine", "csrc", "python_bindings"]
+    kept = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {*kept, "CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} - there == set()
+    assert [name for name in there if name.startswith(("tests/", "benchmarks/")) or name.endswith(".so")] == []
+
+
+def test_a_wheel_is_tagged_with_the_glibc_its_libraries_need(tmp_path, audit):
+    """They load here, so that pip must take the tag here; a symbol of a newer glibc moves the tag."""
+    import elf
+    import tag_wheel
+
+    found = [elf.read(path) for path in libraries()]
+    major, minor = tag_wheel.oldest_glibc(found)
+    here = {tag.platform for tag in packaging.tags.sys_tags()}
+    assert f"manylinux_{major}_{minor}_{platform.machine()}" in here
+    newer = replace(found[0], undefined=[*found[0].undefined, elf.Symbol("f", "GLIBC_2.38", False)])
+    assert tag_wheel.oldest_glibc([newer]) == (2, 39)
+    with pytest.raises(SystemExit, match="no distribution"):
+        tag_wheel.oldest_glibc([replace(newer, undefined=[elf.Symbol("f", "GLIBCXX_3.4.99", False)])])
+    wheel = tmp_path / "x-1-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(Path(torch.__file__).parent / "lib" / "libtorch_python.so", "x/x.so")
+    with pytest.raises(SystemExit, match="gets no tag: undefined symbol"):
+        tag_wheel.tag(wheel)
+
+
+def test_a_function_is_measured_without_its_docstring():
+    import function_length
+
+    body = "    x = 1\n" * (function_length.LIMIT - 1)
+    text = '    """' + "word\n" * 20 + '"""\n'
+    assert list(function_length.too_long(f"def f():\n{text}{body}")) == []
+    assert list(function_length.too_long(f"def f():\n{text}{body}    y = 2\n")) == [(1, "f", function_length.LIMIT + 1)]

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -63,3 +64,98 @@ def test_bad_input_is_one_sentence_and_exit_code_2(checkpoint, args, words, run)
     assert words in err
     assert "Traceback" not in err
     assert out == ""
+
+
+def in_a_shell(line: str, **options) -> subprocess.CompletedProcess:
+    """A shell line in which $CLI runs the command line of this checkout."""
+    environment = os.environ | {"CLI": f"{sys.executable} -m dyvte_engine.commands.main"}
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, **options)
+
+
+def refused(code: int, err: str) -> str:
+    """What the one line on stderr says."""
+    assert code == 2
+    assert err.startswith("error: ") and "Traceback" not in err and "Exception ignored" not in err
+    assert len(err.strip().split("\n")) == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("eval nano", "--out"),
+        ("eval nano", "--page"),
+        ("eval nano", "--answers"),
+        ("sweep nano", "--plot"),
+        ("analyze nano", "--out"),
+        ("reproduce nano", "--out"),
+        ("label nano --data nano", "--out"),
+        ("train-heads /nowhere", "--out"),
+        ("train-heads /nowhere --out x", "--tensorboard"),
+        ("ablate-heads /nowhere", "--out"),
+        ("test-heads /nowhere /nowhere", "--out"),
+        ("convert /nowhere", ""),
+    ],
+)
+@pytest.mark.parametrize("unwritable", ["below-a-file", "/proc/nowhere"])
+def test_an_output_that_cannot_be_written_is_refused_first(command, option, unwritable, tmp_path, monkeypatch, run):
+    """Before a model is loaded: there is none to load here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dyvte_engine.engine.load_model", None)
+    (tmp_path / "file").write_text("")
+    path = "file/out" if unwritable == "below-a-file" else f"{unwritable}/out"
+    code, out, err = run(*command.split(), *([option] if option else []), path)
+    assert code == 2 and f"{path} cannot be written: N" in err and out == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_one_line():
+    """`doctor` prints a page; stdout is a device that is always full."""
+    done = in_a_shell("$CLI doctor --json > /dev/full")
+    assert "No space left on device" in refused(done.returncode, done.stderr)
+    done = in_a_shell("$CLI doctor 2>&1 > /dev/full")
+    assert "No space left on device" in refused(done.returncode, done.stdout)
+
+
+def test_a_closed_pipe_is_one_line(checkpoint):
+    line = f"set -o pipefail; $CLI generate --model {checkpoint} --prompt 'w1 w2' --max-new-tokens 4 | true"
+    for case in (line, "set -o pipefail; $CLI doctor --json | true"):
+        done = in_a_shell(case)
+        assert "the output was closed" in refused(done.returncode, done.stderr)
+
+
+def test_a_limit_on_file_sizes_leaves_what_was_there(tmp_path):
+    """Found before the model is loaded."""
+    (tmp_path / "out.json").write_text("old")
+    done = in_a_shell(f"ulimit -f 1; $CLI eval nano --out {tmp_path}/out.json")
+    assert "out.json cannot be written: File too large" in refused(done.returncode, done.stderr)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("out.json", "old")]
+
+
+def test_no_part_of_a_file_is_left_when_the_disk_fills_up(tmp_path):
+    code = (
+        "import resource; from dyvte_engine.heads.exit_head import ExitHeadConfig, ExitHeads\n"
+        "from dyvte_engine.errors import FileError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: ExitHeads(ExitHeadConfig(64, 4)).save('heads.safetensors')\n"
+        "except FileError as e: print(e)\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.stdout == "heads.safetensors cannot be written: File too large\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_brackets_are_text(checkpoint, tmp_path, run, monkeypatch):
+    """Of a path, which may look like rich's markup, and of the name of an extra."""
+    folder = tmp_path / "a[bold]b[/x]"
+    code, _, err = run("generate", "--model", str(folder), "--prompt", "w1")
+    assert code == 2 and f"cannot load {folder}" in err
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    monkeypatch.delitem(sys.modules, "dyvte_engine.training.nano.easy", raising=False)
+    code, _, err = run("eval", "nano", "--tasks", "easy-vqa")
+    assert code == 2 and err.strip().endswith("pip install 'dyvte-engine[eval]'")
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, _, err = run("eval", "nano", "--tasks", "pope", "--source", "emoji")
+    assert code == 2 and err.strip().endswith("pip install 'dyvte-engine[eval]'")

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from ..commands.evaluation import named
+from ..errors import InvalidArgumentError
+from ..eval.named import named
 from ..eval.run import AnswerFile, answer_all
 from ..eval.task import Task
+from ..policies import DynamicExit
 from .plotting import mean_band
 
 if TYPE_CHECKING:
     from ..engine import Engine
-    from ..policies import DynamicExit, VisualTokenPolicy
+    from ..policies import VisualTokenPolicy
 
 EXIT_LAYER, FLOPS = "exit layer", "FLOPs"
 
@@ -47,6 +49,8 @@ def heads_policy(notation: str, model: str) -> tuple[DynamicExit, str]:
     """Exit heads written FILE[,THRESHOLD][,NAME=VALUE], with what tells them apart in an answers file."""
     file, comma, options = notation.partition(",")
     chosen = named(f"dynamic:{notation}", model)
+    if not isinstance(chosen.policy, DynamicExit):
+        raise InvalidArgumentError(f"heads is {notation!r}; accepted: FILE[,THRESHOLD][,NAME=VALUE], without '+'")
     return chosen.policy, f"dynamic:{Path(file).name}{comma}{options} {chosen.identity.split()[-1]}"
 
 

@@ -11,6 +11,7 @@ from ..errors import InvalidArgumentError
 from ..eval import TASKS, Sample, Task, load_tasks, metrics
 from ..eval.task import SENTENCE
 from ..training.head_data import Example
+from ..training.named_examples import examples_named
 
 EVERY = "all"
 
@@ -36,8 +37,6 @@ def load_data(
         raise InvalidArgumentError(
             f"data is {data!r}; accepted: {EVERY}, {', '.join(TASKS)}, a .jsonl or .json, nano:SET"
         )
-    from ..commands.training import examples_named
-
     return [task_of(examples_named(data, images, limit, seed), Path(data).stem)]
 
 

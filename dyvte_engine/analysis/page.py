@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from ..files import write_text
+
 _STYLE = """body{font:15px/1.5 sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1a202c}
 table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #cbd5e0;padding:.25em .6em;text-align:left}
 img{max-width:100%}code{background:#edf2f7;padding:0 .2em}"""
@@ -49,8 +51,8 @@ class Page:
 
     def write(self, folder: Path, name: str) -> None:
         """NAME.md and NAME.html."""
-        (folder / f"{name}.md").write_text(self.markdown())
-        (folder / f"{name}.html").write_text(self.html())
+        write_text(folder / f"{name}.md", self.markdown())
+        write_text(folder / f"{name}.html", self.html())
 
 
 def _inline(text: str) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 from ..eval.lines import LineFile
 from ..eval.run import AnswerFile
 from ..eval.task import Task
+from ..files import write_bytes, write_text
 from ..policies import DynamicExit
 from .attention import WEIGHTS
 from .entropy import AttentionEntropy, attention_entropy, chosen_exits
@@ -101,17 +102,15 @@ def write(analysis: Analysis, folder: Path, about: dict[str, Any], command: str)
         figures["exit_layers"] = (analysis.histogram, analysis.histogram.plot)
     if analysis.timelines is not None:
         figures["timelines"] = (analysis.timelines, analysis.timelines.plot)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, (result, plot) in figures.items():
         record = {"model": about, "command": command, **result.record()}
-        (folder / f"{name}.json").write_text(json.dumps(rounded(record), indent=1) + "\n")
-        figure = plot()
-        figure.savefig(folder / f"{name}.svg")
-        drawn = io.BytesIO()
+        write_text(folder / f"{name}.json", json.dumps(rounded(record), indent=1) + "\n")
+        figure, svg, drawn, png = plot(), io.BytesIO(), io.BytesIO(), io.BytesIO()
+        figure.savefig(svg, format="svg")
         figure.savefig(drawn, format="png", dpi=100)
-        Image.open(drawn).convert("RGB").quantize(256).save(
-            folder / f"{name}.png", optimize=True
-        )  # a third of the size
+        Image.open(drawn).convert("RGB").quantize(256).save(png, "png", optimize=True)  # a third of the size
+        write_bytes(folder / f"{name}.svg", svg.getvalue())
+        write_bytes(folder / f"{name}.png", png.getvalue())
     page = page_of(analysis, about, command)
     page.write(folder, "report")
     return page

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..commands.evaluation import named
 from ..errors import HeadsError, InvalidArgumentError, ModelError
+from ..eval.named import named
 from ..eval.task import Task
+from ..files import write_text
 from ..policies import DynamicExit, FixedExit, KeepAll, VisualTokenPolicy
 from . import tables
 from .benchmarks import Benchmarks, heads_policy
@@ -137,7 +138,6 @@ def write(found: Reproduction, about: dict[str, Any], paper_model: str, folder: 
         page.table(table.head, table.rows)
     page.write(folder, "tables")
     record = {"model": about, "command": command, "paper_model": paper_model, "refused": found.refused}
-    (folder / "tables.json").write_text(
-        json.dumps(rounded(record | {"measured": found.figures.records()}), indent=1) + "\n"
-    )
+    measured = record | {"measured": found.figures.records()}
+    write_text(folder / "tables.json", json.dumps(rounded(measured), indent=1) + "\n")
     return made

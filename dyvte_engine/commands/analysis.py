@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from .output import err, loading, out_folder, progress, quiet
 
 if TYPE_CHECKING:
     from ..eval.task import Task
 
-_err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")]
 Batch = Annotated[int, typer.Option(help="Prompts run together.")]
@@ -35,11 +35,9 @@ def analyze(
     data: Annotated[
         str, typer.Option(help="Tasks joined by ',' or 'all' (docs/tasks.md), FILE.jsonl, FILE.json or nano[:SET].")
     ] = "all",
-    out: Annotated[Path, typer.Option(help="Folder for the report; a killed run goes on there.")] = Path(
-        "outputs/analysis"
-    ),
+    out: Annotated[Path, out_folder("Folder for the report; a killed run continues there.")] = Path("outputs/analysis"),
     heads: Annotated[
-        str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE] or none; auto: those beside the model.")
+        str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE] or none; auto: those in the model's folder.")
     ] = "auto",
     limit: Annotated[int, typer.Option(help="Prompts of each task.")] = 100,
     exits: Annotated[str | None, typer.Option(help="Layers joined by ',' for the exits of the entropy figure.")] = None,
@@ -71,40 +69,32 @@ def analyze(
     engine = _engine(model, dtype, device, max_batch=batch, max_len=max_len, trust_remote_code=trust_remote_code)
     tasks = within_range(engine, tasks, all_forms)
     total = report.units(engine.model.shape.num_layers, sum(len(t.samples) for t in tasks), layers, policy is not None)
-    with _progress() as progress:
-        bar = progress.add_task("", total=total)
+    with progress() as shown:
+        bar = shown.add_task("", total=total)
 
         def advance(what: str, done: int) -> None:
-            progress.update(bar, description=what, advance=done)
+            shown.update(bar, description=what, advance=done)
 
         found = report.analyse(engine, tasks, policy, out, layers, examples, seed, advance)
     page = report.write(found, out, identity_of(engine), " ".join(["dyvte-engine", *sys.argv[1:]]))
     print(page.markdown())
-    _err.print(f"written to {out}: report.md, report.html, and each figure as PNG, SVG and JSON")
+    err.print(f"written to {out}: report.md, report.html, and each figure as PNG, SVG and JSON")
 
 
 def _engine(model: str, dtype: str, device: str, **options: Any) -> Any:
-    import transformers
-
     from ..engine import Engine
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with _err.status(f"loading {model}"):
+    quiet()
+    with loading(model):
         return Engine.from_pretrained(model, None, dtype, device, **options)
 
 
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=_err)
-
-
 def _heads(text: str, model: str) -> str | None:
-    """The notation of heads; None for "none", and for "auto" where none lie beside the model."""
-    from ..assets import resolve_model
+    """The notation of heads; None for "none", and for "auto" where the model has none."""
+    from ..policies.auto import heads_of
 
     if text == "auto":
-        beside = Path(resolve_model(model)) / "exit_heads.safetensors"
+        beside = heads_of(model)
         return str(beside) if beside.is_file() else None
     return None if text == "none" else text
 
@@ -122,7 +112,7 @@ def within_range(engine: Any, tasks: list[Task], all_forms: bool) -> list[Task]:
     for task in tasks:
         part, left_out = task.within(FORMS if all_forms else known_forms(engine.model))
         for form, count in left_out.items():
-            _err.print(f'{task.name}: {count} in the form "{form}" left out, this model was never asked so in training')
+            err.print(f'{task.name}: {count} in the form "{form}" left out, this model was never asked so in training')
         kept += [part] if part.samples else []
     if not kept:
         raise InvalidArgumentError("data holds no prompt in a form the model was taught; accepted: also --all-forms")
@@ -131,14 +121,14 @@ def within_range(engine: Any, tasks: list[Task], all_forms: bool) -> list[Task]:
 
 def reproduce(
     model: Model = "nano",
-    out: Annotated[Path, typer.Option(help="Folder for the page and the JSON; a killed run goes on there.")] = Path(
+    out: Annotated[Path, out_folder("Folder for the page and the JSON; a killed run continues there.")] = Path(
         "outputs/reproduce"
     ),
     paper_model: Annotated[
-        str, typer.Option(help="Whose published figures stand beside: LLaVA-1.5-7B, VILA-7B, ...")
+        str, typer.Option(help="Whose published figures are shown: LLaVA-1.5-7B, VILA-7B, ...")
     ] = "LLaVA-1.5-7B",
     heads: Annotated[
-        str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE]; auto: those beside the model.")
+        str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE]; auto: those in the model's folder.")
     ] = "auto",
     ablation: Annotated[Path | None, typer.Option(help="Folder that `ablate-heads` wrote.")] = None,
     transfer: Annotated[list[str] | None, typer.Option(help="NAME=HEADS_FILE of another model; repeat it.")] = None,
@@ -152,7 +142,7 @@ def reproduce(
     max_len: MaxLen = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Each table of the paper with this model's figures beside it."""
+    """Each table of the paper next to this model's figures."""
     from ..analysis import reproduce as paper
     from ..analysis.benchmarks import DrawnTasks
     from ..analysis.data import load_data
@@ -164,25 +154,25 @@ def reproduce(
     check_paper_model(paper_model)
     notation = _heads(heads, model)
     if notation is None:
-        raise HeadsError(f"no exit heads beside {model}; accepted: --heads FILE")
+        raise HeadsError(f"no exit heads in {model}; accepted: --heads FILE")
     methods = paper.methods(notation, model, ablation, transfer or [])
     tasks = load_data(",".join(BENCHMARKS), limit, seed, None, source)
     engine = _engine(model, dtype, device, max_batch=batch, max_len=max_len, trust_remote_code=trust_remote_code)
     tasks = within_range(engine, tasks, all_forms)
     methods += paper.exits_by_hand(paper_model, engine.model.shape.num_layers)
     file = AnswerFile(out / "answers.jsonl", engine.model.fingerprint)
-    with _progress() as progress:
-        bar = progress.add_task("", total=paper.units(methods, tasks))
+    with progress() as shown:
+        bar = shown.add_task("", total=paper.units(methods, tasks))
 
         def advance(what: str, done: int) -> None:
-            progress.update(bar, description=what, advance=done)
+            shown.update(bar, description=what, advance=done)
 
         found = paper.measure(DrawnTasks(engine, tasks, file, advance), methods)
     tables = paper.write(found, identity_of(engine), paper_model, out, " ".join(["dyvte-engine", *sys.argv[1:]]))
-    console = Console(width=max(170, Console().width))
+    console = Console(width=max(170, Console().width), markup=False)
     for table in tables:
-        shown = Table(*table.head, box=None, title=table.title, caption=table.note)
+        printed = Table(*table.head, box=None, title=table.title, caption=table.note)
         for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown, "", highlight=False)
-    _err.print(f"written to {out}: tables.md, tables.html, tables.json")
+            printed.add_row(*row)
+        console.print(printed, "", highlight=False)
+    err.print(f"written to {out}: tables.md, tables.html, tables.json")

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from .output import check_folder
+
 
 def convert(
     source: Annotated[
         Path, typer.Argument(help="Folder of LLaVA-1.5, or InternVL-Chat with Vicuna, as its authors store it.")
     ],
-    target: Annotated[Path, typer.Argument(help="Folder to write, as transformers stores it.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write, as transformers stores it.", callback=check_folder)],
     vision_tower: Annotated[
         Path | None, typer.Option(help="Folder of its vision model, where the checkpoint holds no vision tower.")
     ] = None,

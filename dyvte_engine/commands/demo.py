@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import transformers
-
 from .. import EXAMPLES, NANO_HEADS, DynamicExit, Engine, GenerationResult, KeepAll, VisualTokenPolicy
+from ..files import check_writable, write_bytes
+from .guard import guarded
+from .output import quiet
 
 RUNS = 7  # the figures shown are medians, both policies in turn
 
@@ -97,8 +99,9 @@ def draw(shown: list[Shown], path: Path) -> None:
         right.set_xlabel("layer")
         right.set_ylabel("prompt tokens in the layer")
         right.legend(loc="lower left", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    write_bytes(path, drawn.getvalue())
     plt.close(figure)
 
 
@@ -108,7 +111,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=3, help="how many of the shipped examples")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo.png"))
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
+    check_writable(args.out)
+    quiet()
     engine = Engine.from_pretrained("nano", max_batch=1)
     policies = (KeepAll(), DynamicExit.from_file(NANO_HEADS))
     examples = json.loads((EXAMPLES / "examples.json").read_text())[: args.examples]
@@ -121,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

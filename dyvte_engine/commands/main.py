@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+import typer.core
 from rich.table import Table
 
-from ..errors import DyvteError
+from ..errors import FileError
 from .analysis import add_commands as add_analysis
 from .convert import convert
 from .evaluation import evaluate, sweep
+from .guard import CLOSED, guarded
+from .output import err, loading, quiet
 from .training import add_commands
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inference with dynamic visual-token exit.")
+
+class _Group(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # else typer ends without a word
+            raise FileError(CLOSED) from error
+
+
+app = typer.Typer(
+    cls=_Group, add_completion=False, no_args_is_help=True, help="Inference with dynamic visual-token exit."
+)
 app.command("eval")(evaluate)
 app.command()(sweep)
 app.command()(convert)
 add_commands(app)
 add_analysis(app)
-_err = Console(stderr=True)
 
 
 @app.command()
@@ -58,47 +69,37 @@ def generate(
 ) -> None:
     """Answer questions about pictures and videos.
 
-    The policy "auto" is the model's own exit heads where they lie beside it (exit_heads.safetensors), else keep-all.
+    The policy "auto" is the model's own exit heads where its folder holds them (exit_heads.safetensors), else keep-all.
     """
-    import transformers  # torch and transformers load here, not for --help
+    from ..engine import Engine  # torch and transformers load here, not for --help
+    from ..policies.auto import policy_for
 
-    from ..engine import Engine
-
-    transformers.logging.set_verbosity_error()
+    quiet()
     options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "stop_strings": stop,
+        **dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+        **dict(repetition_penalty=repetition_penalty, stop_strings=stop, video_fps=video_fps),
         "do_sample": True if temperature is not None else None,
-        "video_fps": video_fps,
     }
     options = {k: v for k, v in options.items() if v is not None}
-    with _err.status(f"loading {model}"):
+    size: dict[str, Any] = {"max_batch": min(len(prompt), 8), "max_len": max_len, "drop_early_kv": drop_early_kv}
+    with loading(model):
+        chosen = policy_for(policy, model)
         engine = Engine.from_pretrained(
-            model,
-            policy_for(policy, model),
-            dtype,
-            device,
-            attn_backend,
-            max_batch=min(len(prompt), 8),
-            max_len=max_len,
-            drop_early_kv=drop_early_kv,
-            trust_remote_code=trust_remote_code,
+            model, chosen, dtype, device, attn_backend, trust_remote_code=trust_remote_code, **size
         )
     if len(prompt) == 1 and not as_json:
         _stream_one(engine, prompt[0], image, video, seed, options)
         return
     images, videos = (image, video) if len(prompt) > 1 else ([image], [video])
     results = engine.generate(prompt, images, videos=videos, seed=seed, **options)
-    assert isinstance(results, list)
+    _print(prompt, results, as_json)
+
+
+def _print(prompts: list[str], results: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(r) for r in results], indent=2))
         return
-    for question, result in zip(prompt, results, strict=True):
+    for question, result in zip(prompts, results, strict=True):
         print(f"{question}\n{result.text.strip()}")
         _show(result.stats)
 
@@ -109,19 +110,6 @@ def _stream_one(engine: Any, prompt: str, images: Any, videos: Any, seed: int, o
         if chunk.result is not None:
             print()
             _show(chunk.result.stats)
-
-
-def policy_for(text: str, model: str) -> Any:
-    """A policy from its notation; "auto" is the exit heads beside the model, else keep-all."""
-    from pathlib import Path
-
-    from .. import policies
-    from ..assets import resolve_model
-
-    if text != "auto":
-        return policies.parse(text)
-    heads = Path(resolve_model(model)) / "exit_heads.safetensors"
-    return policies.DynamicExit.from_file(heads) if heads.is_file() else policies.KeepAll()
 
 
 def _show(stats: Any) -> None:
@@ -135,7 +123,7 @@ def _show(stats: Any) -> None:
     table.add_row("decode", f"{stats.decode_tokens_per_s:.0f} tokens/s" if stats.decode_tokens_per_s else "one token")
     table.add_row("prefill", f"{_ratio(stats.prefill_tflops, stats.prefill_tflops_keep_all)} of the FLOPs")
     table.add_row("K/V held", f"{stats.kv_bytes / 1024:.0f} KiB, {_ratio(stats.kv_bytes, stats.kv_bytes_keep_all)}")
-    _err.print(table)
+    err.print(table)
 
 
 def _ratio(part: float, whole: float) -> str:
@@ -151,12 +139,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="The same as JSO
 
 
 def main() -> None:
-    """Entry point: typed errors become one sentence and exit code 2."""
-    try:
-        app()
-    except DyvteError as e:
-        _err.print(f"[red]error:[/red] {e}", highlight=False)
-        sys.exit(2)
+    """Entry point: errors become one line and exit code 2."""
+    guarded(app)
 
 
 if __name__ == "__main__":

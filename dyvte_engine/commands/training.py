@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import write_text
+from .output import out_file, out_folder, quiet
+
 Labels = Annotated[Path, typer.Argument(help="A folder that `label` wrote.")]
 Kind = Annotated[str, typer.Option(help="paper, default (paper's heads, all labels), light (shared trunk).")]
 RuleOption = Annotated[str, typer.Option(help="auto, paper, argmax, text: when the label says exit.")]
@@ -23,7 +26,7 @@ def add_commands(app: typer.Typer) -> None:
 def label(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")],
     data: Annotated[str, typer.Option(help="FILE.jsonl, LLaVA-style FILE.json, or nano[:SET], its own pictures.")],
-    out: Annotated[Path, typer.Option(help="Folder for the labels; a killed run goes on there.")],
+    out: Annotated[Path, out_folder("Folder for the labels; a killed run continues there.")],
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures; default that of FILE.")] = None,
     mode: Annotated[str, typer.Option(help="reference, self, free-running")] = "reference",
     samples: Annotated[int | None, typer.Option(help="At most so many, the first ones.")] = None,
@@ -37,12 +40,11 @@ def label(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
     """What an exit after each layer would do to each answer: the labels that exit heads learn from."""
-    import transformers
-
     from ..engine import Engine
     from ..training import label_store
+    from ..training.named_examples import examples_named
 
-    transformers.logging.set_verbosity_error()
+    quiet()
     examples = examples_named(data, images, samples, seed)
     options = {"max_batch": 1, "max_len": max_len, "trust_remote_code": trust_remote_code}
     loaded = Engine.from_pretrained(model, None, dtype, device, **options).model  # type: ignore[arg-type]
@@ -50,19 +52,9 @@ def label(
     print(f"{info.samples} samples of {info.model_name} labelled in {out}")
 
 
-def examples_named(data: str, images: Path | None, samples: int | None, seed: int) -> list[Any]:
-    if data.split(":")[0] == "nano":
-        from ..training.nano import head_examples
-
-        return head_examples.named(data, seed, samples)
-    from ..training.head_data import read_examples
-
-    return read_examples(data, images)[:samples]
-
-
 def train_heads(
     labels: Labels,
-    out: Annotated[Path, typer.Option(help="The heads' file; a killed run goes on from OUT.state.")],
+    out: Annotated[Path, out_file("The heads' file; a killed run continues from OUT.state.")],
     kind: Kind = "default",
     rule: RuleOption = "auto",
     states: Annotated[str, typer.Option(help="Token states, joined by commas.")] = "mean_text,last_text",
@@ -79,7 +71,7 @@ def train_heads(
     batch: Annotated[int | None, typer.Option(help="128")] = None,
     class_weights: Annotated[bool, typer.Option(help="Weigh both verdicts alike.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
-    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
+    tensorboard: Annotated[Path | None, out_folder("Folder for TensorBoard.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between two states on disk.")] = 100,
 ) -> None:
     """Train exit heads on labels and calibrate their threshold. Several GPUs: under `accelerate launch`."""
@@ -111,7 +103,7 @@ def _say_promise(metadata: dict[str, Any], target: float | None) -> None:
 
 def ablate_heads(
     labels: Labels,
-    out: Annotated[Path, typer.Option(help="Folder for 15 heads files and table.json.")],
+    out: Annotated[Path, out_folder("Folder for 15 heads files and table.json.")],
     kind: Kind = "default",
     rule: RuleOption = "auto",
     target_agreement: Annotated[float | None, typer.Option()] = None,
@@ -128,14 +120,14 @@ def ablate_heads(
     given = {"rule": rule, "target_agreement": target_agreement, "hidden": hidden, "rms_eps": rms_eps}
     settings = HeadSettings.of(kind, lr=lr, epochs=epochs, seed=seed, **given)  # type: ignore[arg-type]
     rows = ablate(labels, out, settings)
-    (out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_text(out / "table.json", json.dumps(rows, indent=1) + "\n")
 
 
 def test_heads(
     labels: Labels,
     heads: Annotated[list[Path], typer.Argument(help="Heads files, of this model or another of its shape.")],
     threshold: Annotated[float | None, typer.Option(help="Instead of the one in each file.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The same as JSON.")] = None,
+    out: Annotated[Path | None, out_file("The same as JSON.")] = None,
 ) -> None:
     """Agreement, accuracy and exit layer of heads on labelled samples; also heads of another model (table 6)."""
     from ..training.heads_report import evaluate_heads, table
@@ -143,4 +135,4 @@ def test_heads(
     rows = evaluate_heads(labels, heads, threshold)
     print(table(rows))
     if out is not None:
-        out.write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(out, json.dumps(rows, indent=1) + "\n")

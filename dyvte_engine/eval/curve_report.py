@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import write_bytes
 from .report import unit
 
 PANELS = {"credit": "score, mean over tasks (%)", "same": "answers equal to the full model's (%)"}
@@ -37,8 +39,9 @@ def draw(report: dict[str, Any], path: str | Path) -> None:
         axes.set(xlabel=f"{letter}FLOPs of a prefill (paper's count)", ylabel=title)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    write_bytes(path, drawn.getvalue())
 
 
 def page(report: dict[str, Any], picture: str, command: str) -> str:

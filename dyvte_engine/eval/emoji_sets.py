@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import SourceError
+from ..errors import FileError, SourceError
 
 SIDE = 96  # of a sprite in pixels
 PACKAGES = {
@@ -117,9 +117,13 @@ def atlas(style: str) -> np.ndarray:
     if not path.exists():
         sprites = _draw_all(style)
         part = path.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as file:
-            np.save(file, sprites)
-        part.replace(path)
+        try:
+            with part.open("wb") as file:
+                np.save(file, sprites)
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise FileError(f"{path} cannot be written: {error.strerror}") from error
     return np.load(path)
 
 

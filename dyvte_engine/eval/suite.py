@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..checks import is_whole
 from ..errors import InvalidArgumentError, SourceError
 from ..training.nano.scenes import WORDS
 from . import choices, metrics
@@ -263,8 +264,8 @@ def load_tasks(
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
         raise InvalidArgumentError(f"names is {list(names)!r}; accepted: of {', '.join(TASKS)}")
-    if n < 4:
-        raise InvalidArgumentError(f"n is {n}; accepted: at least 4")
+    if not (is_whole(n) and 4 <= n <= 10**9):
+        raise InvalidArgumentError(f"n is {n!r}; accepted: whole numbers from 4 to a billion")
     return [_easy(seed, n) if name == EASY_VQA else _made(name, seed, n, _world(source, styles)) for name in names]
 
 

@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import is_real
 from ..errors import CalibrationError, InvalidArgumentError
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # 1 never fires; then a quarter of a logit apart. Fixed, so that no calibration sample has a say in it.
 THRESHOLDS: tuple[float, ...] = (1.0, *torch.sigmoid(torch.linspace(12, -6, 73, dtype=torch.float64)).tolist())
@@ -78,8 +81,7 @@ class Calibration:
         cls, p_exit: Tensor, agree: Tensor, flops: Tensor, delta: float = 0.05, options: Mapping[str, int] | None = None
     ) -> Calibration:
         """p_exit [N, L]; agree bool [N, L], whether the answer stays; flops [N, L]; options: of `first_exits`."""
-        if not 0 < delta < 1:
-            raise InvalidArgumentError(f"delta is {delta}; accepted: above 0 and below 1")
+        _check_samples(p_exit, agree, flops, delta)
         options, count = dict(options or {}), len(p_exit)
         layers = [first_exits(p_exit, threshold, **options)[:, None] for threshold in THRESHOLDS]
         changed = [count - int(agree.gather(1, at).sum()) for at in layers]
@@ -118,8 +120,8 @@ class Calibration:
         Raises:
             CalibrationError: every threshold of the grid costs more.
         """
-        if not 0 < target <= 1:
-            raise InvalidArgumentError(f"target_flops is {target}; accepted: above 0, at most 1")
+        if not (is_real(target) and 0 < target <= 1):
+            raise InvalidArgumentError(f"target_flops is {target!r}; accepted: above 0, at most 1")
         for threshold, share in zip(self.thresholds, self.flops, strict=True):
             if share <= target:
                 return threshold
@@ -129,15 +131,34 @@ class Calibration:
 
     def at(self, threshold: float) -> dict[str, Any]:
         """The measured figures of one threshold of the grid."""
+        if not (is_real(threshold) and threshold in self.thresholds):
+            raise InvalidArgumentError(
+                f"threshold is {threshold!r}; accepted: one of the grid's {len(self.thresholds)}"
+            )
         i = self.thresholds.index(threshold)
         names = ("changed", "limit", "mean_layer", "flops")
         return {"samples": self.samples, "delta": self.delta} | {name: getattr(self, name)[i] for name in names}
 
 
+def _check_samples(p_exit: Tensor, agree: Tensor, flops: Tensor, delta: float) -> None:
+    if not (is_real(delta) and 0 < delta < 1):
+        raise InvalidArgumentError(f"delta is {delta!r}; accepted: above 0 and below 1")
+    wanted = {"p_exit": (p_exit, _FLOATS), "agree": (agree, (torch.bool,)), "flops": (flops, _FLOATS)}
+    shape = p_exit.shape if isinstance(p_exit, Tensor) else ()
+    for name, (tensor, dtypes) in wanted.items():
+        plain = isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.layout == torch.strided
+        if not plain or tensor.dtype not in dtypes or tensor.dim() != 2 or tensor.shape != shape or 0 in shape:
+            given = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            kind = "bool" if name == "agree" else "float"
+            raise InvalidArgumentError(f"{name} is {given}; accepted: {kind} [N >= 1, L >= 1], all three of one shape")
+    if not p_exit.isfinite().all() or not (flops.isfinite().all() and (flops > 0).all()):
+        raise InvalidArgumentError("p_exit or flops holds NaN, infinity or FLOPs of 0; accepted: finite numbers")
+
+
 def check_target(target: float, samples: int, delta: float) -> None:
     """Raises CalibrationError when `samples` cannot show an agreement of `target` at level delta, whatever they do."""
-    if not 0 < target < 1:
-        raise InvalidArgumentError(f"target_agreement is {target}; accepted: above 0 and below 1")
+    if not (is_real(target) and 0 < target < 1):
+        raise InvalidArgumentError(f"target_agreement is {target!r}; accepted: above 0 and below 1")
     needed = math.ceil(math.log(delta) / math.log(target))
     if samples < needed:
         given = f"target_agreement {target} cannot be guaranteed with {samples} calibration samples at delta {delta}"

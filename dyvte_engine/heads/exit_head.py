@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import is_real
 from ..errors import HeadsError, InvalidArgumentError
+from ..files import write_bytes
 
 STATE_BITS = {"mean_visual": 1, "last_visual": 2, "mean_text": 4, "last_text": 8}
 
@@ -38,8 +40,15 @@ class ExitHeadConfig:
     shared: bool = False
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.states, (tuple, list)) and isinstance(self.shared, bool)):
+            given = f"states is {self.states!r}, shared {self.shared!r}"
+            raise InvalidArgumentError(f"{given}; accepted: a tuple of names, True or False")
+        if self.rms_eps is not None:
+            if not is_real(self.rms_eps):
+                raise InvalidArgumentError(f"rms_eps is {self.rms_eps!r}; accepted: None or a number")
+            object.__setattr__(self, "rms_eps", float(self.rms_eps))  # NumPy's would not go into a file
         ordered = tuple(s for s in STATE_BITS if s in self.states)
-        if not ordered or set(self.states) - set(STATE_BITS):
+        if not ordered or any(s not in STATE_BITS for s in self.states):
             raise InvalidArgumentError(
                 f"states is {self.states!r}; accepted: a non-empty subset of {tuple(STATE_BITS)}"
             )
@@ -99,12 +108,14 @@ class ExitHeads(nn.Module):
         return (states * rms.to(states.dtype)).flatten(-2)
 
     def save(self, path: str | Path, model_fingerprint: str = "", **metadata: Any) -> None:
-        """Write one safetensors file: weights, config, the fingerprint of the model, any JSON-able metadata."""
+        """Write one safetensors file: weights, config, the fingerprint of the model, any JSON-able metadata.
+
+        Raises:
+            FileError: `path` cannot be written; what was there still is.
+        """
         header = {"config": asdict(self.config), "model_fingerprint": model_fingerprint, **metadata}
         tensors = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
-        written = Path(f"{path}.part")
-        save_file(tensors, str(written), metadata={"dyvte_exit_heads": json.dumps(header)})
-        written.replace(path)
+        write_bytes(path, save(tensors, metadata={"dyvte_exit_heads": json.dumps(header)}))
 
     @classmethod
     def load(cls, path: str | Path) -> ExitHeads:

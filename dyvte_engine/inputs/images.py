@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from ..errors import ImageError, first_line
 
@@ -186,7 +186,7 @@ def _open(source: str | Path, place: str) -> Image.Image:
     except Exception as e:  # UnidentifiedImageError, DecompressionBombError, and all that damaged headers lead to
         why = "too large" if isinstance(e, Image.DecompressionBombError) else "not a readable picture"
         shown = "it" if data is not None or len(name) > 255 else name
-        detail = "" if isinstance(e, Image.UnidentifiedImageError) else f" ({first_line(e)})"
+        detail = "" if isinstance(e, UnidentifiedImageError) else f" ({first_line(e)})"
         raise ImageError(f"{place}: {shown} is {why}{detail}; accepted: {', '.join(FORMATS)}") from e
 
 

@@ -67,7 +67,7 @@ def _folder(name: str) -> str:
     """A folder as it is; a hub id's files, downloaded once. One question asks the hub, without the many retries that
     transformers makes for each file, so that a mistyped name has its answer at once."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     if os.path.isdir(name):
         return name

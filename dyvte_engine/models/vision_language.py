@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..config import DecoderShape
 from ..errors import ImageError, InvalidArgumentError, ModelError, PromptError, first_line
-from ..inputs.images import check_processed
 from .decoder import Decoder
 from .families import Family, family_of, join, visual_ids
 from .intern_vit import tell_states
@@ -180,7 +179,6 @@ class VisionLanguageModel:
         self, text: str, pictures: Sequence[Any], clips: Sequence[Any], video_fps: float
     ) -> TokenizedPrompt:
         started = time.perf_counter()
-        check_processed(pictures, getattr(self.processor, "image_processor", None))
         bos = getattr(self.processor.tokenizer, "bos_token", None)
         arguments = self._video_arguments(pictures, clips, video_fps) if clips else {}
         try:
@@ -198,7 +196,7 @@ class VisionLanguageModel:
         if not ids:
             raise PromptError("prompts holds an empty prompt")
         names = (*self.family.inputs, *self.family.token_inputs) if pictures or clips else ()
-        given = {name: torch.as_tensor(encoded[name]) for name in names if name in encoded}
+        given = {name: torch.as_tensor(encoded[name], device="cpu") for name in names if name in encoded}
         return TokenizedPrompt(ids, given, len(pictures), time.perf_counter() - started)
 
     def _video_arguments(self, pictures: Sequence[Any], clips: Sequence[Any], fps: float) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class Composed(VisualTokenPolicy):
     parts: tuple[VisualTokenPolicy, ...]
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.parts, tuple) and all(isinstance(part, VisualTokenPolicy) for part in self.parts)):
+            raise InvalidArgumentError(f"compose got {self.parts!r}; accepted: policies")
         in_tower = [type(part).__name__ for part in self.parts if part.acts_in_tower]
         if len(in_tower) > 1:
             raise InvalidArgumentError(f"compose got {' and '.join(in_tower)}; accepted: one policy in the tower")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import is_real
 from ..errors import InvalidArgumentError
 from .base import VisualTokenPolicy
 
@@ -28,8 +29,8 @@ class DivPrune(VisualTokenPolicy):
     keep: float = 0.098
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise InvalidArgumentError(f"DivPrune keep is {self.keep}; accepted: above 0 up to 1")
+        if not (is_real(self.keep) and 0 < self.keep <= 1):
+            raise InvalidArgumentError(f"DivPrune keep is {self.keep!r}; accepted: above 0 up to 1")
 
     def reduce(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
         kept: dict[int, Tensor] = {}

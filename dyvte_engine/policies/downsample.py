@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import is_whole
 from ..errors import InvalidArgumentError
 from .base import VisualTokenPolicy
 
@@ -23,8 +24,8 @@ class Downsample(VisualTokenPolicy):
     factor: int = 2
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise InvalidArgumentError(f"Downsample factor is {self.factor}; accepted: 1 or more")
+        if not (is_whole(self.factor) and self.factor >= 1):
+            raise InvalidArgumentError(f"Downsample factor is {self.factor!r}; accepted: whole numbers, at least 1")
 
     def reduce(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
         return [self._pool(f) for f in features]
@@ -34,5 +35,5 @@ class Downsample(VisualTokenPolicy):
         if side * side != len(features):
             raise InvalidArgumentError(f"Downsample got a picture of {len(features)} tokens; accepted: a square grid")
         grid = features.T.unflatten(1, (side, side))[None]  # [1, d, g, g]
-        pooled = F.avg_pool2d(grid, self.factor, ceil_mode=True, count_include_pad=False)
+        pooled = F.avg_pool2d(grid, min(self.factor, side), ceil_mode=True, count_include_pad=False)
         return pooled[0].flatten(1).T

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import is_real, is_whole
 from ..errors import InvalidArgumentError
 from .base import Decision, LayerState, VisualTokenPolicy, highest, visual_attention
 
@@ -22,9 +23,10 @@ class FastV(VisualTokenPolicy):
     queries: str = "last"
 
     def __post_init__(self) -> None:
-        if self.k < 1 or not 0 <= self.r <= 1 or self.queries not in ("last", "all"):
-            given = f"FastV k={self.k}, r={self.r}, queries={self.queries!r}"
-            raise InvalidArgumentError(f"{given}; accepted: k >= 1, 0 <= r <= 1, queries 'last' or 'all'")
+        numbers = is_whole(self.k) and self.k >= 1 and is_real(self.r) and 0 <= self.r <= 1
+        if not (numbers and isinstance(self.queries, str) and self.queries in ("last", "all")):
+            given = f"FastV k={self.k!r}, r={self.r!r}, queries={self.queries!r}"
+            raise InvalidArgumentError(f"{given}; accepted: a whole k >= 1, 0 <= r <= 1, queries 'last' or 'all'")
 
     def bind(self, model: Any) -> VisualTokenPolicy:
         if self.k >= model.shape.num_layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import is_whole
 from ..errors import InvalidArgumentError
 from .base import Decision, LayerState, VisualTokenPolicy
 
@@ -22,8 +23,8 @@ class FixedExit(VisualTokenPolicy):
 
     def bind(self, model: Any) -> VisualTokenPolicy:
         last = model.shape.num_layers - 1
-        if not -1 <= self.layer <= last:
-            raise InvalidArgumentError(f"FixedExit layer is {self.layer}; accepted: -1 to {last}")
+        if not (is_whole(self.layer) and -1 <= self.layer <= last):
+            raise InvalidArgumentError(f"FixedExit layer is {self.layer!r}; accepted: -1 to {last}")
         return self
 
     def layers(self, num_layers: int) -> set[int]:

@@ -64,6 +64,8 @@ def parse(text: str) -> VisualTokenPolicy:
     Raises:
         InvalidArgumentError: the text is not of that form (NOTATION).
     """
+    if not isinstance(text, str):
+        raise InvalidArgumentError(f"policy is a {type(text).__name__}; accepted: {NOTATION}")
     parts = [_parse_one(part) for part in text.split("+")]
     return parts[0] if len(parts) == 1 else compose(*parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import is_real
 from ..errors import InvalidArgumentError
 from ..kernels import ops
 from .base import Decision, LayerState, VisualTokenPolicy, highest, visual_attention
@@ -27,8 +28,11 @@ class PyramidDrop(VisualTokenPolicy):
     renumber: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.keep) != 3 or not 1 >= self.keep[0] >= self.keep[1] >= self.keep[2] >= 0:
-            raise InvalidArgumentError(f"PyramidDrop keep is {self.keep}; accepted: three shares, falling, from 1 to 0")
+        shares = self.keep if isinstance(self.keep, tuple) and len(self.keep) == 3 else (None,)
+        if not (all(map(is_real, shares)) and 1 >= shares[0] >= shares[1] >= shares[2] >= 0):
+            raise InvalidArgumentError(f"PyramidDrop keep is {self.keep!r}; accepted: three falling shares, 1 to 0")
+        if not isinstance(self.renumber, bool):
+            raise InvalidArgumentError(f"PyramidDrop renumber is {self.renumber!r}; accepted: True, False")
 
     def bind(self, model: Any) -> VisualTokenPolicy:
         if model.shape.num_layers < 4:

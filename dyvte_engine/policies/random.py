@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import is_real, is_whole
 from ..errors import InvalidArgumentError
 from ..kernels.transfer import to_device
 from .base import Decision, LayerState, VisualTokenPolicy
@@ -29,9 +30,10 @@ class Random(VisualTokenPolicy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.place < 0 or not 0 <= self.ratio <= 1:
-            given = f"Random place is {self.place}, ratio {self.ratio}"
-            raise InvalidArgumentError(f"{given}; accepted: place >= 0, ratio 0 to 1")
+        numbers = is_whole(self.place) and is_real(self.ratio) and is_whole(self.seed)
+        if not (numbers and self.place >= 0 and 0 <= self.ratio <= 1 and 0 <= self.seed < 2**63):
+            given = f"Random place is {self.place!r}, ratio {self.ratio!r}, seed {self.seed!r}"
+            raise InvalidArgumentError(f"{given}; accepted: place >= 0, ratio 0 to 1, seed 0 to 2^63 - 1")
 
     @property
     def acts_before_decoder(self) -> bool:

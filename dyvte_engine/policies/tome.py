@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import is_real
 from ..errors import InvalidArgumentError
 from .base import VisualTokenPolicy
 
@@ -40,8 +41,8 @@ class ToMe(VisualTokenPolicy):
     acts_in_tower = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise InvalidArgumentError(f"ToMe keep is {self.keep}; accepted: above 0 up to 1")
+        if not (is_real(self.keep) and 0 < self.keep <= 1):
+            raise InvalidArgumentError(f"ToMe keep is {self.keep!r}; accepted: above 0 up to 1")
 
     @property
     def tower_key(self) -> Hashable:
@@ -54,7 +55,7 @@ class ToMe(VisualTokenPolicy):
         merges = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
         if any(2 * r > tower.tokens - sum(merges[:block]) for block, r in enumerate(merges)):
             least = 1 / (tower.used + 1)  # where the last block halves what is left
-            raise InvalidArgumentError(f"ToMe keep is {self.keep}; accepted in this tower: {least:.3f} to 1")
+            raise InvalidArgumentError(f"ToMe keep is {self.keep!r}; accepted in this tower: {least:.3f} to 1")
         return replace(self, tower_merges=merges)
 
     @contextmanager

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import is_whole
 from ..errors import InvalidArgumentError
 from .base import VisualTokenPolicy
 
@@ -40,9 +41,10 @@ class VisionZip(VisualTokenPolicy):
     acts_in_tower = True
 
     def __post_init__(self) -> None:
-        if self.dominant < 1 or self.contextual < 0:
-            given = f"VisionZip dominant is {self.dominant}, contextual {self.contextual}"
-            raise InvalidArgumentError(f"{given}; accepted: at least 1, at least 0")
+        dominant, contextual = self.dominant, self.contextual
+        if not (is_whole(dominant) and is_whole(contextual) and dominant >= 1 and contextual >= 0):
+            given = f"VisionZip dominant is {dominant!r}, contextual {contextual!r}"
+            raise InvalidArgumentError(f"{given}; accepted: whole numbers, at least 1 and at least 0")
 
     def bind(self, model: Any) -> VisualTokenPolicy:
         most = model.vision.tokens

@@ -7,6 +7,7 @@ claims never exceed the pool, so a sequence within its claim always gets its pag
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import DecoderShape
-from ..errors import CacheError
+from ..errors import CacheError, first_line
 from ..kernels import ops
 from ..kernels.transfer import to_device
 
@@ -28,8 +29,13 @@ class PagePool:
 
     def __init__(self, shape: DecoderShape, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
         size = (n_pages + 1, page_size, shape.num_kv_heads, shape.head_dim)
-        self.k = torch.empty(size, dtype=dtype, device=device)
-        self.v = torch.empty(size, dtype=dtype, device=device)
+        try:
+            self.k, self.v = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
+        except RuntimeError as e:
+            asked = f"{2 * math.prod(size) * dtype.itemsize:,} bytes ({n_pages} pages of {page_size} rows)"
+            raise CacheError(
+                f"the K/V pool of {asked} cannot be had: {first_line(e)}; lower max_batch or max_len"
+            ) from e
         self.num_layers, self.page_size = shape.num_layers, page_size
         self.page_bytes = 2 * self.k[0].nbytes
         self.allocator = ops.PageAllocator(n_pages)

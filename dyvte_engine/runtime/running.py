@@ -79,7 +79,7 @@ class Running:
             # What is on the device already is taken as it is: to look at it would be to wait for it.
             if right and (tokens.is_cuda or (int(tokens.min()) >= 0 and int(tokens.max()) < vocab)):
                 return to_device(tokens, device, torch.int64) if tokens.device != device else tokens
-        elif isinstance(tokens, Sequence) and len(tokens) == count > 0 and all(_is_id(t, vocab) for t in tokens):
+        elif isinstance(tokens, Sequence) and len(tokens) == count > 0 and all(_is_below(t, vocab) for t in tokens):
             return to_device(tokens, device, torch.int64)
         accepted = f"one token id (0 to {vocab - 1}) for each of {count} sequences"
         raise InvalidArgumentError(f"tokens is {tokens!r}; accepted: {accepted}")
@@ -100,10 +100,10 @@ class Running:
             InvalidArgumentError: a number that is none of a sequence, or comes twice.
         """
         with self._lock:
-            keep = list(keep)
             count = self.cache.count
-            if len(set(keep)) < len(keep) or not all(type(b) is int and 0 <= b < count for b in keep):
-                raise InvalidArgumentError(f"keep is {keep}; accepted: numbers from 0 to {count - 1}, each once")
+            numbers = isinstance(keep, Sequence) and all(_is_below(b, count) for b in keep)
+            if not numbers or len(set(keep)) < len(keep):
+                raise InvalidArgumentError(f"keep is {keep!r}; accepted: numbers from 0 to {count - 1}, each once")
             self.cache.select(keep)
             self.logits = self.logits[to_device(keep, self.logits.device, torch.int64)]
 
@@ -120,5 +120,5 @@ class Running:
         self.close()
 
 
-def _is_id(token: object, vocab: int) -> bool:
-    return type(token) is int and 0 <= token < vocab
+def _is_below(number: object, end: int) -> bool:
+    return type(number) is int and 0 <= number < end

@@ -126,7 +126,7 @@ class StopRules:
         return "time" if self._deadline is not None and time.perf_counter() > self._deadline else None
 
 
-class _Watermark(transformers.LogitsProcessor):
+class _Watermark(transformers.LogitsProcessor):  # type: ignore[misc]
     """The watermark's own processor, made when the size of the vocabulary is seen."""
 
     def __init__(self, config: Any):

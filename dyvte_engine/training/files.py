@@ -1,9 +1,8 @@
-"""Files that are either whole or not there, whenever the process is killed."""
+"""Tensors with a JSON header in one file, whole or not there."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dyvte_engine.errors import DataError
+from dyvte_engine.files import write_bytes
 
 _KEY = "dyvte"  # one metadata key: safetensors writes several in no fixed order
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside `path`, make sure of the disk, then rename."""
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Any) -> None:

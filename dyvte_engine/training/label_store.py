@@ -20,12 +20,13 @@ from torch import Tensor
 from dyvte_engine.config import EngineConfig
 from dyvte_engine.engine import Engine
 from dyvte_engine.errors import DataError, InvalidArgumentError, PromptError
+from dyvte_engine.files import write_bytes
 from dyvte_engine.flops import leaving_flops, vision_flops
 from dyvte_engine.heads.exit_head import STATE_BITS
 from dyvte_engine.inputs.prompts import render
 from dyvte_engine.models import PreparedPrompt, VisionLanguageModel
 from dyvte_engine.training.answers import branch_answers, own_answers
-from dyvte_engine.training.files import read_tensors, write_bytes, write_tensors
+from dyvte_engine.training.files import read_tensors, write_tensors
 from dyvte_engine.training.head_data import Example, fingerprint
 from dyvte_engine.training.labels import Sample, exit_outcomes
 from dyvte_engine.training.metrics import normalised

@@ -81,7 +81,7 @@ def test_reproduce_prints_the_tables(tmp_path):
         (("analyze", "nano", "--exits", "x"), InvalidArgumentError, "exits is 'x'; accepted: layer numbers"),
         (("analyze", "nano", "--data", "sqa"), InvalidArgumentError, "data holds no prompt in a form"),
         (("analyze", "nano", "--data", "nothing"), InvalidArgumentError, "data is 'nothing'; accepted"),
-        (("reproduce", "nano", "--heads", "none"), HeadsError, "no exit heads beside nano; accepted: --heads FILE"),
+        (("reproduce", "nano", "--heads", "none"), HeadsError, "no exit heads in nano; accepted: --heads FILE"),
         (("reproduce", "nano", "--paper-model", "x"), InvalidArgumentError, "paper-model is 'x'; accepted"),
     ],
 )

@@ -164,7 +164,7 @@ def specs(n):
 def test_threads_that_submit_stream_and_generate_at_once():
     """Every thread gets its own answers, whoever runs the steps."""
     engine, _ = engines()
-    wrong = []
+    right = []
 
     def work(offset):
         for spec in specs(24)[offset::4]:
@@ -175,8 +175,8 @@ def test_threads_that_submit_stream_and_generate_at_once():
                 options = dict(chat=False, policy=r.policy, seed=r.seed, **r.options)
                 chunks = list(engine.stream(r.prompt, r.images, **options))
                 got = told(chunks[-1].result)
-            if got != answer(spec):
-                wrong.append(spec)
+            assert got == answer(spec), spec
+            right.append(spec)
 
     for spec in specs(24):
         answer(spec)
@@ -186,7 +186,7 @@ def test_threads_that_submit_stream_and_generate_at_once():
     for thread in threads:
         thread.join(120)
         assert not thread.is_alive()
-    assert not wrong
+    assert sorted(right) == sorted(specs(24))
     engine.check_integrity()
     assert engine.pool.claimed == 0
 

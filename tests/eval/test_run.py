@@ -99,7 +99,7 @@ def test_command(tmp_path):
 
 
 def test_policies_are_told_apart_by_their_files(tmp_path):
-    from dyvte_engine.commands.evaluation import named
+    from dyvte_engine.eval.named import named
 
     heads = tmp_path / "heads.safetensors"
     heads.write_bytes(NANO_HEADS.read_bytes())

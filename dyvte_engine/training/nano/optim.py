@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
+
+from ...files import write_bytes
 
 
 class MasterAdamW:
@@ -76,9 +77,7 @@ class MasterAdamW:
             tensors["master/" + name] = master.detach()
             for key, value in self.adam.state.get(master, {}).items():
                 tensors[f"{key}/{name}"] = value
-        temporary = Path(f"{path}.part")
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        write_bytes(path, save(tensors))
 
     def load(self, path: str | Path) -> None:
         """Continues from `save`: same parameters in, same next step out."""

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dyvte_engine.errors import InvalidArgumentError
 from dyvte_engine.eval import emoji_sets as sets
 from dyvte_engine.eval.compose import Painter
+from dyvte_engine.files import write_bytes
 from dyvte_engine.training.smol import parts
 from dyvte_engine.training.smol.data import Step, stream
 
@@ -164,9 +165,7 @@ class Trainer:
 
 
 def _write(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata=header)
-    part.replace(path)
+    write_bytes(path, save(tensors, metadata=header))
 
 
 def _header(path: Path) -> dict[str, str]:
