@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import HeadsError, InvalidArgumentError
+from .rule import ExitRule
 
 STATE_BITS = {"mean_visual": 1, "last_visual": 2, "mean_text": 4, "last_text": 8}
 
@@ -121,6 +122,7 @@ class ExitHeads(nn.Module):
             heads = cls(ExitHeadConfig(**{**config, "states": tuple(config["states"])}))
             dtype = tensors["w1"].dtype
             heads.to(dtype).load_state_dict(tensors)
+            ExitRule.of_metadata(header).check(heads.config.num_layers)
         except FileNotFoundError:
             raise HeadsError(f"exit heads file not found: {path}") from None
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as e:

@@ -9,6 +9,7 @@ import pytest
 from dyvte_engine import NANO_HEADS, DynamicExit, Engine, FixedExit
 from dyvte_engine.eval import load_tasks, run, sweep
 from dyvte_engine.eval.curve_report import draw, page
+from dyvte_engine.heads.rule import ExitRule
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def recorded(engine):
     return sweep.record(engine, tasks, {"nano": DynamicExit.from_file(NANO_HEADS)})
 
 
-@pytest.mark.parametrize("options", [{}, {"min_layer": 3, "every_k": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"min_layer": 3, "every_k": 2}, {"hysteresis": 2}], ids=str)
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_curve_is_what_the_engine_does(engine, recorded, share, options):
     """At a threshold halfway between two values said, so that rounding in another batch decides nothing."""
@@ -30,7 +31,7 @@ def test_curve_is_what_the_engine_does(engine, recorded, share, options):
     threshold = float(said[int(share * len(said)) :][:2].mean())
     policy = DynamicExit.from_file(NANO_HEADS, threshold=threshold, **options)
     answers = run.answer_all(engine, recorded.samples, policy, "real")
-    layers = sweep.exit_layers(recorded.p["nano"], threshold, policy.layers(engine.model.shape.num_layers))
+    layers = sweep.exit_layers(recorded.p["nano"], policy.rule)
     last = engine.model.shape.num_layers - 1
     assert [last if a.exit_layer is None else a.exit_layer for a in answers] == layers.tolist()
     assert [a.text for a in answers] == [recorded.texts[i][layer] for i, layer in enumerate(layers)]
@@ -63,12 +64,13 @@ def test_ends_of_the_curve(recorded):
     assert [p["flops"] for p in points] == sorted(p["flops"] for p in points)
 
 
-def made(p, same):
+def made(p, same, rule=None):
     """Outcomes of given heads and agreements; credit is agreement, an exit after layer l costs l + 1."""
     n, count = np.shape(same)
     cost = np.tile(np.arange(1.0, count + 1), (n, 1))
     same = np.array(same, bool)
-    return sweep.Outcomes([None] * n, np.array(["t"] * n), [[""]] * n, same.astype(float), same, cost, cost, {"h": p})
+    tasks, rules = np.array(["t"] * n), {"h": rule or ExitRule(0.5)}
+    return sweep.Outcomes([None] * n, tasks, [[""]] * n, same.astype(float), same, cost, cost, {"h": p}, rules)
 
 
 def test_oracle_and_dealt_by_hand():
@@ -97,6 +99,15 @@ def test_perfect_heads_beat_every_fixed_layer_and_useless_ones_none():
         alone = c["by_task"]["t"]
         assert alone["same_fixed"] == pytest.approx(same[:, c["layer"]].mean())
         assert alone["same"] - alone["same_fixed"] == pytest.approx(c["same"]["difference"])
+
+
+def test_a_sweep_keeps_the_options_of_the_heads():
+    """Heads that are to fire twice in a row are swept so, and at their layers."""
+    p = np.array([[0.9, 0.2, 0.9, 0.9, 0.1]])
+    o = made(p, [[0, 0, 0, 1, 1, 1]], ExitRule(0.5, min_layer=1, hysteresis=2))
+    for at in sweep.curve(o, "h"):
+        assert at["exit_layer"] == (2 if at["threshold"] < 0.2 else 3 if at["threshold"] < 0.9 else 5)
+    assert [c["layer"] for c in sweep.against_fixed(o, "h")] == [2, 3, 4]  # never out after layer 0 or 1
 
 
 def test_separation_by_definition():

@@ -1,4 +1,4 @@
-"""The promise: limits against exact sums, decisions against a loop, and 100 calibrations on fresh data."""
+"""The promise: limits against exact sums, and 100 calibrations on fresh data."""
 
 from __future__ import annotations
 
@@ -12,29 +12,11 @@ import torch
 
 from dyvte_engine import DynamicExit, ExitHeadConfig, ExitHeads
 from dyvte_engine.errors import CalibrationError, InvalidArgumentError
-from dyvte_engine.heads.calibration import THRESHOLDS, Calibration, binomial_limit, first_exits
+from dyvte_engine.heads.calibration import THRESHOLDS, Calibration, binomial_limit
+from dyvte_engine.heads.rule import ExitRule
 from dyvte_engine.policies import parse
 
 LAYERS = 8
-
-
-def slow_exit(row: list[float], threshold: float, min_layer: int, every_k: int, hysteresis: int) -> int:
-    """One sample, layer by layer, as a decoder comes by."""
-    in_a_row = 0
-    for layer, p in enumerate(row[:-1]):
-        if layer >= min_layer and (layer - min_layer) % every_k == 0:
-            in_a_row = in_a_row + 1 if p > threshold else 0
-            if in_a_row == hysteresis:
-                return layer
-    return len(row) - 1
-
-
-@pytest.mark.parametrize("options", [(0, 1, 1), (2, 1, 1), (1, 3, 1), (0, 1, 3), (1, 2, 2), (9, 1, 1)])
-def test_first_exits(options: tuple[int, int, int]) -> None:
-    p_exit = torch.rand(200, LAYERS, generator=torch.Generator().manual_seed(0)).double()
-    for threshold in (0.0, 0.3, 0.8, 1.0):
-        want = [slow_exit(row, threshold, *options) for row in p_exit.tolist()]
-        assert first_exits(p_exit, threshold, *options).tolist() == want
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 299), (0, 1), (3, 100), (17, 60), (59, 60)])
@@ -67,7 +49,7 @@ def test_the_promise_holds_on_fresh_data(target: float, count: int, options: dic
     for _ in range(100):
         rows = torch.randint(len(p_exit), (count,), generator=generator)
         threshold = Calibration.measure(p_exit[rows], agree[rows], flops[rows], 0.05, options).for_agreement(target)
-        exits = first_exits(p_exit, threshold, **options)
+        exits = ExitRule(threshold, **options).first_exits(p_exit)
         mean_layers.append(float(exits.double().mean()))
         kept += float(agree.gather(1, exits[:, None]).double().mean()) >= target
     assert kept >= 95
@@ -79,7 +61,7 @@ def test_useless_heads_never_exit() -> None:
     agree = torch.zeros_like(p_exit, dtype=torch.bool)
     agree[:, -1] = True
     curve = Calibration.measure(p_exit, agree, flops)
-    assert (first_exits(p_exit, curve.for_agreement(0.95)) == LAYERS - 1).double().mean() >= 0.95
+    assert (ExitRule(curve.for_agreement(0.95)).first_exits(p_exit) == LAYERS - 1).double().mean() >= 0.95
     assert curve.at(1.0) == {
         "samples": 400,
         "delta": 0.05,
@@ -95,7 +77,7 @@ def test_target_flops() -> None:
     curve = Calibration.measure(p_exit, agree, flops)
     for target in (0.95, 0.7, 0.6):
         threshold = curve.for_flops(target)
-        share = [flops.gather(1, first_exits(p_exit, t)[:, None]).mean().item() for t in THRESHOLDS]
+        share = [flops.gather(1, ExitRule(t).first_exits(p_exit)[:, None]).mean().item() for t in THRESHOLDS]
         assert threshold == next(t for t, s in zip(THRESHOLDS, share) if s <= target)
     with pytest.raises(CalibrationError, match=r"target_flops 0.3 is out of reach: these heads need at least 0.4"):
         curve.for_flops(0.3)
