@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import InvalidArgumentError
+
 Labels = Annotated[Path, typer.Argument(help="A folder that `label` wrote.")]
 Kind = Annotated[str, typer.Option(help="paper, default (paper's heads, all labels), light (shared trunk).")]
 RuleOption = Annotated[str, typer.Option(help="auto, paper, argmax, text: when the label says exit.")]
@@ -51,6 +53,8 @@ def label(
 
 
 def examples_named(data: str, images: Path | None, samples: int | None, seed: int) -> list[Any]:
+    if samples is not None and samples < 1:
+        raise InvalidArgumentError(f"samples is {samples}; accepted: at least 1")
     if data.split(":")[0] == "nano":
         from ..training.nano import head_examples
 

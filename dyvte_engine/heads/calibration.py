@@ -60,6 +60,11 @@ class Calibration:
     every_k: int = 1
     hysteresis: int = 1
 
+    def __post_init__(self) -> None:
+        curves = self.thresholds, self.changed, self.limit, self.mean_layer, self.flops
+        if len({len(curve) for curve in curves}) != 1 or not self.thresholds:
+            raise InvalidArgumentError(f"calibration has curves of {[len(c) for c in curves]} points; accepted: equal")
+
     @classmethod
     def measure(
         cls, p_exit: Tensor, agree: Tensor, flops: Tensor, delta: float = 0.05, options: Mapping[str, int] | None = None

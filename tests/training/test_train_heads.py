@@ -53,7 +53,7 @@ def write_labels(folder: Path, count: int, seed: int = 0, model: str = "made-up"
     info = LabelInfo("free-running", count, "data", model, f"{model}-0", "float32", WIDTH, LAYERS, 1, count, 1)
     folder.mkdir()
     (folder / "labels.json").write_text(json.dumps(asdict(info)))
-    write_tensors(folder / info.shards[0], columns, {})
+    write_tensors(folder / info.shards[0], columns, info.header(0))
     return folder
 
 
