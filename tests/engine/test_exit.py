@@ -1,6 +1,5 @@
 """Removing rows is the same as masking them, for every layer, every member of a batch, and through decoding."""
 
-import math
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from dyvte_engine import DynamicExit, ExitHeadConfig, ExitHeads, FastV, FixedExit, KeepAll, VisualTokenPolicy, compose
 from tests import tiny
 from tests.engine.conftest import build
+from tests.policies import reference as ref
 
 LAYERS = 4
 
@@ -81,37 +81,12 @@ def test_dynamic_exit_is_per_sequence_and_first_time_only(states, rms_eps, share
     assert [r.stats.exit_layer for r in alone] == want_layers
 
 
-def plain_head(heads, pools, layer) -> float:
-    """p_exit of the head after `layer`, from the equations: each state by its RMS, two layers, exact GELU, softmax."""
-    eps, trunk = heads.config.rms_eps, 0 if heads.config.shared else layer
-    order = [s for s in ("mean_visual", "last_visual", "mean_text", "last_text") if s in heads.config.states]
-    states = [pools[s].double() for s in order]
-    if eps is not None:
-        states = [s / math.sqrt(float(s @ s) / len(s) + eps) for s in states]
-    inner = heads.w1[trunk].double() @ torch.cat(states)
-    if heads.config.shared:
-        inner = inner + heads.b1[layer].double()
-    keep, leave = (heads.w2[trunk].double() @ (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2)).tolist()
-    return 1 / (1 + math.exp(keep - leave))
-
-
 @torch.no_grad()
 def oracle_layers(hf, heads, embeds, visual) -> list[float]:
     """p_exit after each layer but the last."""
     out = hf.model.language_model(inputs_embeds=embeds[None], output_hidden_states=True)
-    said = []
-    tail = int(visual.nonzero()[-1]) + 1
-    for layer in range(LAYERS - 1):
-        hidden = out.hidden_states[layer + 1][0]  # raw residual stream leaving `layer`
-        text = hidden[tail:]
-        pools = {
-            "mean_visual": hidden[visual].mean(0),
-            "last_visual": hidden[visual][-1],
-            "mean_text": text[:-1].mean(0) if len(text) > 1 else text[0],
-            "last_text": text[-1],
-        }
-        said.append(plain_head(heads, pools, layer))
-    return said
+    states = [ref.token_states(hidden[0], visual) for hidden in out.hidden_states[1:LAYERS]]  # the raw residual stream
+    return [ref.head(heads, of_layer, layer) for layer, of_layer in enumerate(states)]
 
 
 def test_heads_that_never_fire_change_nothing():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,6 +109,23 @@ def test_a_sweep_keeps_the_options_of_the_heads():
     for at in sweep.curve(o, "h"):
         assert at["exit_layer"] == (2 if at["threshold"] < 0.2 else 3 if at["threshold"] < 0.9 else 5)
     assert [c["layer"] for c in sweep.against_fixed(o, "h")] == [2, 3, 4]  # never out after layer 0 or 1
+
+
+def test_intervals_are_of_paired_differences():
+    """Resampled sample by sample within each task: what is alike in every sample has no spread."""
+    rng = np.random.default_rng(1)
+    same = rng.random((400, 3)) < 0.5
+    same[:, 2] = True
+    o = made(np.tile([0.2, 0.9], (400, 1)), same)  # all leave after layer 0, or all after layer 1
+    assert [c["same"]["ci95"] for c in sweep.against_fixed(o, "h")] == [[0, 0], [0, 0]]
+    o = made(np.tile([0.9, 0.9], (400, 1)), same)  # all leave after layer 0, compared with layer 1
+    difference = same[:, 0].astype(float) - same[:, 1]
+    mean, reach = difference.mean(), 1.96 * difference.std() / 20
+    assert sweep.against_fixed(o, "h")[1]["same"]["ci95"] == pytest.approx([mean - reach, mean + reach], abs=0.01)
+    tasks = np.array(["a"] * 100 + ["b"] * 300)  # +1 in one, -1 in the other: the weights are fixed, not drawn
+    same[:, 0], same[:, 1] = tasks == "a", tasks == "b"
+    apart = replace(made(np.tile([0.9, 0.9], (400, 1)), same), tasks=tasks)
+    assert sweep.against_fixed(apart, "h")[1]["same"]["ci95"] == pytest.approx([0, 0])
 
 
 def test_separation_by_definition():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from dyvte_engine.heads.rule import ExitRule
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import LAYERS, oracle_layers, random_heads
+from tests.policies import shared
+from tests.policies.shared import always_exit
 
 
 def drawn_rule(rng: random.Random, layers: int) -> ExitRule:
@@ -81,6 +84,16 @@ def test_the_engine_exits_by_the_rule(threshold: float | list[float], hysteresis
     engine.policy = DynamicExit(heads, threshold, every_k=every_k, hysteresis=hysteresis)
     got = engine.generate(texts, images, chat=False, max_new_tokens=1)
     assert [LAYERS - 1 if r.stats.exit_layer is None else r.stats.exit_layer for r in got] == want
+
+
+def test_a_run_ends_in_the_engine_too() -> None:
+    """Heads that always say 0.5 fire at a threshold of 0, not at 1: two in a row come first after layer 5."""
+    policy = replace(always_exit(0), threshold=[0, 1, 0, 1, 0, 0, 0, 0], hysteresis=2)
+    policy.heads.w2.zero_()
+    engine, _ = shared.build(policy=policy)
+    texts, images = tiny.prompts(seed=34, n=3, images=(1, 2))
+    results = engine.generate(texts, images, chat=False, max_new_tokens=1)
+    assert [r.stats.exit_layer for r in results] == [5, 5, 5]
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,15 @@ def test_damaged_shards_are_refused_on_reading_and_on_resuming(labelled, loaded,
     assert not (tmp_path / "out" / names[2]).exists(), "nothing is labelled before the rest is known to be sound"
 
 
+def test_pooled_states_lie_in_the_order_that_heads_take_them(labelled) -> None:
+    """However they are named: mean visual, last visual, mean text, last text."""
+    out, _ = labelled
+    found = columns(out)
+    for states in (STATES[::-1], ("last_text", "mean_visual"), ("last_text", "last_visual", "mean_text")):
+        want = torch.cat([found[f"pooled.{name}"] for name in STATES if name in states], -1)
+        assert torch.equal(load_labels(out, states)[0].pooled, want)
+
+
 def test_labels_that_hold_nan_are_neither_written_nor_read(labelled, loaded, tmp_path, monkeypatch) -> None:
     out, examples = labelled
     shutil.copytree(out, tmp_path / "read")
