@@ -1,8 +1,8 @@
 """Labels of a whole data set on disk: made in shards by `label`, read by `load_labels`.
 
 A folder holds `labels.json` (what was labelled, and how) and `shard-NNNNN.safetensors` with a fixed part of the samples
-each. A shard appears whole or not at all, so a killed run goes on where it stopped and ends in the same bytes. Each
-says which samples of which run it holds and has a checksum; both are looked at before it is used or left as it is.
+each. A shard appears whole or not at all, so a killed run continues where it stopped and ends in the same bytes. Each
+says which samples of which run it holds and has a checksum; both are checked when a run continues and on reading.
 """
 
 from __future__ import annotations
