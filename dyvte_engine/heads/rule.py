@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -32,12 +33,12 @@ class ExitRule:
         if isinstance(self.threshold, list):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        if not values or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values):  # NaN is not
+        if not values or not all(isinstance(v, Real) and 0 <= v <= 1 for v in values):  # NaN is not
             given = f"threshold is {self.threshold}"
             raise InvalidArgumentError(f"{given}; accepted: 0 to 1, or such a value for each layer")
         for name, least in (("min_layer", 0), ("every_k", 1), ("hysteresis", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, Integral) or value < least:
                 raise InvalidArgumentError(f"{name} is {value}; accepted: whole numbers, at least {least}")
 
     @classmethod

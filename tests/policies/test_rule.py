@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,6 +115,11 @@ def test_what_is_out_of_range_is_refused(given: dict, message: str) -> None:
         ExitRule(**given)
     with pytest.raises(InvalidArgumentError, match=message):
         DynamicExit(random_heads(0), **given)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    rule = ExitRule(np.float32(0.5), np.int64(1), hysteresis=np.int64(2))
+    assert rule.first_exits(torch.full((1, 6), 0.75)).tolist() == [2]
 
 
 def test_a_threshold_for_each_layer_of_the_model(tmp_path) -> None:
