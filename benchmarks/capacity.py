@@ -44,7 +44,7 @@ class DrawnExit(DynamicExit):
 
     exits: Sequence[int] = ()
 
-    def _leaves(self, state: Any, fires: list[bool]) -> list[bool]:
+    def _leaves(self, state: Any, p_exit: list[float]) -> list[bool]:
         return [bool(n) and state.layer >= layer for n, layer in zip(state.rows.n_visual, self.exits, strict=True)]
 
 

@@ -27,7 +27,7 @@ class _ReadAtOnce(DynamicExit):
     """Waits for the decision where it is made, before the next layer's projections are queued."""
 
     def decide(self, state: Any) -> Any:
-        return self._decision(state, self.ask(state)[1].tolist())
+        return self._decision(state, self.ask(state).tolist())
 
 
 def askers(engine: Engine, layer: int) -> dict[str, VisualTokenPolicy]:

@@ -184,28 +184,29 @@ def see_all(n: int):
     return lambda layer: torch.zeros(n, n, dtype=torch.bool)
 
 
-def masked_greedy(hf, embeds, visual, new_tokens: int, gone, first_new_blind: bool = False, eos: int = 2) -> list[int]:
-    """Greedy tokens by recomputing everything for every token (no cache).
+def masked_choices(hf, embeds, visual, tokens: list[int], gone, first_new_blind: bool = False) -> list[int]:
+    """The best token after the prompt and after each of `tokens` but the last, from one run without a cache.
 
-    gone(layer) -> bool [n_prompt], the prompt columns that later rows must not see in that layer. With
-    `first_new_blind`, generated rows see none of `visual` in any layer (drop_early_kv).
+    Equal to `tokens` exactly where these are greedy. gone(layer) -> bool [n_prompt], the prompt columns that later rows
+    must not see in that layer. With `first_new_blind`, new rows see none of `visual` in any layer (drop_early_kv).
     """
+    n_prompt, new = len(embeds), torch.tensor(tokens[:-1], dtype=torch.long, device=embeds.device)
+    embeds = torch.cat((embeds, hf.get_input_embeddings()(new)))
+
+    def hidden(layer: int, n: int = len(embeds)) -> torch.Tensor:
+        blocked = torch.zeros(n, n, dtype=torch.bool, device=embeds.device)
+        blocked[:, :n_prompt] = gone(layer)[None]
+        blocked[:n_prompt, :n_prompt] &= ~visual[:, None]  # rows that left are not computed: what they see is moot
+        if first_new_blind:
+            blocked[n_prompt:, :n_prompt] |= visual[None]
+        return blocked
+
+    return masked_logits(hf, embeds, hidden)[n_prompt - 1 :].argmax(-1).tolist()
+
+
+def masked_greedy(hf, embeds, visual, new_tokens: int, gone, first_new_blind: bool = False, eos: int = 2) -> list[int]:
+    """Greedy tokens by recomputing everything for every token (`masked_choices`)."""
     tokens: list[int] = []
-    n_prompt = len(embeds)
-    for _ in range(new_tokens):
-        n = len(embeds)
-
-        def hidden(layer: int, n: int = n, device=embeds.device) -> torch.Tensor:
-            blocked = torch.zeros(n, n, dtype=torch.bool, device=device)
-            blocked[:, :n_prompt] = gone(layer)[None]
-            blocked[:n_prompt, :n_prompt] &= ~visual[:, None]  # rows that left are not computed: what they see is moot
-            if first_new_blind:
-                blocked[n_prompt:, :n_prompt] |= visual[None]
-            return blocked
-
-        token = int(masked_logits(hf, embeds, hidden)[-1].argmax())
-        tokens.append(token)
-        if token == eos:
-            break
-        embeds = torch.cat((embeds, hf.get_input_embeddings()(torch.tensor([token], device=embeds.device))))
+    while len(tokens) < new_tokens and eos not in tokens:
+        tokens.append(masked_choices(hf, embeds, visual, [*tokens, 0], gone, first_new_blind)[-1])
     return tokens

@@ -13,6 +13,7 @@ from PIL import Image
 from ..eval.run import BUDGETS
 from ..eval.sweep import probe
 from ..eval.task import Sample
+from ..heads.rule import ExitRule
 from ..policies import DynamicExit, KeepAll
 from .plotting import COLORS, layer_axis, new_figure
 
@@ -43,18 +44,22 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Timelines:
-    """Several prompts, the heads' threshold, and the layers whose heads are asked."""
+    """Several prompts, and the rule by which what the heads say becomes an exit."""
 
     prompts: tuple[Timeline, ...]
-    threshold: float
-    asked: tuple[int, ...]
+    rule: ExitRule
+
+    @property
+    def asked(self) -> list[int]:
+        """The layers whose heads are asked."""
+        return list(self.rule.layers(len(self.prompts[0].tokens_per_layer)))
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each prompt, without its picture."""
         return [{k: v for k, v in asdict(p).items() if k != "picture"} for p in self.prompts]
 
     def record(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, "asked": list(self.asked), "rows": self.rows()}
+        return {"threshold": self.rule.threshold, "asked": self.asked, "rows": self.rows()}
 
     def plot(self) -> Any:
         """A line for each prompt: picture, words, layers; returns the figure."""
@@ -90,7 +95,8 @@ class Timelines:
         before, later = asked[asked <= end], asked[asked >= end]
         other.plot(before, said[before], "o-", ms=3.5, color=COLORS["exit"], label="$p_{exit}$")
         other.plot(later, said[later], ":", color=COLORS["exit"], label="$p_{exit}$, not asked any more")
-        other.axhline(self.threshold, color="0.3", lw=0.8, ls="--", label=f"threshold {self.threshold:.3g}")
+        bounds = np.array([self.rule.threshold_at(layer) for layer in range(count)])
+        other.plot(range(count), bounds.clip(*SHOWN), color="0.3", lw=0.8, ls="--", label="threshold")
         other.set_ylim(SHOWN[0] / 2, 1 - (1 - SHOWN[1]) / 2)
         other.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
         other.minorticks_off()
@@ -99,7 +105,7 @@ class Timelines:
 
 def timelines(engine: Engine, samples: Sequence[Sample], policy: DynamicExit) -> Timelines:
     """Answers the samples with and without the exit and reads every head on the way."""
-    layers, found = engine.model.shape.num_layers, []
+    found = []
     said = probe(engine, samples, [policy])[0]  # [N, L - 1]
     for sample, p_exit in zip(samples, said, strict=True):
         options: dict[str, Any] = dict(max_new_tokens=BUDGETS[sample.form], do_sample=False)
@@ -119,7 +125,7 @@ def timelines(engine: Engine, samples: Sequence[Sample], policy: DynamicExit) ->
                 tuple(float(p) for p in p_exit),
             )
         )
-    return Timelines(tuple(found), policy.threshold, tuple(sorted(policy.layers(layers) - {layers - 1})))
+    return Timelines(tuple(found), policy.rule)
 
 
 def reference_text(sample: Sample) -> str:

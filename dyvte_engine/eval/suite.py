@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..checks import is_whole
-from ..errors import InvalidArgumentError, SourceError
+from ..errors import InvalidArgumentError
 from ..training.nano.scenes import WORDS
 from . import choices, metrics
 from .draw import OPPOSITE, Draw, Question, absent, attribute, labels_of, number, pair
@@ -287,10 +287,8 @@ def _world(source: str, styles: Sequence[str]) -> World:
 
 def _easy(seed: int, n: int) -> Task:
     """A random part of easy-VQA's test questions, in the order drawn."""
-    try:
-        from ..training.nano.easy import load_easy_vqa
-    except ImportError as error:
-        raise SourceError("task easy-vqa needs the package easy-vqa: pip install 'dyvte-engine[eval]'") from error
+    from ..training.nano.easy import load_easy_vqa
+
     paths, asked = load_easy_vqa("test")
     every = [(path, i, q) for path, questions in zip(paths, asked) for i, q in enumerate(questions)]
     samples = []

@@ -1,7 +1,7 @@
 """Accuracy against FLOPs: DyVTE at every threshold, an exit at every fixed layer, and Random at equal FLOPs.
 
 An exit layer determines the answer exactly. So one run for each layer and one of the heads give every sample's outcome
-under every threshold: the exit is at the first asked layer whose p_exit lies above it.
+under every threshold of the heads' rule.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from .. import flops
+from ..heads.rule import ExitRule
 from ..policies import DynamicExit, FixedExit, KeepAll, LayerState, Random, VisualTokenPolicy
 from . import metrics
 from .run import Answer, AnswerFile, answer_all
@@ -29,7 +31,8 @@ class Outcomes:
     """What N samples come to under an exit after each of L layers; the last column is the full model.
 
     credit: f64 [N, L], 0 to 1; same: bool [N, L], the answer is the full model's; flops, flops_true: f64 [N, L].
-    p: {heads: f32 [N, L - 1]}, what each set of heads says after each layer but the last.
+    p: {heads: f32 [N, L - 1]}, what each set of heads says after each layer but the last; rules: {heads: their rule},
+    of which a sweep replaces the threshold.
     """
 
     samples: Sequence[Sample]
@@ -40,6 +43,7 @@ class Outcomes:
     flops: np.ndarray
     flops_true: np.ndarray
     p: dict[str, np.ndarray] = field(default_factory=dict)
+    rules: dict[str, ExitRule] = field(default_factory=dict)
 
     @property
     def weights(self) -> np.ndarray:
@@ -62,7 +66,7 @@ class Probe(VisualTokenPolicy):
         return set(range(num_layers - 1))
 
     def decide(self, state: LayerState) -> list[None]:
-        self.said.append([h.ask(state)[0].float().cpu().numpy() for h in self.heads])
+        self.said.append([h.ask(state).cpu().numpy() for h in self.heads])
         return [None] * len(state.rows.n_visual)
 
 
@@ -92,28 +96,31 @@ def record(
     runs = [answer_all(engine, samples, FixedExit(layer), f"fixed:{layer}", file, progress) for layer in range(last)]
     runs.append(answer_all(engine, samples, KeepAll(), "keep-all", file, progress))
     said = probe(engine, samples, list(heads.values())) if heads else np.empty((0,))
-    return outcomes(samples, names, runs, dict(zip(heads, said, strict=True)))
+    rules = {name: policy.rule for name, policy in heads.items()}
+    return outcomes(samples, names, runs, dict(zip(heads, said, strict=True)), rules)
 
 
 def outcomes(
-    samples: Sequence[Sample], names: np.ndarray, runs: Sequence[Sequence[Answer]], p: dict[str, np.ndarray]
+    samples: Sequence[Sample],
+    names: np.ndarray,
+    runs: Sequence[Sequence[Answer]],
+    p: dict[str, np.ndarray],
+    rules: dict[str, ExitRule],
 ) -> Outcomes:
     """Puts the answers of the runs, one for each layer, side by side."""
     texts = [[a.text for a in each] for each in zip(*runs, strict=True)]
     credit = [[metrics.credit(s, text) for text in each] for s, each in zip(samples, texts, strict=True)]
     same = [[text == each[-1] for text in each] for each in texts]
-    cost = {
-        name: np.array([[getattr(a, name) for a in each] for each in zip(*runs)]) for name in ("flops", "flops_true")
-    }
-    return Outcomes(samples, names, texts, np.array(credit), np.array(same), **cost, p=p)
+    counted, true = (
+        np.array([[getattr(a, name) for a in each] for each in zip(*runs)]) for name in ("flops", "flops_true")
+    )
+    return Outcomes(samples, names, texts, np.array(credit), np.array(same), counted, true, p, rules)
 
 
-def exit_layers(p: np.ndarray, threshold: float, asked: Sequence[int] | None = None) -> np.ndarray:
-    """int [N], the first asked layer with p [N, L - 1] above the threshold, else L - 1 (nothing ever leaves)."""
-    fires = p > threshold
-    if asked is not None:
-        fires = fires & np.isin(np.arange(p.shape[1]), list(asked))
-    return np.where(fires.any(1), fires.argmax(1), p.shape[1])
+def exit_layers(p: np.ndarray, rule: ExitRule) -> np.ndarray:
+    """p [N, L - 1] -> int64 [N], the layer each sample exits after, L - 1 where nothing ever leaves."""
+    never_asked = np.pad(p, ((0, 0), (0, 1)))  # the last layer
+    return rule.first_exits(torch.from_numpy(never_asked)).numpy()
 
 
 def thresholds(p: np.ndarray, count: int = 80) -> np.ndarray:
@@ -146,9 +153,9 @@ def dealt(o: Outcomes, layers: np.ndarray) -> dict[str, float]:
 def curve(o: Outcomes, name: str) -> list[dict[str, Any]]:
     """DyVTE's points from the lowest threshold to the highest, each with its control, "dealt"."""
     points: list[dict[str, Any]] = []
-    for threshold in thresholds(o.p[name]):
-        layers = exit_layers(o.p[name], threshold)
-        points.append({"threshold": float(threshold), **point(o, layers), "dealt": dealt(o, layers)})
+    for threshold in thresholds(o.p[name]).tolist():
+        layers = exit_layers(o.p[name], replace(o.rules[name], threshold=threshold))
+        points.append({"threshold": threshold, **point(o, layers), "dealt": dealt(o, layers)})
     return points
 
 
@@ -169,7 +176,8 @@ def against_fixed(o: Outcomes, name: str) -> list[dict[str, Any]]:
     "credit" and "same" are differences with a 95 % interval: samples resampled in pairs within each task. "by_task"
     has DyVTE's mean exit layer in each task, and what it and the fixed layer keep there.
     """
-    layers = {float(t): exit_layers(o.p[name], t) for t in thresholds(o.p[name])}
+    rules = [replace(o.rules[name], threshold=t) for t in thresholds(o.p[name]).tolist()]
+    layers = {rule.threshold: exit_layers(o.p[name], rule) for rule in rules}
     cost = {t: point(o, chosen)["flops"] for t, chosen in layers.items()}
     rows, compared = np.arange(len(o.tasks)), []
     for layer, goal in enumerate(fixed(o)[:-1]):

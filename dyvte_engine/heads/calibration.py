@@ -20,25 +20,12 @@ from torch import Tensor
 
 from ..checks import is_real
 from ..errors import CalibrationError, InvalidArgumentError
+from .rule import ExitRule
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # 1 never fires; then a quarter of a logit apart. Fixed, so that no calibration sample has a say in it.
 THRESHOLDS: tuple[float, ...] = (1.0, *torch.sigmoid(torch.linspace(12, -6, 73, dtype=torch.float64)).tolist())
-
-
-def first_exits(p_exit: Tensor, threshold: float, min_layer: int = 0, every_k: int = 1, hysteresis: int = 1) -> Tensor:
-    """p_exit [N, L] -> int64 [N], the layer each sample exits after, as `DynamicExit` with these options decides.
-
-    The last layer, after which an exit changes nothing, where no other fires.
-    """
-    last = p_exit.shape[1] - 1
-    asked = torch.arange(min(min_layer, last), last, every_k)
-    fires = (p_exit[:, asked] > threshold).cumsum(1)
-    before = torch.nn.functional.pad(fires, (hysteresis, 0))[:, : len(asked)]
-    enough = fires - before == hysteresis  # so many of the last `hysteresis` asked layers fired
-    exits = torch.cat([asked, torch.tensor([last])])
-    return exits[torch.nn.functional.pad(enough, (0, 1), value=True).int().argmax(1)]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -62,7 +49,7 @@ class Calibration:
 
     changed: answers that an exit changed; limit: their share's upper limit at level delta; mean_layer: exit layer;
     flops: mean FLOPs of a prefill over those without an exit (the paper's count, vision tower included). The other
-    fields are `DynamicExit`'s options this holds for.
+    fields are the options of `ExitRule` this holds for.
     """
 
     samples: int
@@ -76,14 +63,19 @@ class Calibration:
     every_k: int = 1
     hysteresis: int = 1
 
+    def __post_init__(self) -> None:
+        curves = self.thresholds, self.changed, self.limit, self.mean_layer, self.flops
+        if len({len(curve) for curve in curves}) != 1 or not self.thresholds:
+            raise InvalidArgumentError(f"calibration has curves of {[len(c) for c in curves]} points; accepted: equal")
+
     @classmethod
     def measure(
         cls, p_exit: Tensor, agree: Tensor, flops: Tensor, delta: float = 0.05, options: Mapping[str, int] | None = None
     ) -> Calibration:
-        """p_exit [N, L]; agree bool [N, L], whether the answer stays; flops [N, L]; options: of `first_exits`."""
+        """p_exit [N, L]; agree bool [N, L], whether the answer stays; flops [N, L]; options: of `ExitRule`."""
         _check_samples(p_exit, agree, flops, delta)
         options, count = dict(options or {}), len(p_exit)
-        layers = [first_exits(p_exit, threshold, **options)[:, None] for threshold in THRESHOLDS]
+        layers = [ExitRule(threshold, **options).first_exits(p_exit)[:, None] for threshold in THRESHOLDS]
         changed = [count - int(agree.gather(1, at).sum()) for at in layers]
         return cls(
             samples=count,

@@ -8,6 +8,7 @@ runs the fused `dyvte::exit_head` kernel on the same tensors.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from torch.nn import functional as F
 from ..checks import is_real
 from ..errors import HeadsError, InvalidArgumentError
 from ..files import write_bytes
+from .calibration import Calibration
+from .rule import ExitRule
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a file may hold
 STATE_BITS = {"mean_visual": 1, "last_visual": 2, "mean_text": 4, "last_text": 8}
 
 
@@ -53,6 +57,12 @@ class ExitHeadConfig:
                 f"states is {self.states!r}; accepted: a non-empty subset of {tuple(STATE_BITS)}"
             )
         object.__setattr__(self, "states", ordered)
+        for name in ("hidden_size", "num_layers", "head_hidden"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InvalidArgumentError(f"{name} is {value!r}; accepted: whole numbers, at least 1")
+        if self.rms_eps is not None and not 0 <= self.rms_eps < math.inf:
+            raise InvalidArgumentError(f"rms_eps is {self.rms_eps}; accepted: None, or at least 0")
 
     @property
     def state_mask(self) -> int:
@@ -122,24 +132,35 @@ class ExitHeads(nn.Module):
         """Read what `save` wrote; everything but the config is in `.metadata`.
 
         Raises:
-            HeadsError: missing, damaged, not exit heads, or with NaN weights.
+            HeadsError: missing, damaged, not exit heads, of a dtype that heads do not run in, or with NaN weights.
         """
         try:
             with safe_open(str(path), framework="pt") as f:
                 header = json.loads((f.metadata() or {})["dyvte_exit_heads"])
                 tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+            _check_weights(path, tensors)
             config = header.pop("config")
-            heads = cls(ExitHeadConfig(**{**config, "states": tuple(config["states"])}))
-            dtype = tensors["w1"].dtype
-            heads.to(dtype).load_state_dict(tensors)
+            with torch.device("meta"):  # the weights are those of the file
+                heads = cls(ExitHeadConfig(**{**config, "states": tuple(config["states"])}))
+            heads.load_state_dict(tensors, assign=True)
+            ExitRule.of_metadata(header).check(heads.config.num_layers)
+            if header.get("calibration"):
+                Calibration(**header["calibration"])
         except FileNotFoundError:
             raise HeadsError(f"exit heads file not found: {path}") from None
-        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as e:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as e:
             raise HeadsError(
                 f"{path} is not a readable exit-heads file (safetensors written by ExitHeads.save): {e}"
             ) from e
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise HeadsError(f"exit heads {path}: weight {name!r} holds NaN or infinity")
         heads.metadata = header
         return heads.requires_grad_(False)
+
+
+def _check_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        given = f"exit heads {path}: weights are {', '.join(sorted(map(str, dtypes)))}"
+        raise HeadsError(f"{given}; accepted: one of {', '.join(map(str, DTYPES))}")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise HeadsError(f"exit heads {path}: weight {name!r} holds NaN or infinity")

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..errors import CalibrationError, HeadsError, InvalidArgumentError
 from ..heads.calibration import Calibration
 from ..heads.exit_head import ExitHeads
+from ..heads.rule import ExitRule
 from ..kernels import ops
 from ..kernels.transfer import read_later
 from .base import Decision, LayerState, VisualTokenPolicy, highest, visual_attention
@@ -21,32 +23,34 @@ from .base import Decision, LayerState, VisualTokenPolicy, highest, visual_atten
 
 @dataclass(frozen=True, eq=False)
 class DynamicExit(VisualTokenPolicy):
-    """Exit at the first asked layer whose head gives p_exit > `threshold`; each sequence by itself, at most once.
+    """All visual tokens leave where `ExitRule` has an exit; each sequence by itself, at most once.
 
-    Layers asked: `min_layer`, then every `every_k`-th; the last layer is left out, since nothing follows it.
-    `hysteresis`: so many asked layers in a row must fire. `keep`: so many visual tokens stay after the exit, those with
-    the most attention from the last text token in that layer (FastV's measure); their exit layer counts as none.
+    threshold (one value, or one for each layer), min_layer, every_k, hysteresis: the rule's. `keep`: so many visual
+    tokens stay after the exit, those with the most attention from the last text token in that layer (FastV's measure);
+    their exit layer counts as none.
     """
 
     heads: ExitHeads
-    threshold: float = 0.5
+    threshold: float | tuple[float, ...] = 0.5
     min_layer: int = 0
     every_k: int = 1
     hysteresis: int = 1
     keep: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise InvalidArgumentError(f"threshold is {self.threshold}; accepted: 0 to 1")
-        for name, least in (("min_layer", 0), ("every_k", 1), ("hysteresis", 1), ("keep", 0)):
-            if getattr(self, name) < least:
-                raise InvalidArgumentError(f"{name} is {getattr(self, name)}; accepted: at least {least}")
+        object.__setattr__(self, "threshold", self.rule.threshold)  # a list became a tuple; and all of it is checked
+        if self.keep < 0:
+            raise InvalidArgumentError(f"keep is {self.keep}; accepted: at least 0")
+
+    @cached_property
+    def rule(self) -> ExitRule:
+        return ExitRule(self.threshold, self.min_layer, self.every_k, self.hysteresis)
 
     @classmethod
     def from_file(
         cls,
         path: str | Path,
-        threshold: float | None = None,
+        threshold: float | tuple[float, ...] | None = None,
         *,
         target_agreement: float | None = None,
         target_flops: float | None = None,
@@ -74,9 +78,8 @@ class DynamicExit(VisualTokenPolicy):
                 threshold = calibration.for_agreement(target_agreement)
             else:
                 threshold = calibration.for_flops(target_flops)  # type: ignore[arg-type]
-        if threshold is None:
-            threshold = float(heads.metadata.get("threshold", 0.5))
-        return cls(heads, threshold, **{**(calibration.options if calibration else {}), **options})
+        rule = ExitRule.of_metadata(heads.metadata, threshold)
+        return cls(heads, **{**vars(rule), **options})
 
     @property
     def state(self) -> Hashable:
@@ -89,6 +92,7 @@ class DynamicExit(VisualTokenPolicy):
                 f"heads are for hidden_size {c.hidden_size}, {c.num_layers} layers; "
                 f"the model has hidden_size {model.shape.hidden_size}, {model.shape.num_layers} layers"
             )
+        self.rule.check(c.num_layers)
         trained_on = self.heads.metadata.get("model_fingerprint")
         if trained_on and trained_on != model.fingerprint:
             name = self.heads.metadata.get("model_name", "another model")
@@ -99,14 +103,14 @@ class DynamicExit(VisualTokenPolicy):
         return replace(self, heads=copy.deepcopy(self.heads).to(device=model.device, dtype=model.dtype))
 
     def layers(self, num_layers: int) -> set[int]:
-        return set(range(self.min_layer, num_layers - 1, self.every_k))
+        return set(self.rule.layers(num_layers))
 
-    def ask(self, state: LayerState) -> tuple[Tensor, Tensor]:
-        """What the layer's head says: p_exit f32 [B], and bool [B] whether that is above the threshold."""
+    def ask(self, state: LayerState) -> Tensor:
+        """What the layer's head says: p_exit f32 [B]."""
         rows, heads = state.rows, self.heads
         wants_visual = heads.config.state_mask & 3
         w1, w2, b1 = heads.of_layer(state.layer)
-        return ops.exit_head(
+        p_exit, _ = ops.exit_head(
             state.hidden,
             rows.text_ranges,
             rows.visual_rows if wants_visual else None,
@@ -114,32 +118,31 @@ class DynamicExit(VisualTokenPolicy):
             w1,
             w2,
             heads.config.state_mask,
-            self.threshold,
-            heads.config.rms_eps,
-            b1,
+            rms_eps=heads.config.rms_eps,
+            b1=b1,
         )
+        return p_exit
 
     def decide(self, state: LayerState) -> Decision | Callable[[], Decision]:
-        fires = self.ask(state)[1]
-        if not fires.is_cuda:
-            return self._decision(state, fires.tolist())
-        read = read_later(fires)
+        p_exit = self.ask(state)
+        if not p_exit.is_cuda:
+            return self._decision(state, p_exit.tolist())
+        read = read_later(p_exit)
         return lambda: self._decision(state, read())
 
-    def _decision(self, state: LayerState, fires: list[bool]) -> Decision:
-        leaves = self._leaves(state, fires)
+    def _decision(self, state: LayerState, p_exit: list[float]) -> Decision:
+        leaves = self._leaves(state, p_exit)
         if self.keep and any(leaves):
             return self._best(state, leaves)
         nothing = state.rows.source[:0]
         return [nothing if leave else None for leave in leaves]
 
-    def _leaves(self, state: LayerState, fires: list[bool]) -> list[bool]:
-        """Which sequences exit here: those with visual tokens whose last `hysteresis` asked heads fired."""
-        if self.hysteresis > 1:
-            rows = state.memory.setdefault(self, [0] * len(fires))
-            rows[:] = [row + 1 if fire else 0 for row, fire in zip(rows, fires, strict=True)]
-            fires = [row >= self.hysteresis for row in rows]
-        return [bool(fire and n) for fire, n in zip(fires, state.rows.n_visual, strict=True)]
+    def _leaves(self, state: LayerState, p_exit: list[float]) -> list[bool]:
+        """Which sequences exit here: those with visual tokens that the rule lets go. Remembers each one's run."""
+        before = state.memory.get(self, [0] * len(p_exit))
+        steps = [self.rule.step(run, p, state.layer) for run, p in zip(before, p_exit, strict=True)]
+        state.memory[self] = [run for run, _ in steps]
+        return [exits and n > 0 for (_, exits), n in zip(steps, state.rows.n_visual, strict=True)]
 
     def _best(self, state: LayerState, leaves: list[bool]) -> Decision:
         rows = state.rows

@@ -23,7 +23,7 @@ class Example:
     """A single-turn prompt about one picture: a file, a PIL picture, or a function that gives one.
 
     `answer` is the reference, None where there is none. `name` says where the example stands (a line, a row); it names
-    the example in errors and, with prompt and answer, in the fingerprint of the data.
+    the example in errors and, with the picture's file, prompt and answer, in the fingerprint of the data.
     """
 
     picture: Path | Image.Image | Callable[[], Image.Image]
@@ -41,7 +41,8 @@ class Example:
     def identity(self) -> list[str | None]:
         """What the fingerprint of the data sees; a nameless example is known by its pixels."""
         name = self.name or hashlib.sha256(self.load().tobytes()).hexdigest()
-        return [name, self.prompt, self.answer]
+        file = self.picture.name if isinstance(self.picture, Path) else None
+        return [name, file, self.prompt, self.answer]
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dyvte_engine.errors import HeadsError
-from dyvte_engine.heads.calibration import first_exits
 from dyvte_engine.heads.exit_head import STATE_BITS, ExitHeads
+from dyvte_engine.heads.rule import ExitRule
 from dyvte_engine.training.label_store import HeadData, LabelInfo, load_labels
 from dyvte_engine.training.metrics import share
 from dyvte_engine.training.train_heads import HeadSettings, Parts, exit_probabilities, train_heads
@@ -21,9 +21,9 @@ from dyvte_engine.training.train_heads import HeadSettings, Parts, exit_probabil
 SHORT = {"mean_visual": "MV", "last_visual": "LV", "mean_text": "MT", "last_text": "LT"}  # the paper's table 4
 
 
-def describe(heads: ExitHeads, data: HeadData, threshold: float, options: dict[str, int] | None = None) -> dict:
+def describe(heads: ExitHeads, data: HeadData, rule: ExitRule) -> dict:
     """Agreement with the full model, accuracy where it is known, exit layers and FLOPs, beside every fixed exit."""
-    layers = first_exits(exit_probabilities(heads, data.pooled), threshold, **(options or {}))[:, None]
+    layers = rule.first_exits(exit_probabilities(heads, data.pooled))[:, None]
     count, last = data.agree.shape[0], data.agree.shape[1] - 1
     report = {
         "agreement": share(int(data.agree.gather(1, layers).sum()), count),
@@ -54,11 +54,9 @@ def evaluate_heads(labels: str | Path, files: Sequence[str | Path], threshold: f
         heads = ExitHeads.load(file)
         data, info = load_labels(labels, heads.config.states)
         _check_owner(heads, info, str(file))
-        at = float(heads.metadata.get("threshold", 0.5)) if threshold is None else threshold
-        calibration = heads.metadata.get("calibration", {})
-        options = {n: calibration[n] for n in ("min_layer", "every_k", "hysteresis") if n in calibration}
-        of = {"model": info.model_name, "heads_of": heads.metadata.get("model_name", ""), "threshold": at}
-        reports[str(file)] = of | describe(heads.float(), data, at, options)
+        rule = ExitRule.of_metadata(heads.metadata, threshold)
+        of = {"model": info.model_name, "heads_of": heads.metadata.get("model_name", ""), "threshold": rule.threshold}
+        reports[str(file)] = of | describe(heads.float(), data, rule)
     return reports
 
 
@@ -97,7 +95,7 @@ def ablate(labels: str | Path, folder: str | Path, settings: HeadSettings, seen:
             heads = train_heads(labels, file, chosen)
         data, info = load_labels(labels, states, settings.rule)
         held = data.rows(Parts.of(info.samples, settings.seed).calibrate)
-        rows[name] = describe(heads, held, float(heads.metadata["threshold"]), settings.exit_options)
+        rows[name] = describe(heads, held, ExitRule.of_metadata(heads.metadata))
         seen(table({name: rows[name]}, header=len(rows) == 1))
     return rows
 

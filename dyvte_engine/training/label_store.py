@@ -1,7 +1,8 @@
 """Labels of a whole data set on disk: made in shards by `label`, read by `load_labels`.
 
 A folder holds `labels.json` (what was labelled, and how) and `shard-NNNNN.safetensors` with a fixed part of the samples
-each. A shard appears whole or not at all, so a killed run goes on where it stopped and ends in the same bytes.
+each. A shard appears whole or not at all, so a killed run continues where it stopped and ends in the same bytes. Each
+says which samples of which run it holds and has a checksum; both are checked when a run continues and on reading.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,6 +57,11 @@ class LabelInfo:
     @property
     def shards(self) -> list[str]:
         return [f"shard-{number:05d}.safetensors" for number in range(-(-self.samples // self.shard))]
+
+    def header(self, number: int) -> dict[str, Any]:
+        """What shard `number` says about itself."""
+        first = number * self.shard
+        return {"run": asdict(self), "first": first, "samples": min(self.shard, self.samples - first)}
 
     @classmethod
     def read(cls, folder: Path) -> LabelInfo:
@@ -102,11 +108,17 @@ def label(
     batch: samples computed at once; shard: samples of one file.
 
     Raises:
-        DataError: an example without a usable picture or answer, or too long, by name; or `out` holds other labels.
+        DataError: an example without a usable picture or answer, or too long, by name; NaN or infinity among the
+            labels; or `out` holds other labels or a damaged shard.
     """
     out = Path(out)
     if mode not in ("reference", "self", "free-running"):
         raise InvalidArgumentError(f"mode is {mode!r}; accepted: reference, self, free-running")
+    for name, value in (("batch", batch), ("shard", shard), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise InvalidArgumentError(f"{name} is {value}; accepted: at least 1")
+    if not examples:
+        raise DataError("examples is empty; accepted: at least one")
     if mode == "reference":
         missing = [e.name for e in examples if e.answer is None]
         if missing:
@@ -126,21 +138,37 @@ def label(
     )
     _begin(out, info)
     labeller = _Labeller(model, info)
-    missing_shards = [(n, name) for n, name in enumerate(info.shards) if not (out / name).exists()]
-    progress = _Progress(len(examples), len(examples) - sum(_size(info, n) for n, _ in missing_shards))
-    for number, name in missing_shards:
+    there = [number for number, name in enumerate(info.shards) if (out / name).exists()]
+    for number in there:
+        _read_shard(out, info, number)
+    progress = _Progress(len(examples), sum(info.header(number)["samples"] for number in there))
+    for number in sorted(set(range(len(info.shards))) - set(there)):
         first = number * shard
-        parts = []
-        for start in range(first, first + _size(info, number), batch):
-            parts.append(labeller(examples[start : min(start + batch, first + _size(info, number))]))
+        mine, parts = examples[first : first + shard], []
+        for start in range(0, len(mine), batch):
+            parts.append(labeller(mine[start : start + batch]))
             progress.add(len(parts[-1]["ce_full"]))
         columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        write_tensors(out / name, columns, {"first": first})
+        _check_finite(columns, out / info.shards[number])
+        write_tensors(out / info.shards[number], columns, info.header(number))
     return info
 
 
-def _size(info: LabelInfo, number: int) -> int:
-    return min(info.shard, info.samples - number * info.shard)
+def _read_shard(folder: Path, info: LabelInfo, number: int) -> dict[str, Tensor]:
+    """The columns of a shard; DataError when it is damaged or holds something else."""
+    path, wanted = folder / info.shards[number], info.header(number)
+    columns, found = read_tensors(path)
+    if found != wanted:
+        raise DataError(f"{path} does not hold samples {wanted['first']} and on of this run; remove it to label anew")
+    return columns
+
+
+def _check_finite(columns: dict[str, Tensor], path: Path) -> None:
+    for name, column in columns.items():
+        bad = int((~torch.isfinite(column)).view(len(column), -1).any(1).sum())
+        if bad and name != "kl":  # infinite where a model rules tokens out; nothing learns from it
+            given = f"{path}: {name} holds NaN or infinity in {bad} of {len(column)} samples"
+            raise DataError(f"{given}; heads cannot learn from them (does the model overflow in its dtype?)")
 
 
 def _begin(out: Path, info: LabelInfo) -> None:
@@ -163,7 +191,7 @@ def load_labels(folder: str | Path, states: Sequence[str], rule: Rule = "auto") 
     argmax or paper for labels of mode free-running, self or reference.
 
     Raises:
-        DataError: shards are missing or damaged, or the rule needs what these labels do not hold.
+        DataError: shards are missing, damaged, swapped or hold NaN, or the rule needs what these labels do not hold.
     """
     folder = Path(folder)
     info = LabelInfo.read(folder)
@@ -172,14 +200,12 @@ def load_labels(folder: str | Path, states: Sequence[str], rule: Rule = "auto") 
         given = f"{folder} holds {len(there)} of {len(info.shards)} shards"
         raise DataError(f"{given}; the same `dyvte-engine label` command again makes the rest")
     ordered = [s for s in STATE_BITS if s in states]
-    unused = {f"pooled.{s}" for s in STATE_BITS} - {f"pooled.{s}" for s in ordered}
     parts = []
     for number, name in enumerate(info.shards):
-        columns, _ = read_tensors(folder / name, lambda key: key not in unused)
-        if len(columns["ce_full"]) != _size(info, number):
-            raise DataError(f"{folder / name} holds {len(columns['ce_full'])} samples, {_size(info, number)} expected")
-        columns["pooled"] = torch.cat([columns.pop(f"pooled.{s}") for s in ordered], -1)
-        parts.append(columns)
+        columns = _read_shard(folder, info, number)
+        _check_finite(columns, folder / name)
+        pooled = {s: columns.pop(f"pooled.{s}") for s in STATE_BITS}
+        parts.append(columns | {"pooled": torch.cat([pooled[s] for s in ordered], -1)})
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     chosen = {"free-running": "text", "self": "argmax", "reference": "paper"}[info.mode] if rule == "auto" else rule
     same = joined["agreement"] == 1

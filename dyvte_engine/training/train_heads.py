@@ -20,6 +20,7 @@ from torch import Tensor
 from dyvte_engine.errors import DataError, DyvteError, InvalidArgumentError
 from dyvte_engine.heads.calibration import Calibration, check_target
 from dyvte_engine.heads.exit_head import ExitHeadConfig, ExitHeads
+from dyvte_engine.heads.rule import ExitRule
 from dyvte_engine.training.files import read_tensors, write_tensors
 from dyvte_engine.training.label_store import HeadData, LabelInfo, Rule, load_labels
 
@@ -33,7 +34,7 @@ class HeadSettings:
     """What a training run is. `paper`: the recipe of docs/method.md section 3, one random layer a step, threshold 0.5.
 
     target_agreement or target_flops: what the stored threshold promises; neither: 0.5. min_layer, every_k and
-    hysteresis are `DynamicExit`'s and belong to the calibration.
+    hysteresis are `ExitRule`'s and belong to the calibration.
     """
 
     kind: Kind = "default"
@@ -70,6 +71,7 @@ class HeadSettings:
         settings = replace(cls(kind=kind), **(kinds[kind] | given))
         if settings.target_agreement is not None and settings.target_flops is not None:
             raise InvalidArgumentError("target_agreement and target_flops were given; accepted: one of them")
+        ExitRule(0.5, **settings.exit_options)  # refuses options out of range before anything is trained
         return settings
 
     @property

@@ -193,7 +193,7 @@ def test_histogram_is_where_the_engine_exits(engine, tasks, manual):
 def test_timelines(engine, tasks):
     policy = DynamicExit.from_file(NANO_HEADS, min_layer=2)
     shown = timelines(engine, [t.samples[0] for t in tasks], policy)
-    assert shown.asked == tuple(range(2, 11)) and shown.threshold == policy.threshold
+    assert shown.asked == list(range(2, 11)) and shown.record()["threshold"] == policy.threshold
     for p, task in zip(shown.prompts, tasks):
         sample = task.samples[0]
         engine.policy = policy

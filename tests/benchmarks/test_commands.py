@@ -1,5 +1,6 @@
 """Each command at its smallest: what its JSON holds and whether its figures fit together. No time is tested."""
 
+import gc
 import gzip
 import itertools
 import json
@@ -38,7 +39,9 @@ def checkpoint(tmp_path_factory):
 def out(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DYVTE_COMMIT", COMMIT)
+        gc.freeze()  # a command collects before each method, and a session of tests holds millions of objects
         yield tmp_path_factory.mktemp("results")
+        gc.unfreeze()
 
 
 def run(module, out, *argv):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dyvte_engine import (
@@ -177,10 +178,52 @@ def test_heads(engine, tmp_path):
     heads.save(tmp_path / "nan.safetensors")
     with pytest.raises(HeadsError, match="NaN"):
         DynamicExit.from_file(tmp_path / "nan.safetensors")
+    for dtype in (torch.int32, torch.float8_e4m3fn, torch.float64):
+        rewrite_heads(tmp_path / "h.safetensors", weights=lambda w, dtype=dtype: w.to(dtype))
+        with pytest.raises(HeadsError, match=rf"h.safetensors: weights are {dtype}; accepted: one of torch.float32"):
+            DynamicExit.from_file(tmp_path / "h.safetensors")
     for shape in ((32, 4), (64, 5)):
         with pytest.raises(HeadsError, match="heads are for hidden_size"):
             engine.policy = DynamicExit(ExitHeads(ExitHeadConfig(*shape, 16), seed=0))
     assert isinstance(engine.policy, KeepAll), "a refused policy must not replace the old one"
+
+
+def rewrite_heads(path, header=None, weights=lambda w: w) -> None:
+    """Sound heads for the tiny model, then other metadata or weights in their file."""
+    ExitHeads(ExitHeadConfig(64, 4, 16), seed=0).save(path, threshold=0.5)
+    with safe_open(path, "pt") as f:
+        found = json.loads(f.metadata()["dyvte_exit_heads"])
+        tensors = {name: weights(f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118 (not a dict)
+    save_file(tensors, path, metadata={"dyvte_exit_heads": json.dumps(found if header is None else header(found))})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        lambda h: [h],
+        lambda h: "text",
+        lambda h: {},
+        lambda h: h | {"config": None},
+        lambda h: h | {"config": h["config"] | {"hidden_size": "64"}},
+        lambda h: h | {"config": h["config"] | {"num_layers": -4}},
+        lambda h: h | {"config": h["config"] | {"num_layers": 10**15}},
+        lambda h: h | {"config": h["config"] | {"head_hidden": 17}},
+        lambda h: h | {"config": h["config"] | {"states": ["mean_txt"]}},
+        lambda h: h | {"config": h["config"] | {"states": 3}},
+        lambda h: h | {"config": h["config"] | {"rms_eps": float("nan")}},
+        lambda h: h | {"config": h["config"] | {"new": 1}},
+        lambda h: h | {"threshold": "high"},
+        lambda h: h | {"threshold": float("nan")},
+        lambda h: h | {"threshold": [0.5, 0.5]},
+        lambda h: h | {"calibration": {"samples": 3}},
+        lambda h: h | {"calibration": "none"},
+        lambda h: h | {"calibration": [1]},
+    ],
+)
+def test_heads_with_damaged_metadata(tmp_path, header):
+    rewrite_heads(tmp_path / "h.safetensors", header)
+    with pytest.raises(HeadsError, match=r"h.safetensors is not a readable exit-heads file"):
+        DynamicExit.from_file(tmp_path / "h.safetensors")
 
 
 def test_heads_of_another_model_run_with_a_warning(engine, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from dyvte_engine import DynamicExit, ExitHeadConfig, ExitHeads, FastV, FixedExit, KeepAll, VisualTokenPolicy, compose
 from tests import tiny
 from tests.engine.conftest import build
+from tests.policies import reference as ref
 
 LAYERS = 4
 
@@ -61,7 +62,8 @@ def test_dynamic_exit_is_per_sequence_and_first_time_only(states, rms_eps, share
     for seed in range(6, 40):  # releases of torch draw other weights from a seed
         heads = random_heads(seed, states, rms_eps, shared)
         want_layers = [
-            oracle_exit(hf, heads, *entry, 0.7) if pictures else None for entry, pictures in zip(entries, images)
+            next((n for n, p in enumerate(oracle_layers(hf, heads, *entry)) if p > 0.7), None) if pictures else None
+            for entry, pictures in zip(entries, images)
         ]
         if len(set(want_layers)) >= 3:
             break
@@ -79,22 +81,12 @@ def test_dynamic_exit_is_per_sequence_and_first_time_only(states, rms_eps, share
     assert [r.stats.exit_layer for r in alone] == want_layers
 
 
-def oracle_exit(hf, heads, embeds, visual, threshold):
+@torch.no_grad()
+def oracle_layers(hf, heads, embeds, visual) -> list[float]:
+    """p_exit after each layer but the last."""
     out = hf.model.language_model(inputs_embeds=embeds[None], output_hidden_states=True)
-    tail = int(visual.nonzero()[-1]) + 1
-    for layer in range(LAYERS - 1):
-        hidden = out.hidden_states[layer + 1][0]  # raw residual stream leaving `layer`
-        text = hidden[tail:]
-        pools = {
-            "mean_visual": hidden[visual].mean(0),
-            "last_visual": hidden[visual][-1],
-            "mean_text": text[:-1].mean(0) if len(text) > 1 else text[0],
-            "last_text": text[-1],
-        }
-        pooled = torch.cat([pools[s] for s in heads.config.states])
-        if heads(pooled, layer).softmax(-1)[1] > threshold:
-            return layer
-    return None
+    states = [ref.token_states(hidden[0], visual) for hidden in out.hidden_states[1:LAYERS]]  # the raw residual stream
+    return [ref.head(heads, of_layer, layer) for layer, of_layer in enumerate(states)]
 
 
 def test_heads_that_never_fire_change_nothing():

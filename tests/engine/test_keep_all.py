@@ -88,3 +88,14 @@ def test_positions_with_gaps_are_used_as_given(tiny_engine):
     with engine.prefill(embeds, visual, positions) as running:
         torch.testing.assert_close(running.logits[0], want[-1], rtol=1e-4, atol=1e-4)
         assert running.positions.tolist() == [positions[-1] + 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rotations_are_float32_in_every_dtype(dtype):
+    """Angles of hundreds of radians: in the model's 16 bits neighbours of a position would turn alike."""
+    engine, hf = build("llama", dtype=dtype)
+    rotary = hf.model.language_model.rotary_emb
+    angles = torch.arange(256).double()[:, None] * rotary.inv_freq.double()
+    table = engine.model.decoder.cos_sin
+    assert table.dtype == torch.float32
+    torch.testing.assert_close(table.double(), torch.cat((angles.cos(), angles.sin()), -1), rtol=0, atol=5e-5)

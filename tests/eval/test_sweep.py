@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from dyvte_engine import NANO_HEADS, DynamicExit, Engine, FixedExit
 from dyvte_engine.eval import load_tasks, run, sweep
 from dyvte_engine.eval.curve_report import draw, page
+from dyvte_engine.heads.rule import ExitRule
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def recorded(engine):
     return sweep.record(engine, tasks, {"nano": DynamicExit.from_file(NANO_HEADS)})
 
 
-@pytest.mark.parametrize("options", [{}, {"min_layer": 3, "every_k": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"min_layer": 3, "every_k": 2}, {"hysteresis": 2}], ids=str)
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_curve_is_what_the_engine_does(engine, recorded, share, options):
     """At a threshold halfway between two values said, so that rounding in another batch decides nothing."""
@@ -30,7 +32,7 @@ def test_curve_is_what_the_engine_does(engine, recorded, share, options):
     threshold = float(said[int(share * len(said)) :][:2].mean())
     policy = DynamicExit.from_file(NANO_HEADS, threshold=threshold, **options)
     answers = run.answer_all(engine, recorded.samples, policy, "real")
-    layers = sweep.exit_layers(recorded.p["nano"], threshold, policy.layers(engine.model.shape.num_layers))
+    layers = sweep.exit_layers(recorded.p["nano"], policy.rule)
     last = engine.model.shape.num_layers - 1
     assert [last if a.exit_layer is None else a.exit_layer for a in answers] == layers.tolist()
     assert [a.text for a in answers] == [recorded.texts[i][layer] for i, layer in enumerate(layers)]
@@ -63,12 +65,13 @@ def test_ends_of_the_curve(recorded):
     assert [p["flops"] for p in points] == sorted(p["flops"] for p in points)
 
 
-def made(p, same):
+def made(p, same, rule=None):
     """Outcomes of given heads and agreements; credit is agreement, an exit after layer l costs l + 1."""
     n, count = np.shape(same)
     cost = np.tile(np.arange(1.0, count + 1), (n, 1))
     same = np.array(same, bool)
-    return sweep.Outcomes([None] * n, np.array(["t"] * n), [[""]] * n, same.astype(float), same, cost, cost, {"h": p})
+    tasks, rules = np.array(["t"] * n), {"h": rule or ExitRule(0.5)}
+    return sweep.Outcomes([None] * n, tasks, [[""]] * n, same.astype(float), same, cost, cost, {"h": p}, rules)
 
 
 def test_oracle_and_dealt_by_hand():
@@ -97,6 +100,32 @@ def test_perfect_heads_beat_every_fixed_layer_and_useless_ones_none():
         alone = c["by_task"]["t"]
         assert alone["same_fixed"] == pytest.approx(same[:, c["layer"]].mean())
         assert alone["same"] - alone["same_fixed"] == pytest.approx(c["same"]["difference"])
+
+
+def test_a_sweep_keeps_the_options_of_the_heads():
+    """Heads that are to fire twice in a row are swept so, and at their layers."""
+    p = np.array([[0.9, 0.2, 0.9, 0.9, 0.1]])
+    o = made(p, [[0, 0, 0, 1, 1, 1]], ExitRule(0.5, min_layer=1, hysteresis=2))
+    for at in sweep.curve(o, "h"):
+        assert at["exit_layer"] == (2 if at["threshold"] < 0.2 else 3 if at["threshold"] < 0.9 else 5)
+    assert [c["layer"] for c in sweep.against_fixed(o, "h")] == [2, 3, 4]  # never out after layer 0 or 1
+
+
+def test_intervals_are_of_paired_differences():
+    """Resampled sample by sample within each task: what is alike in every sample has no spread."""
+    rng = np.random.default_rng(1)
+    same = rng.random((400, 3)) < 0.5
+    same[:, 2] = True
+    o = made(np.tile([0.2, 0.9], (400, 1)), same)  # all leave after layer 0, or all after layer 1
+    assert [c["same"]["ci95"] for c in sweep.against_fixed(o, "h")] == [[0, 0], [0, 0]]
+    o = made(np.tile([0.9, 0.9], (400, 1)), same)  # all leave after layer 0, compared with layer 1
+    difference = same[:, 0].astype(float) - same[:, 1]
+    mean, reach = difference.mean(), 1.96 * difference.std() / 20
+    assert sweep.against_fixed(o, "h")[1]["same"]["ci95"] == pytest.approx([mean - reach, mean + reach], abs=0.01)
+    tasks = np.array(["a"] * 100 + ["b"] * 300)  # +1 in one, -1 in the other: the weights are fixed, not drawn
+    same[:, 0], same[:, 1] = tasks == "a", tasks == "b"
+    apart = replace(made(np.tile([0.9, 0.9], (400, 1)), same), tasks=tasks)
+    assert sweep.against_fixed(apart, "h")[1]["same"]["ci95"] == pytest.approx([0, 0])
 
 
 def test_separation_by_definition():

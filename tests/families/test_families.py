@@ -28,7 +28,7 @@ from dyvte_engine.models import FAMILIES, VisionLanguageModel
 from dyvte_engine.models.rows import runs
 from dyvte_engine.policies import PyramidDrop
 from tests.families import oracle, zoo
-from tests.policies.reference import divprune_rows
+from tests.policies.reference import divprune_rows, random_rows
 
 SAME_ROWS = ("llava", "vipllava", "deepseek_vl")
 BROKEN = ("mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -116,7 +116,7 @@ def test_policies_between_layers(family, pair, policy):
 
 
 BEFORE = {
-    "Random": (Random(0, 0.5, seed=3), lambda features: Random(0, 0.5, seed=3).select(len(features)).tolist()),
+    "Random": (Random(0, 0.5, seed=3), lambda features: random_rows(len(features), 0.5, 3)),
     "DivPrune": (DivPrune(0.4), lambda features: divprune_rows(features, 0.4) or [0]),
 }
 

@@ -61,6 +61,15 @@ def test_add_rms_norm(device: str, dtype: torch.dtype, rows: int, d: int) -> Non
     assert_as_good_as_torch(out, own, exact)
 
 
+def test_the_norm_is_of_the_rounded_sum(device: str) -> None:
+    """As transformers has it: 256 + 0.9 is 256 in bfloat16, and its norm is exactly 1 in rows of equal numbers."""
+    for dtype, large in ((torch.bfloat16, 256.0), (torch.float16, 2048.0)):
+        residual = torch.full((3, 83), large, dtype=dtype, device=device)
+        x = torch.full_like(residual, 0.9)
+        out = ops.add_rms_norm_(residual, x, torch.ones_like(x[0]), 1e-5)
+        assert (residual == large).all() and (out == 1).all()
+
+
 @pytest.mark.parametrize("m", WIDTHS)
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_silu_mul(device: str, dtype: torch.dtype, rows: int, m: int) -> None:

@@ -89,7 +89,8 @@ def logits(hf, reference: Reference, embeds: Tensor, visual: Tensor, new: list[i
     for number, layer in enumerate(lm.layers):
         n = len(hidden)
         rows.append(prompt)
-        mask = torch.zeros(1, 1, n, n).masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), torch.finfo().min)
+        future = torch.ones(n, n, dtype=torch.bool).triu(1)
+        mask = hidden.new_zeros(1, 1, n, n).masked_fill_(future, torch.finfo(hidden.dtype).min)
         turned = lm.rotary_emb(hidden[None], positions[None])
         out = layer(hidden[None], attention_mask=mask, position_ids=positions[None], position_embeddings=turned)
         out = (out[0] if isinstance(out, tuple) else out).view(n, -1)
@@ -122,6 +123,49 @@ def keep_best(layer: int, keep: int) -> Reference:
         return at.best_visual(at.attention(layer, at.entering)[:, -1].mean(0), keep)
 
     return Reference(stay=stay)
+
+
+def random_rows(n: int, ratio: float, seed: int) -> list[int]:
+    """Of n rows int(ratio * n) leave, the first of a permutation drawn from the seed; those that stay, in order."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(set(range(n)) - set(order[: int(ratio * n)]))
+
+
+def random_later(place: int, ratio: float, seed: int) -> Reference:
+    def stay(at: At) -> Tensor | None:
+        if at.number != place - 1:
+            return None
+        rows, chosen = at.visual.nonzero()[:, 0], ~at.visual
+        chosen[rows[random_rows(len(rows), ratio, seed)]] = True
+        return chosen
+
+    return Reference(stay=stay)
+
+
+STATES = ("mean_visual", "last_visual", "mean_text", "last_text")
+
+
+def token_states(hidden: Tensor, visual: Tensor) -> dict[str, Tensor]:
+    """The four states that heads look at; T, the text, begins behind the last of the visual rows."""
+    text = hidden[int(visual.nonzero()[-1]) + 1 :]
+    mean_text = text[:-1].mean(0) if len(text) > 1 else text[0]
+    return dict(zip(STATES, (hidden[visual].mean(0), hidden[visual][-1], mean_text, text[-1])))
+
+
+def head(heads, states: dict[str, Tensor], layer: int) -> float:
+    """p_exit of the head after `layer`, in float64: each state by its RMS, two layers, exact GELU, softmax.
+
+    Only the weights of `heads` are used, and which states its config names.
+    """
+    used = [states[name].double() for name in STATES if name in heads.config.states]
+    if heads.config.rms_eps is not None:
+        used = [x / math.sqrt(float(x @ x) / len(x) + heads.config.rms_eps) for x in used]
+    trunk = 0 if heads.config.shared else layer
+    inner = heads.w1[trunk].double() @ torch.cat(used)
+    if heads.config.shared:
+        inner = inner + heads.b1[layer].double()
+    keep, leave = (heads.w2[trunk].double() @ (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2)).tolist()
+    return 1 / (1 + math.exp(keep - leave))
 
 
 def fastv(k: int, r: float) -> Reference:

@@ -52,13 +52,6 @@ def keep_every(at: ref.At):
     return stay if at.number == 2 else None
 
 
-def random_later(at: ref.At):
-    stay = ~at.visual
-    rows = at.visual.nonzero()[:, 0]
-    stay[rows[Random(3, 0.7, seed=5).select(len(rows))]] = True
-    return stay if at.number == 2 else None
-
-
 def always_exit(layer: int, **options) -> DynamicExit:
     """Heads that fire at once, asked from `layer` on."""
     heads = ExitHeads(ExitHeadConfig(64, LAYERS, 16), seed=0).requires_grad_(False)
@@ -82,8 +75,8 @@ POLICIES = {
     "divprune": (DivPrune(0.3), Reference(lambda hf, f, pixels: f[ref.divprune_rows(f, 0.3)])),
     "visionzip": (VisionZip(5, 3), Reference(projected(lambda hf, pixels: ref.visionzip_features(hf, pixels, 5, 3)))),
     "tome": (ToMe(0.5), TOME),
-    "random": (Random(0, 0.6, 3), Reference(lambda hf, f, pixels: f[Random(0, 0.6, 3).select(len(f))])),
-    "random-later": (Random(3, 0.7, 5), Reference(stay=random_later)),
+    "random": (Random(0, 0.6, 3), Reference(lambda hf, f, pixels: f[ref.random_rows(len(f), 0.6, 3)])),
+    "random-later": (Random(3, 0.7, 5), ref.random_later(3, 0.7, 5)),
     "downsample": (Downsample(3), Reference(lambda hf, f, pixels: ref.downsample(f, 3))),
     "tome+fastv": (compose(ToMe(0.5), FastV(2, 0.5)), Reference(TOME.entry, ref.fastv(2, 0.5).stay)),
     "example": (KeepEvery(), Reference(stay=keep_every)),

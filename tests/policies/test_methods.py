@@ -1,5 +1,7 @@
 """Single methods on larger random inputs, and what their arguments and notation accept."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 import transformers
@@ -29,7 +31,7 @@ from dyvte_engine.policies import parse
 from dyvte_engine.policies.tome import match, merge_rows
 from tests import tiny
 from tests.policies import reference as ref
-from tests.policies.shared import LAYERS, VISION, build, prefill
+from tests.policies.shared import LAYERS, VISION, always_exit, build, prefill
 
 
 @pytest.mark.parametrize(("size", "keep"), [(1, 0.098), (7, 0.5), (40, 0.098), (61, 0.4), (9, 1.0)])
@@ -141,11 +143,91 @@ def test_fastv_scores_equal_eager_attention_maps(queries):
             torch.testing.assert_close(scores[b], want, rtol=1e-4, atol=1e-6)
 
 
+@dataclass(frozen=True)
+class Steps(KeepAll):
+    """Every `step`-th visual token stays after layer 1; None: all do."""
+
+    step: int | None
+
+    def layers(self, num_layers):
+        return {1}
+
+    def decide(self, state):
+        return [None if self.step is None else torch.arange(0, n, self.step) for n in state.rows.n_visual]
+
+
+@pytest.mark.parametrize("steps", [(2, 3), (3, 2), (None, 2), (2, None), (3, 2, 5), (None, None)])
+def test_policies_at_one_layer_keep_what_all_of_them_keep(steps):
+    def stay(at):
+        numbers = range(int(at.visual.sum()))
+        chosen = ~at.visual
+        kept = [n for n in numbers if all(step is None or n % step == 0 for step in steps)]
+        chosen[at.visual.nonzero()[kept, 0]] = True
+        return chosen if at.number == 1 else None
+
+    engine, hf = build(policy=compose(*map(Steps, steps)))
+    texts, images = tiny.prompts(seed=15, n=3, images=(1, 2))
+    with prefill(engine, texts, images) as running:
+        for b, entry in enumerate(zip(texts, images)):
+            entered = ref.enter(hf, engine.model.processor, ref.Reference(), *entry)
+            want, rows = ref.logits(hf, ref.Reference(stay=stay), *entered, [])
+            assert [layer[b] for layer in running.rows] == rows
+            torch.testing.assert_close(running.logits[b], want, rtol=2e-4, atol=2e-4)
+
+
+def test_only_sequences_that_lose_tokens_are_numbered_anew():
+    """Beside a prompt whose tokens leave, one without pictures keeps the gaps in its positions."""
+    engine, hf = build(policy=PyramidDrop(renumber=True))
+    text, pictures = tiny.prompts(seed=16, n=1, images=(2,))
+    pictured, visual, _ = tiny.embed(hf, engine.model.processor, text[0], pictures[0])
+    words, none, _ = tiny.embed(hf, engine.model.processor, "w1 w2 w3 w4 w5", [])
+    gaps = torch.arange(len(words)) * 7 + 3
+    want = tiny.masked_logits(hf, words, tiny.see_all(len(words)), gaps)[-1]
+    near = tiny.masked_logits(hf, words, tiny.see_all(len(words)))[-1]
+    assert not torch.allclose(want, near, atol=1e-2)
+    with engine.prefill([pictured, words], [visual, none], [torch.arange(len(pictured)), gaps]) as running:
+        assert running.rows[-1][0] < running.rows[0][0]
+        torch.testing.assert_close(running.logits[1], want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("drop_early_kv", [False, True])
+def test_heads_are_not_asked_after_the_last_layer(drop_early_kv):
+    """Nothing follows it: heads that would fire there alone change nothing, whatever becomes of the early K/V."""
+    policy = always_exit(LAYERS - 1)
+    assert policy.layers(LAYERS) == set()
+    thresholds = [1.0] * (LAYERS - 1) + [0.0]
+    texts, images = tiny.prompts(seed=17, n=4, images=(1, 2))
+    want, asked, every_second = (
+        build(policy=chosen, drop_early_kv=drop_early_kv)[0].generate(texts, images, chat=False, max_new_tokens=5)
+        for chosen in (KeepAll(), replace(policy, min_layer=0, threshold=thresholds), replace(policy, every_k=2))
+    )
+    for got in (asked, every_second):
+        assert [r.token_ids for r in got] == [r.token_ids for r in want]
+        assert all(r.stats.exit_layer is None for r in got)
+        assert [r.stats.kv_bytes for r in got] == [r.stats.kv_bytes for r in want]
+
+
+def test_a_prefill_that_fails_gives_its_pages_back():
+    class Stumbling(Steps):
+        def decide(self, state):
+            assert engine.pool.bytes_held > 0
+            raise ZeroDivisionError
+
+    engine, _ = build(policy=Stumbling(2))
+    texts, images = tiny.prompts(seed=18, n=2, images=(1,))
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(texts, images, chat=False)
+    assert engine.pool.bytes_held == 0
+    engine.policy = KeepAll()
+    engine.generate(texts, images, chat=False, max_new_tokens=2)
+    assert engine.pool.bytes_held == 0
+
+
 def test_random_is_uniform_and_repeatable():
     draws = torch.stack([torch.isin(torch.arange(20), Random(0, 0.3, seed).select(20)) for seed in range(400)])
     assert (draws.sum(1) == 14).all()
     assert ((draws.float().mean(0) - 0.7).abs() < 5 * (0.7 * 0.3 / 400) ** 0.5).all()
-    assert Random(0, 0.3, 7).select(20).tolist() == Random(0, 0.3, 7).select(20).tolist()
+    assert Random(0, 0.3, 7).select(20).tolist() == ref.random_rows(20, 0.3, 7)
 
 
 def test_pictures_are_replaced_where_they_stand():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from typer.testing import CliRunner
 
 from dyvte_engine import Engine
+from dyvte_engine.commands.main import app
 from dyvte_engine.errors import DataError, InvalidArgumentError
 from dyvte_engine.flops import paper_flops, vision_flops
-from dyvte_engine.training.files import read_tensors
+from dyvte_engine.training import label_store
+from dyvte_engine.training.files import read_tensors, write_tensors
 from dyvte_engine.training.head_data import Example, fingerprint, from_dataset, read_examples
 from dyvte_engine.training.label_store import LabelInfo, label, load_labels
+from dyvte_engine.training.train_heads import HeadSettings, train_heads
 from tests import tiny
 
 LAYERS, WIDTH = 4, 64
@@ -227,6 +232,135 @@ def test_what_cannot_be_labelled_is_refused(folder, loaded, tmp_path) -> None:
     (tmp_path / "e" / "shard-00000.safetensors").write_bytes(b"torn")
     with pytest.raises(DataError, match=r"shard-00000.safetensors is not a readable file"):
         load_labels(tmp_path / "e", ["last_text"])
+
+
+@pytest.fixture(scope="module")
+def labelled(folder, loaded, tmp_path_factory) -> tuple[Path, list[Example]]:
+    """Five examples in three shards."""
+    examples, out = read_examples(folder / "data.jsonl")[:5], tmp_path_factory.mktemp("labelled") / "out"
+    label(loaded[0], examples, out, batch=2, shard=2)
+    return out, examples
+
+
+def swap(a: Path, b: Path) -> None:
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+
+
+def another_run(a: Path, b: Path) -> None:
+    tensors, header = read_tensors(a)
+    write_tensors(a, tensors, header | {"run": header["run"] | {"model_fingerprint": "0"}})
+
+
+def flip_a_bit(a: Path, b: Path) -> None:
+    content = bytearray(a.read_bytes())
+    content[-5] ^= 1
+    a.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (swap, "shard-00000.safetensors does not hold samples 0 and on of this run; remove it"),
+        (another_run, "shard-00000.safetensors does not hold samples 0 and on of this run; remove it"),
+        (flip_a_bit, "shard-00000.safetensors is damaged: its content does not fit its checksum"),
+        (lambda a, b: a.write_bytes(a.read_bytes()[:-9]), "shard-00000.safetensors is not a readable file"),
+    ],
+)
+def test_damaged_shards_are_refused_on_reading_and_on_resuming(labelled, loaded, tmp_path, damage, message) -> None:
+    out, examples = labelled
+    shutil.copytree(out, tmp_path / "out")
+    names = LabelInfo.read(out).shards
+    damage(*(tmp_path / "out" / name for name in names[:2]))
+    with pytest.raises(DataError, match=message):
+        load_labels(tmp_path / "out", ["last_text"])
+    (tmp_path / "out" / names[2]).unlink()
+    with pytest.raises(DataError, match=message):
+        label(loaded[0], examples, tmp_path / "out", batch=2, shard=2)
+    assert not (tmp_path / "out" / names[2]).exists(), "nothing is labelled before the rest is known to be sound"
+
+
+def test_pooled_states_lie_in_the_order_that_heads_take_them(labelled) -> None:
+    """However they are named: mean visual, last visual, mean text, last text."""
+    out, _ = labelled
+    found = columns(out)
+    for states in (STATES[::-1], ("last_text", "mean_visual"), ("last_text", "last_visual", "mean_text")):
+        want = torch.cat([found[f"pooled.{name}"] for name in STATES if name in states], -1)
+        assert torch.equal(load_labels(out, states)[0].pooled, want)
+
+
+def test_labels_that_hold_nan_are_neither_written_nor_read(labelled, loaded, tmp_path, monkeypatch) -> None:
+    out, examples = labelled
+    shutil.copytree(out, tmp_path / "read")
+    path = tmp_path / "read" / LabelInfo.read(out).shards[1]
+    sound, header = read_tensors(path)
+    for name in ("pooled.mean_text", "pooled.last_visual", "ce_exit", "ce_full", "flops"):
+        broken = {key: tensor.clone() for key, tensor in sound.items()}
+        broken[name].view(2, -1)[1, 0] = float("inf" if name == "flops" else "nan")
+        write_tensors(path, broken, header)
+        with pytest.raises(
+            DataError, match=rf"shard-00001.safetensors: {name} holds NaN or infinity in 1 of 2 samples"
+        ):
+            load_labels(tmp_path / "read", ["last_text"])
+        with pytest.raises(DataError, match="shard-00001"):
+            train_heads(tmp_path / "read", tmp_path / "h", HeadSettings.of("light", target_agreement=0.5))
+    assert not list(tmp_path.glob("h*"))
+    run = label_store.exit_outcomes
+
+    def overflowing(*args):
+        outcomes = run(*args)
+        outcomes.pooled["mean_text"][0, 2] = float("nan")
+        return outcomes
+
+    monkeypatch.setattr(label_store, "exit_outcomes", overflowing)
+    with pytest.raises(DataError, match=r"shard-00000.safetensors: pooled.mean_text holds NaN or infinity in 1 of 2"):
+        label(loaded[0], examples, tmp_path / "written", batch=2, shard=2)
+    assert [p.name for p in (tmp_path / "written").iterdir()] == ["labels.json"]
+
+
+def test_counts_below_one_are_refused(folder, loaded, tmp_path) -> None:
+    for samples in ("0", "-1"):
+        words = [
+            "label",
+            folder / "model",
+            "--data",
+            folder / "data.jsonl",
+            "--out",
+            tmp_path / "a",
+            "--samples",
+            samples,
+        ]
+        result = CliRunner().invoke(app, [str(w) for w in words])
+        assert result.exit_code != 0
+        assert isinstance(result.exception, InvalidArgumentError)
+        assert str(result.exception) == f"samples is {samples}; accepted: at least 1"
+    examples = read_examples(folder / "data.jsonl")
+    for name in ("batch", "shard", "max_new_tokens"):
+        with pytest.raises(InvalidArgumentError, match=f"{name} is 0; accepted: at least 1"):
+            label(loaded[0], examples, tmp_path / "a", **{name: 0})
+    with pytest.raises(DataError, match="examples is empty; accepted: at least one"):
+        label(loaded[0], [], tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_fingerprint_of_the_data_sees_all_of_an_example() -> None:
+    """Anything that changes a label makes it other data: the answer, the prompt, the picture, the order."""
+    one, two = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    rows = [
+        Example(Path("a/1.png"), "w1", "w2", "line 1"),
+        Example(Path("a/1.png"), "w1", "w3", "line 1"),
+        Example(Path("a/1.png"), "w1", None, "line 1"),
+        Example(Path("a/1.png"), "w4", "w2", "line 1"),
+        Example(Path("a/2.png"), "w1", "w2", "line 1"),
+        Example(Path("a/1.png"), "w1", "w2", "line 2"),
+        Example(one, "w1", "w2"),
+        Example(two, "w1", "w2"),
+        Example(one, "w1", "w3"),
+    ]
+    assert len({fingerprint([row]) for row in rows}) == len(rows)
+    assert fingerprint(rows[:2]) != fingerprint(rows[1::-1])
+    assert fingerprint([Example(Path("b/1.png"), "w1", "w2", "line 1")]) == fingerprint(rows[:1]), "a folder may move"
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -53,7 +53,7 @@ def write_labels(folder: Path, count: int, seed: int = 0, model: str = "made-up"
     info = LabelInfo("free-running", count, "data", model, f"{model}-0", "float32", WIDTH, LAYERS, 1, count, 1)
     folder.mkdir()
     (folder / "labels.json").write_text(json.dumps(asdict(info)))
-    write_tensors(folder / info.shards[0], columns, {})
+    write_tensors(folder / info.shards[0], columns, info.header(0))
     return folder
 
 
@@ -140,6 +140,22 @@ def test_the_best_epoch_is_kept(labels: Path, tmp_path: Path, monkeypatch) -> No
     history = heads.metadata["history"]
     assert len(set(history)) > 1
     assert torch.equal(heads.w1, kept[history.index(min(history))])
+
+
+def test_class_weights_give_both_verdicts_half_of_the_loss(tmp_path: Path) -> None:
+    """The first step's loss, all samples in one batch: the mean over "exit" and the mean over "stay", halved."""
+    data, info = load_labels(write_labels(tmp_path / "labels", 100), STATE_BITS)
+    data.label = torch.rand(100, LAYERS, generator=torch.Generator().manual_seed(0)) < 0.15
+    settings = HeadSettings.of("default", hidden=16, epochs=1, batch=100, states=tuple(STATE_BITS), class_weights=True)
+    config, parts = settings.config(WIDTH, LAYERS), Parts.of(info.samples, 0)
+    start, losses = ExitHeads(config, seed=0).requires_grad_(False), []
+    trainer = module.Trainer(config, data, parts, settings, module._accelerator())
+    trainer.train(None, None, 100, lambda name, value, step: losses.append(value) if name == "loss" else None)
+    given = data.rows(parts.train)
+    said = torch.stack([start(given.pooled[:, n], n) for n in range(LAYERS)], 1).log_softmax(-1)
+    exits, stays = -said[given.label][:, 1].mean(), -said[~given.label][:, 0].mean()
+    assert 0.1 < given.label.float().mean() < 0.2 and abs(exits - stays) > 0.05
+    torch.testing.assert_close(torch.tensor(losses), (exits + stays)[None] / 2)
 
 
 def test_too_few_samples_for_the_promise(labels: Path, tmp_path: Path) -> None:

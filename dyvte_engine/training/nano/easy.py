@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from dyvte_engine.errors import SourceError
 from dyvte_engine.training.nano.questions import Question
 from dyvte_engine.training.nano.scenes import EASY_COLORS, EASY_SHAPES, SIZE
 
@@ -16,7 +17,10 @@ def kind_of(answer: str) -> str:
 
 def load_easy_vqa(split: str) -> tuple[list[str], list[list[Question]]]:
     """Picture files and each picture's questions, of "train" (4,000 and 38,575) or "test" (1,000 and 9,673)."""
-    import easy_vqa  # an optional dependency; who takes only the generated scenes does without
+    try:
+        import easy_vqa  # an optional dependency; who takes only the generated scenes does without
+    except ImportError as error:
+        raise SourceError("task easy-vqa needs the package easy-vqa: pip install 'dyvte-engine[eval]'") from error
 
     texts, answers, pictures = getattr(easy_vqa, f"get_{split}_questions")()
     paths = getattr(easy_vqa, f"get_{split}_image_paths")()
