@@ -137,6 +137,8 @@ def render(prompt: Prompt, n_images: int, processor: Any, chat: bool = True, n_v
     first), or with chat=False the finished text. Raises PromptError when marks and what is given disagree or no chat
     template exists.
     """
+    if not isinstance(chat, bool):
+        raise InvalidArgumentError(f"chat is {chat!r}; accepted: True or False")
     marks = {"image": processor.image_token}
     if getattr(processor, "video_token", None) is not None:
         marks["video"] = processor.video_token

@@ -34,7 +34,7 @@ def _replaced(prompt: PreparedPrompt, spans: Sequence[tuple[int, int]], rows: Se
     parts, marks, done = [], [], 0
     for (start, end), new in zip(spans, rows, strict=True):
         parts += [embeds[done:start], new.to(embeds.dtype)]
-        marks += [visual[done:start], torch.ones(len(new), dtype=torch.bool)]
+        marks += [visual[done:start], torch.ones(len(new), dtype=torch.bool, device="cpu")]
         done = end
     mark = torch.cat([*marks, visual[done:]])
     return replace(

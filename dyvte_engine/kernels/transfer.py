@@ -18,7 +18,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 def to_device(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Host values as a tensor on the device. From pinned memory, which torch keeps until the copy is done."""
-    host = torch.as_tensor(values, dtype=dtype, device=None if isinstance(values, Tensor) else "cpu")
+    host = values.to(dtype) if isinstance(values, Tensor) else torch.as_tensor(values, dtype=dtype, device="cpu")
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 

@@ -261,7 +261,7 @@ class VisionLanguageModel:
         added = _additions(entry)
         out = []
         for b, length in enumerate(lengths):
-            rows = torch.arange(length)
+            rows = torch.arange(length, device="cpu")
             if kept < full:  # the first rows of each picture, which padding follows
                 rows = rows[~(visual[b] & ((visual[b].cumsum(0) - 1) % full >= kept))[:length]]
             n, index, marks = len(rows), rows.to(self.device), visual[b, rows]

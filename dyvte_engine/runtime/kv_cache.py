@@ -88,6 +88,10 @@ class KVCache:
         self.claims = [0] * count
         self._given_up: set[int] = set()
 
+    @property
+    def slots(self) -> int:
+        return self.host_lens.shape[1]
+
     def claim(self, sequence: int, pages: int) -> None:
         """The sequence may hold so many pages from here on, at least those that it holds now.
 

@@ -70,6 +70,7 @@ class Runner:
         prompts: Sequence[PreparedPrompt],
         policy: VisualTokenPolicy,
         watch: Watch | None = None,
+        drop_early_kv: bool | None = None,
     ) -> Prefill:
         """The prompts at the decoder's entry, to be advanced, with a cache that has a slot for each."""
         prompts = reduce_pictures(policy, prompts)
@@ -80,27 +81,33 @@ class Runner:
             torch.cat([p.inputs_embeds for p in prompts]),
             _rows(prompts, self.model.decoder.cos_sin),
             policy,
-            self.config.drop_early_kv,
+            self.config.drop_early_kv if drop_early_kv is None else drop_early_kv,
             watch,
             self.text_graphs,
         )
 
     @torch.inference_mode()
-    def run(self, prompts: Sequence[PreparedPrompt], policy: VisualTokenPolicy, watch: Watch | None = None) -> Running:
-        """A whole prefill at once."""
+    def run(
+        self,
+        prompts: Sequence[PreparedPrompt],
+        policy: VisualTokenPolicy,
+        watch: Watch | None = None,
+        drop_early_kv: bool | None = None,
+    ) -> Running:
+        """A whole prefill at once. `drop_early_kv`: the engine's option, unless it is given."""
         with self.lock:
             cache = self.cache(len(prompts), len(prompts))
             try:
-                prefill = self.prefill(cache, prompts, policy, watch)
+                prefill = self.prefill(cache, prompts, policy, watch, drop_early_kv)
                 prefill.advance()
                 return Running(self.model.decoder, cache, prefill.finish(), self.graphs, self.lock)
             except BaseException:
                 cache.close()
                 raise
 
-    def nobody(self) -> Running:
-        """A batch that requests can join: `max_batch` slots, all empty."""
-        return Running(self.model.decoder, self.cache(self.config.max_batch, 0), None, self.graphs, self.lock)
+    def nobody(self, slots: int) -> Running:
+        """A batch that prefilled sequences can join: so many slots, all empty."""
+        return Running(self.model.decoder, self.cache(slots, 0), None, self.graphs, self.lock)
 
     def check_integrity(self, promised: int = 0) -> None:
         """Every page is free or held once, and all claims add up; `promised` are those of prompts without a cache yet.

@@ -85,10 +85,17 @@ class Running:
         raise InvalidArgumentError(f"tokens is {tokens!r}; accepted: {accepted}")
 
     @torch.inference_mode()
-    def join(self, cache: KVCache, hidden: Tensor) -> None:
-        """Prefilled sequences come in at the end: their cache, empty afterwards, and their last rows [B, d]."""
+    def join(self, cache: KVCache, logits: Tensor) -> None:
+        """Prefilled sequences come in at the end: their cache, empty afterwards, and their logits f32 [B, vocab].
+
+        Raises:
+            InvalidArgumentError: there are not so many free slots.
+        """
         with self._lock:
-            logits = torch.cat((self.logits, self.decoder.logits(hidden)))
+            if cache.count > self.cache.slots - self.cache.count:
+                given = f"{cache.count} sequences join {self.cache.count}"
+                raise InvalidArgumentError(f"{given}; accepted: together at most {self.cache.slots}")
+            logits = torch.cat((self.logits, logits))
             self.cache.join(cache)
             self.logits = logits
 

@@ -119,7 +119,7 @@ class StopRules:
             return "stop"
         if self._strings is not None:
             last = ids[-self._strings.maximum_token_len :]  # a stop string is at most as many tokens as characters
-            if bool(self._strings(torch.tensor([last]), None)[0]):
+            if bool(self._strings(torch.tensor([last], device="cpu"), None)[0]):
                 return "stop_string"
         if len(new) >= self._limit:
             return "length"

@@ -108,7 +108,7 @@ class _Group:
         return len(self.errors) == len(self.sequences)
 
     def finish(self) -> tuple[list[Sequence], KVCache, Tensor]:
-        """Those that can be decoded, their cache, and their last rows [B, d]. Claims shrink to what will be held."""
+        """Those that can be decoded, their cache, and their logits. Claims shrink to what will be held."""
         assert self._prefill is not None and self._cache is not None
         pool, cache, done = self._runner.pool, self._cache, self._prefill.finish()
         left = [b for b in range(len(self.sequences)) if b not in self.errors]
@@ -121,7 +121,7 @@ class _Group:
         if len(left) < len(self.sequences):
             cache.select(left)
             hidden = hidden[to_device(left, hidden.device, torch.int64)]
-        return [self.sequences[b] for b in left], cache, hidden
+        return [self.sequences[b] for b in left], cache, self._runner.model.decoder.logits(hidden)
 
     def close(self) -> None:
         """Give everything back."""
@@ -142,7 +142,7 @@ class Scheduler:
         self._mutex = threading.Lock()  # of `_waiting`
         self._waiting: list[Sequence] = []
         self._group: _Group | None = None
-        self._running = runner.nobody()
+        self._running = runner.nobody(config.max_batch)
         self._sequences: list[Sequence] = []  # those in `_running`
         self._tokens: Tensor | None = None  # int64 [B], theirs, not fed yet
 
@@ -212,8 +212,8 @@ class Scheduler:
             while alone and not done and not group.empty:
                 done = group.advance(float("inf"))
             if done:
-                sequences, cache, hidden = group.finish()
-                self._running.join(cache, hidden)
+                sequences, cache, logits = group.finish()
+                self._running.join(cache, logits)
                 self._sequences += sequences
         except Exception as error:
             for s in group.sequences:
