@@ -162,6 +162,7 @@ class Scheduler:
             for s in sequences:
                 bisect.insort(self._waiting, s, key=lambda s: -s.priority)
 
+    @torch.inference_mode()
     def cancel(self, sequence: Sequence) -> None:
         """End it and free what it holds, unless it is done."""
         with self._mutex:
