@@ -23,7 +23,7 @@ def stored_config(name: str | Path) -> dict[str, Any]:
 def load_whole(
     loader: Any, folder: str | Path, dtype: torch.dtype, left_out: tuple[str, ...] = (), **options: Any
 ) -> Any:
-    """`loader.from_pretrained` of a folder of safetensors.
+    """`loader.from_pretrained` of a folder of safetensors, to be used and not trained.
 
     left_out: how names begin that the folder may hold beside the model's.
 
@@ -36,4 +36,4 @@ def load_whole(
         names = [n for n in sorted(map(str, info[what])) if what != "unexpected_keys" or not n.startswith(left_out)]
         if names:
             raise ModelError(f"{folder}: {what.replace('_', ' ')} {names[0]}")
-    return module
+    return module.requires_grad_(False)
