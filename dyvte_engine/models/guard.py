@@ -47,18 +47,18 @@ class Guard:
         self._versions: list[int] = []
         self._copied: list[Tensor] = []
 
-    def check(self) -> None:
-        """Raises ModelError, naming the module and what is off."""
-        self._look()
-
     def take(self, copied: Iterable[Tensor] = ()) -> None:
-        """From here on `changed` compares with what the weights are now; of those `copied`, their values too."""
+        """From here on `changed` compares with what the weights are now; of those `copied`, their values too.
+
+        Raises ModelError, naming the module and what is off.
+        """
         self._taken = self._look()
+        self._check_layout()
         self._copied = list(copied)
         self._versions = [version(t) for t in self._copied]
 
     def changed(self) -> bool:
-        """Whether a weight has been exchanged since `take` (or, if copied, written to). Raises as `check`."""
+        """Whether a weight has been exchanged since `take` (or, if copied, written to). Raises as `take`."""
         return self._look() != self._taken or [version(t) for t in self._copied] != self._versions
 
     def _look(self) -> tuple[Any, ...]:
@@ -70,6 +70,7 @@ class Guard:
         classes: set[type] = set()
         weights: list[Tensor] = []
         norms: set[float] = set()
+        kinds: set[str] = set()
         for module in (*_tree(decoder), self._hf.get_output_embeddings()):
             cls, state = type(module), module.__dict__
             if cls not in classes:
@@ -79,16 +80,19 @@ class Guard:
                 self._check_patch(module)
             if "scaling" in state:
                 self._check_attention(module)
+                kinds.add(state["config"]._attn_implementation)
             elif "variance_epsilon" in state:
                 norms.add(state["variance_epsilon"])
             for tensor in state["_parameters"].values():
                 if tensor is not None:
                     weights.append(tensor)
         self._check_settings(decoder, norms)
+        for kind in kinds:
+            _check_attention_function(kind)
         self._check_weights(weights)
         frequencies = decoder.rotary_emb
         turns = frequencies.inv_freq.data_ptr(), version(frequencies.inv_freq), frequencies.attention_scaling
-        return (id(decoder), *turns, *norms, *[w.data_ptr() for w in weights])
+        return (id(decoder), *turns, *norms, *[(w.data_ptr(), w.shape, w.stride()) for w in weights])
 
     def _check_above(self) -> None:
         """What is around the decoder, whose forwards are not run to their ends."""
@@ -138,7 +142,20 @@ class Guard:
         for layer in decoder.layers:
             if "act_fn" not in layer.mlp._modules:
                 raise ModelError(f"{self._where(layer.mlp)}.act_fn was exchanged; accepted: SiLU")
-        _check_attention_function(decoder.config._attn_implementation)
+
+    def _check_layout(self) -> None:
+        """Rows of weights are whole; projections that are computed as one have biases together."""
+        decoder = getattr(self._hf.model, self._name) if self._name else self._hf.model
+        for module in (*_tree(decoder), self._hf.get_output_embeddings()):
+            if not all(t is None or t.is_contiguous() for t in module._parameters.values()):
+                raise ModelError(f"{self._where(module)} has weights in another layout; accepted: contiguous")
+        for layer in decoder.layers:
+            attn, mlp = layer.self_attn, layer.mlp
+            for together in ((attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)):
+                if len({linear.bias is None for linear in together}) > 1:
+                    raise ModelError(
+                        f"{self._where(together[0])} and its kin: only some have a bias; accepted: all or none"
+                    )
 
     def _check_weights(self, weights: list[Tensor]) -> None:
         first = weights[0]

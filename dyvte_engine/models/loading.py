@@ -26,6 +26,8 @@ def load_model(
     import transformers
 
     name = str(path)
+    if (Path(name) / "adapter_config.json").exists():
+        raise ModelError(f"{name} holds an adapter; accepted: a whole model, as peft's `merge_and_unload()` makes it")
     try:
         if is_vila(name):
             hf_model, processor = load_vila(name, dtype)

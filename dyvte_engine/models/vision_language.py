@@ -82,7 +82,7 @@ class VisionLanguageModel:
         self.shape = DecoderShape.from_hf(config.get_text_config())
         inner = self.family.language_model
         self.guard = Guard(hf_model, inner, self.shape)
-        self.guard.check()
+        self.guard.take()
         _check_finite(hf_model)
         tell_states(hf_model)
         self.hf = hf_model
