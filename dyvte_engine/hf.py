@@ -172,8 +172,8 @@ class _Generate:
         return functools.partial, (type(self.model).generate, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        named = self.__signature__.bind(*args, **kwargs).arguments
-        given = {**named, **named.pop("kwargs", {})}
+        given = dict(self.__signature__.bind(*args, **kwargs).arguments)
+        given |= given.pop("kwargs", {})
         theirs = given.pop("custom_generate", None)
         if theirs not in (None, generate):
             return type(self.model).generate(self.model, custom_generate=theirs, **given)
@@ -296,9 +296,10 @@ def _inputs(model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tupl
     """The inputs of the model's forward, padded on the right, and the length of each prompt."""
     given = {name: value for name, value in model_kwargs.items() if value is not None and name not in _NOT_NEEDED}
     given = {name: value for name, value in given.items() if not _is_cache(name, value)}
-    known = inspect.signature(model.model.forward).parameters
+    parameters = inspect.signature(model.model.forward).parameters.values()
+    known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"inputs_embeds"}
     for name in given:
-        if name not in known or name == "inputs_embeds":
+        if name not in known:
             raise InvalidArgumentError(f"{name} is given; accepted: input_ids and what this model's forward takes")
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
