@@ -48,26 +48,39 @@ class Exit:
 
     def __init__(self, model: Any, policy: VisualTokenPolicy | None, grows: bool = False, **options: Any):
         """`grows`: nobody chose `max_batch`, so that a larger batch makes it larger."""
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
         self._model = weakref.proxy(model)  # the model may go while this is kept for it
         self._grows, self._options = grows, options
         self._last = threading.local()
         self._given: VisualTokenPolicy = KeepAll()
-        self._read()
+        self._bound: VisualTokenPolicy | None = None  # the same, once it is needed
+        self._engine: Engine | None = self._read()
         if policy is not None:
             self.policy = policy
 
-    def _read(self) -> None:
+    def _read(self) -> Engine:
         """Take the model over as it is now."""
         model = self._model
         if model.dtype not in _DTYPES:
             accepted = ", ".join(map(str, _DTYPES))
             raise InvalidArgumentError(f"the model is {model.dtype}; accepted: {accepted}")
         config = EngineConfig(model.device, model.dtype, **self._options)
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        name = getattr(model.config, "_name_or_path", "") or model.__class__.__name__  # not its type: a proxy
         with torch.inference_mode(False):  # what is kept must serve calls in any mode
-            self.engine = Engine(VisionLanguageModel(model, None, name, config.max_len), config)
-        self._bound = bound(self.engine, self._given)
+            engine = Engine(VisionLanguageModel(model, None, name, config.max_len), config)
+        self._bound = None
+        return engine
+
+    def release(self) -> None:
+        """Give back what the engine holds; the next call makes another."""
+        with self._lock:
+            self._engine = None
+
+    @property
+    def engine(self) -> Engine:
+        """That of the last call, or a new one where the model has changed since. Raises as a call does."""
+        with self.ready(0) as engine:
+            return engine
 
     @property
     def policy(self) -> VisualTokenPolicy:
@@ -76,8 +89,8 @@ class Exit:
 
     @policy.setter
     def policy(self, policy: VisualTokenPolicy) -> None:
-        with self.lock:
-            self._bound, self._given = bound(self.engine, policy), policy
+        with self.ready(0) as engine:
+            self._bound, self._given = bound(engine, policy), policy
 
     @property
     def exit_layers(self) -> list[int | None]:
@@ -90,17 +103,21 @@ class Exit:
 
         Raises ModelError when something around the decoder would be ignored.
         """
-        with self.lock:
-            if self._grows and batch > self.engine.config.max_batch:
-                self._options = {**self._options, "max_batch": batch}
-                self._read()
-            elif self.engine.model.guard.changed():
-                self._read()
-            yield self.engine
+        with self._lock:
+            if self._grows and batch > self._options["max_batch"]:
+                self._options["max_batch"], self._engine = batch, None
+            if self._engine is None or self._engine.model.guard.changed():
+                self._engine = None  # a device may not have room for two
+                self._engine = self._read()
+            yield self._engine
 
-    def prefill(self, prepared: list[PreparedPrompt], policy: VisualTokenPolicy | None) -> Running:
+    def prefill(self, engine: Engine, prepared: list[PreparedPrompt], policy: VisualTokenPolicy | None) -> Running:
         """The prompts under the policy of one call, or else under the one that is set."""
-        running = prefill_under(self.engine, prepared, self._bound if policy is None else bound(self.engine, policy))
+        if policy is not None:
+            running = prefill_under(engine, prepared, bound(engine, policy))
+        else:
+            self._bound = self._bound or bound(engine, self._given)
+            running = prefill_under(engine, prepared, self._bound)
         self._last.exit_layers = list(running.exit_layers)
         return running
 
@@ -142,8 +159,8 @@ def enable(model: Any, policy: VisualTokenPolicy | None = None, **options: Any) 
         ModelError: a family that the engine does not run, or something around the decoder (adapters, hooks, layers of
             another type) that would be ignored. InvalidArgumentError: an option that is not accepted.
     """
-    state = Exit(model, policy, **options)
     disable(model)
+    state = Exit(model, policy, **options)
     with _exits_lock:
         _exits[model] = state
     model.generate = _Generate(model, model.__dict__.get("generate"))
@@ -153,7 +170,9 @@ def enable(model: Any, policy: VisualTokenPolicy | None = None, **options: Any) 
 def disable(model: Any) -> None:
     """transformers' own generation again, or what was in its place before `enable`."""
     with _exits_lock:
-        _exits.pop(model, None)
+        state = _exits.pop(model, None)
+    if state is not None:
+        state.release()
     generates = model.__dict__.get("generate")
     if isinstance(generates, _Generate):
         del model.generate
@@ -244,7 +263,7 @@ def _generate(
         _check_sizes(engine, input_ids, generation_config)
         inputs, lengths = _inputs(model, input_ids, model_kwargs)
         prepared = engine.model.prepare_inputs(inputs, lengths, _n_images(engine, inputs))
-        with state.prefill(prepared, policy) as running:
+        with state.prefill(engine, prepared, policy) as running:
             streamer = asked.get("streamer")
             return _decode(running, input_ids, logits_processor, criteria, generation_config, streamer)
 

@@ -18,8 +18,9 @@ from ..errors import ModelError
 _PARTS = ("Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")  # how names of classes end
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList)
 _ACTIVATIONS = (("torch.nn.modules.activation", "SiLU"), ("transformers.activations", "SiLUActivation"))
-# They record outputs for those who ask the forward for them, and change none.
-_HARMLESS = ("transformers.utils.output_capturing", "transformers.modeling_utils", "dyvte_engine.models.vision_run")
+# Hooks that record outputs for those who ask the forward for them, and what `VisionRun` arranges.
+_HARMLESS = ("transformers.utils.output_capturing", "dyvte_engine.models.vision_run")
+_MARKS_ONLY = ("make_inputs_require_grads", "make_inputs_require_grad")  # of transformers and peft: values stay
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -189,8 +190,9 @@ def _patch_of(module: nn.Module) -> str | None:
     for name in _HOOKS:
         for hook in state[name].values():
             where = getattr(hook, "__module__", type(hook).__module__)
-            if where not in _HARMLESS:
-                return f"a {name[1:-1].replace('_', ' ')} ({getattr(hook, '__qualname__', type(hook).__qualname__)})"
+            called = getattr(hook, "__name__", type(hook).__name__)
+            if where not in _HARMLESS and not (called in _MARKS_ONLY and where.startswith(("transformers.", "peft."))):
+                return f"a {name[1:-1].replace('_', ' ')} ({called})"
     return None
 
 

@@ -84,7 +84,6 @@ class VisionLanguageModel:
         self.guard = Guard(hf_model, inner, self.shape)
         self.guard.take()
         _check_finite(hf_model)
-        tell_states(hf_model)
         self.hf = hf_model
         self._processor = processor
         self.name = name
@@ -286,6 +285,7 @@ class VisionLanguageModel:
         """All that changes what the vision side does; the list holds the rows of each picture after the run."""
         if self.tower_graphs is not None and (inside is None or inside.tower_key is not None):
             self.tower_graphs.arrange(run, None if inside is None else inside.tower_key)
+        tell_states(run, getattr(self.hf.model, "vision_tower", None))
         if self.device.type == "cpu":
             arrange_attention(run, [m for m in self.hf.model.children() if m is not self.language_model])
         if self.packed_vision is not None:
