@@ -127,6 +127,9 @@ class Guard:
         for name, value in wanted.items():
             if state.get(name, value) != value:
                 raise ModelError(f"{self._where(module)}.{name} is {state[name]}; accepted: {value}")
+        window = state.get("sliding_window")
+        if window is not None and window < shape.max_positions:
+            raise ModelError(f"{self._where(module)}.sliding_window is {window}; accepted: None")
         if state["training"] and state.get("attention_dropout"):
             given = f"{self._where(module)} is in training mode with attention_dropout {state['attention_dropout']}"
             raise ModelError(f"{given}; accepted: `model.eval()`, or no dropout")
@@ -185,7 +188,7 @@ def _tree(module: nn.Module) -> Iterator[nn.Module]:
 def _patch_of(module: nn.Module) -> str | None:
     """What was put on a module that changes its forward, in words."""
     state = module.__dict__
-    if "forward" in state and getattr(state["forward"], "__func__", None) is not type(module).forward:
+    if "forward" in state and getattr(state["forward"], "__func__", None) is not module.__class__.forward:
         return "a forward of its own"
     for name in _HOOKS:
         for hook in state[name].values():

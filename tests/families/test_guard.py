@@ -91,6 +91,10 @@ CHANGES = {
     "hook of the model": (lambda m: m.register_forward_hook(lambda *a: None), "the model has a forward hook"),
     "hook of the decoder": (lambda m: decoder(m).register_forward_pre_hook(lambda *a: None), "language_model has a"),
     "forward of a layer": (setting(layer, "forward", lambda *a, **k: a[0]), r"layers\.1 has a forward of its own"),
+    "forward of the model": (
+        setting(lambda m: m, "forward", lambda *a, **k: None),
+        "the model has a forward of its own",
+    ),
     "subclass": (subclassed, r"up_proj is a tests\.families\.test_guard\.Scaled"),
     "norm": (
         lambda m: setattr(layer(m), "input_layernorm", nn.LayerNorm(64)),
@@ -99,6 +103,7 @@ CHANGES = {
     "activation": (lambda m: setattr(layer(m).mlp, "act_fn", nn.GELU()), r"act_fn is a torch.*GELU"),
     "eps": (lambda m: setattr(layer(m).post_attention_layernorm, "variance_epsilon", 1.0), "variance_epsilon"),
     "scaling": (lambda m: setattr(layer(m).self_attn, "scaling", 1.0), r"self_attn\.scaling is 1\.0"),
+    "window": (lambda m: setattr(layer(m).self_attn, "sliding_window", 8), r"self_attn\.sliding_window is 8"),
     "not causal": (lambda m: setattr(layer(m).self_attn, "is_causal", False), "is_causal is False; accepted: True"),
     "attention function of a layer": (own_attention_in_a_layer, "attention is 'mine', a function of your own"),
     "attention function": (own_attention, "attention is 'mine', a function of your own"),
