@@ -214,7 +214,7 @@ def _asked_of(model: Any) -> Mapping[str, Any]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is model):
         frame = frame.f_back
-    return {} if frame is None else frame.f_locals
+    return {} if frame is None else {name: frame.f_locals.get(name) for name in _KEPT_FROM_HOOKS}
 
 
 def generate(
