@@ -31,6 +31,8 @@ def load_model(
             unsupported family, or a package that transformers needs for the processor is missing.
     """
     name = str(path)
+    if (Path(name) / "adapter_config.json").exists():
+        raise ModelError(f"{name} holds an adapter; accepted: a whole model, as peft's `merge_and_unload()` makes it")
     try:
         folder = _folder(name)
         with nobody_asked():
