@@ -26,9 +26,10 @@ def load_model(
     import transformers
 
     name = str(path)
-    if (Path(name) / "adapter_config.json").exists():
-        raise ModelError(f"{name} holds an adapter; accepted: a whole model, as peft's `merge_and_unload()` makes it")
     try:
+        if (Path(name) / "adapter_config.json").exists():
+            given = f"{name} holds an adapter"
+            raise ModelError(f"{given}; accepted: a whole model, as peft's `merge_and_unload()` makes it")
         if is_vila(name):
             hf_model, processor = load_vila(name, dtype)
             return VisionLanguageModel(hf_model.to(device), processor, name, max_len)
