@@ -31,10 +31,11 @@ def load_model(
             unsupported family, or a package that transformers needs for the processor is missing.
     """
     name = str(path)
-    if (Path(name) / "adapter_config.json").exists():
-        raise ModelError(f"{name} holds an adapter; accepted: a whole model, as peft's `merge_and_unload()` makes it")
     try:
         folder = _folder(name)
+        if (Path(folder) / "adapter_config.json").exists():
+            given = f"{name} holds an adapter"
+            raise ModelError(f"{given}; accepted: a whole model, as peft's `merge_and_unload()` makes it")
         with nobody_asked():
             hf_model, processor, family = _parts(folder, dtype, trust_remote_code)
     except DyvteError:

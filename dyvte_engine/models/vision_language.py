@@ -84,8 +84,8 @@ class VisionLanguageModel:
         self.shape = DecoderShape.from_hf(config.get_text_config())
         inner = self.family.language_model
         self.guard = Guard(hf_model, inner, self.shape)
-        self.guard.take()
         _check_finite(hf_model)
+        self.guard.take()
         self.hf = hf_model
         self._processor = processor
         self.name = name
