@@ -6,6 +6,7 @@ stretch the position embedding to the picture at every call; here that is done o
 
 from __future__ import annotations
 
+import functools
 import json
 from inspect import signature
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ModelError
+from .vision_run import VisionRun
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, with which this tower was trained
 _224PX = dict(  # OpenGVLab/InternViT-6B-224px
@@ -100,19 +102,19 @@ def _stretched(positions: Tensor, config: Any) -> Tensor:
     return torch.cat((positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions.dtype)), dim=1)
 
 
-def tell_states(hf_model: Any) -> None:
-    """Make a LLaVA model's InternViT tower give its blocks' states under transformers 4.
+def tell_states(run: VisionRun, tower: Any) -> None:
+    """In this run, a LLaVA model's InternViT tower gives its blocks' states under transformers 4.
 
     There LLaVA asks for them by an argument that this one tower does not take; its config says the same.
     """
-    tower: Any = getattr(hf_model.model, "vision_tower", None)
     if getattr(tower, "config", None) is None or tower.config.model_type != "internvl_vision":
         return
     if tower.config.output_hidden_states or "kwargs" in signature(tower.forward).parameters:
         return
     tower.config.output_hidden_states = True
-    tower.register_forward_pre_hook(_without_argument, with_kwargs=True)
+    run.finally_(functools.partial(setattr, tower.config, "output_hidden_states", False))
+    run.before(tower, _without_argument)
 
 
-def _without_argument(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _without_argument(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args, {name: value for name, value in kwargs.items() if name != "output_hidden_states"}

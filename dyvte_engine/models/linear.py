@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import ops
+from .guard import version
+from .vision_run import VisionRun
 
 _ROWS = 64  # oneDNN picks a layout for about so many
 
@@ -57,20 +59,26 @@ class Linear:
 
 
 class PackedLinears:
-    """While it is entered, the `nn.Linear`s handed over compute with packed weights."""
+    """`nn.Linear`s of a live model that compute with packed weights where a run asks for it."""
 
     def __init__(self, modules: list[nn.Linear]):
-        self._pairs = [(m, Linear(m.weight.data, None if m.bias is None else m.bias.data)) for m in modules]
-        for _, linear in self._pairs:
-            linear.pack()
+        self._packed: list[tuple[nn.Linear, tuple[int, int], Linear]] = [(m, (0, 0), _linear(m)) for m in modules]
 
-    def __enter__(self) -> None:
-        for module, linear in self._pairs:
-            module.forward = linear  # type: ignore[method-assign,assignment]
+    def arrange(self, run: VisionRun) -> None:
+        """They do in this run; a weight that has changed is packed anew, a module that was patched stays as it is."""
+        for number, (module, packed, linear) in enumerate(self._packed):
+            if type(module) is not nn.Linear or "forward" in module.__dict__:
+                continue
+            state = module.weight.data_ptr(), version(module.weight)
+            if state != packed:
+                linear = _linear(module)
+                linear.pack()
+                self._packed[number] = module, state, linear
+            run.replace(module, linear)
 
-    def __exit__(self, *exc: object) -> None:
-        for module, _ in self._pairs:
-            del module.forward
+
+def _linear(module: nn.Linear) -> Linear:
+    return Linear(module.weight.data, None if module.bias is None else module.bias.data)
 
 
 @functools.cache

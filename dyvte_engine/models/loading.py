@@ -33,6 +33,9 @@ def load_model(
     name = str(path)
     try:
         folder = _folder(name)
+        if (Path(folder) / "adapter_config.json").exists():
+            given = f"{name} holds an adapter"
+            raise ModelError(f"{given}; accepted: a whole model, as peft's `merge_and_unload()` makes it")
         with nobody_asked():
             hf_model, processor, family = _parts(folder, dtype, trust_remote_code)
     except DyvteError:

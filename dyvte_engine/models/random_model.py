@@ -45,7 +45,7 @@ def random_model(config: Any, seed: int, dtype: torch.dtype, device: torch.devic
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     )
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def byte_processor(config: Any) -> Any:

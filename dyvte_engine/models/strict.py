@@ -63,7 +63,7 @@ def load_whole(
         names = [n for n in sorted(map(str, info[what])) if what != "unexpected_keys" or not n.startswith(left_out)]
         if names:
             raise ModelError(f"{folder}: {what.replace('_', ' ')} {names[0]}")
-    return module
+    return module.requires_grad_(False)
 
 
 def check_stored(folder: str | Path) -> None:

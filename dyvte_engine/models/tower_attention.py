@@ -1,44 +1,75 @@
-"""Vision towers on a CPU: transformers' code computes its attention with the own kernel."""
+"""Vision towers on a CPU: transformers' code computes its attention with this project's kernel.
+
+It is one more entry in transformers' registry of attentions, which the configs of a tower name while it runs here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import threading
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import ops
 from ..kernels.attention import MAX_HEAD_DIM, native_gains
+from .vision_run import VisionRun
 
-_KIND = "sdpa"  # what transformers chooses by itself; a model that was asked for another keeps it
+KIND = "dyvte_engine"
+_REPLACED = "sdpa"  # what transformers chooses by itself; a model that was asked for another keeps it
 _KNOWN = {"scaling", "is_causal", "dropout", "output_hidden_states", "output_attentions", "return_dict", "use_cache"}
+_run = threading.local()  # `active` in threads inside a run
 
 
-@contextmanager
-def own_attention() -> Iterator[None]:
-    """While this runs, attention without a mask is `varlen_attention`; everything else is as before."""
+def arrange_attention(run: VisionRun, parts: list[nn.Module]) -> None:
+    """In this run, attention without a mask inside `parts` is `varlen_attention`; everything else is as before.
+
+    Nothing is arranged where somebody has put an attention of their own in the place of transformers'.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # seconds to import, and only models need it
 
-    before = ALL_ATTENTION_FUNCTIONS[_KIND]
+    if ALL_ATTENTION_FUNCTIONS[_REPLACED] is not sdpa_attention_forward:
+        return
+    _register()
+    _run.active = getattr(_run, "active", 0) + 1
+    run.finally_(_left)
+    configs: dict[int, Any] = {id(m.config): m.config for part in parts for m in part.modules() if hasattr(m, "config")}
+    for config in configs.values():
+        # Setting it in a config of several models would set it in all of them.
+        if config._attn_implementation == _REPLACED and not getattr(config, "sub_configs", None):
+            config._attn_implementation = KIND
+            run.finally_(functools.partial(setattr, config, "_attn_implementation", _REPLACED))
 
-    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
-        """q, k and v [B, H, n, D] -> [B, n, H, D]."""
-        batch, _, n, dim = q.shape
-        asked = {name for name, value in options.items() if value is not None}
-        causal = options.get("is_causal", getattr(module, "is_causal", True))
-        plain = attention_mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
-        if not (plain and dim <= MAX_HEAD_DIM and q.shape == k.shape == v.shape and native_gains(q.dtype, n)):
-            return before(module, q, k, v, attention_mask, **options)
-        # a view, unless the heads of a row do not lie together
-        q, k, v = (t.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, dim)) for t in (q, k, v))
-        cu = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32)
-        out = ops.varlen_attention(q, k, v, cu, options.get("scaling") or dim**-0.5, causal=False)
-        return out.unflatten(0, (batch, n)), None
 
-    ALL_ATTENTION_FUNCTIONS[_KIND] = attend
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS[_KIND] = before
+def _left() -> None:
+    _run.active -= 1
+
+
+@functools.cache
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(KIND, attend)
+    AttentionMaskInterface.register(KIND, sdpa_mask)
+
+
+def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+    """As transformers calls its attentions: q, k and v [B, H, n, D] -> [B, n, H, D] and None."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    batch, _, n, dim = q.shape
+    asked = {name for name, value in options.items() if value is not None}
+    causal = options.get("is_causal", getattr(module, "is_causal", True))
+    plain = attention_mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    fits = dim <= MAX_HEAD_DIM and q.shape == k.shape == v.shape and native_gains(q.dtype, n)
+    if not (getattr(_run, "active", 0) and plain and fits) or learns:
+        return sdpa_attention_forward(module, q, k, v, attention_mask, **options)
+    # a view, unless the heads of a row do not lie together
+    q, k, v = (t.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, dim)) for t in (q, k, v))
+    cu = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32)
+    out = ops.varlen_attention(q, k, v, cu, options.get("scaling") or dim**-0.5, causal=False)
+    return out.unflatten(0, (batch, n)), None

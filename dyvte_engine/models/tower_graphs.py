@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..kernels.graphs import Replay, capture_cuda
+from .guard import addresses
+from .vision_run import VisionRun
 
 _MOST = 8  # shapes that get a graph of their own; each holds the activations of one block and all its features
 
@@ -17,40 +18,39 @@ _MOST = 8  # shapes that get a graph of their own; each holds the activations of
 class TowerGraphs:
     """Runs `tower` captured: one graph for each shape of pixels and policy inside, for those that come first.
 
-    For towers that see pictures of one size. A call with more tensors than pixels, or of a further shape, runs plainly.
-    What a replay gives lies at fixed addresses and holds until the next one.
+    For towers that see pictures of one size. A call with more tensors than pixels, of a further shape, or of a tower
+    that somebody hooked runs plainly; graphs of weights that were exchanged since are forgotten. What a replay gives
+    lies at fixed addresses and holds until the next one.
     """
 
     def __init__(self, tower: nn.Module, capture: Callable[..., Replay[Any]] = capture_cuda):
         self.tower, self._capture = tower, capture
-        self._plain = tower.forward
-        self._inside: Hashable = None
         self._replays: dict[Any, tuple[Tensor, Replay[Any]]] = {}
         self._memory: list[Any] = []
+        self._weights: tuple[int, ...] = ()
 
-    @contextmanager
-    def entered(self, inside: Hashable = None) -> Iterator[None]:
-        """While this runs, the tower does so. `inside`: the `tower_key` of the policy that acts in it, if one does."""
-        own = "forward" in self.tower.__dict__
-        self._plain, self._inside = self.tower.forward, inside
-        self.tower.forward = self._forward
-        try:
-            yield
-        finally:
-            if own:
-                self.tower.forward = self._plain
-            else:
-                del self.tower.forward
+    def arrange(self, run: VisionRun, inside: Hashable = None) -> None:
+        """The tower runs so in this run. `inside`: the `tower_key` of the policy that acts in it, if one does.
 
-    def _forward(self, pixel_values: Tensor, **options: Any) -> Any:
+        To be called before anything else is arranged in the tower.
+        """
+        weights = addresses(self.tower)
+        if weights is None:
+            return
+        if weights != self._weights:
+            self._replays, self._weights = {}, weights
+        plain = self.tower.forward
+        run.replace(self.tower, lambda *args, **options: self._forward(plain, inside, *args, **options))
+
+    def _forward(self, plain: Callable[..., Any], inside: Hashable, pixel_values: Tensor, **options: Any) -> Any:
         if not all(isinstance(value, (bool, int, str, type(None))) for value in options.values()):
-            return self._plain(pixel_values, **options)
-        key = (self._inside, pixel_values.shape, pixel_values.dtype, tuple(sorted(options.items())))
+            return plain(pixel_values, **options)
+        key = (inside, pixel_values.shape, pixel_values.dtype, tuple(sorted(options.items())))
         if key not in self._replays:
-            out = self._plain(pixel_values, **options)  # libraries set themselves up
+            out = plain(pixel_values, **options)  # libraries set themselves up
             if len(self._replays) < _MOST:
                 pixels = pixel_values.clone()
-                self._replays[key] = pixels, self._capture(lambda: self._plain(pixels, **options), self._memory)
+                self._replays[key] = pixels, self._capture(lambda: plain(pixels, **options), self._memory)
             return out
         pixels, replay = self._replays[key]
         pixels.copy_(pixel_values)

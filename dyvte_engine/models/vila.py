@@ -81,7 +81,7 @@ def load_vila(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     model.model.vision_tower = tower
     model.model.multi_modal_projector = _projector(root / "mm_projector", vision.hidden_size, llm, dtype)
     model.generation_config = llm.generation_config
-    return model, processor
+    return model.eval().requires_grad_(False), processor
 
 
 def _projector(folder: Path, features: int, llm: Any, dtype: torch.dtype) -> DownsamplingProjector:

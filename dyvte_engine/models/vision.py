@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ModelError
 
@@ -62,23 +60,3 @@ def _are_blocks(modules: nn.ModuleList) -> bool:
         all(hasattr(m, part) for part in _BLOCK_PARTS) and all(hasattr(m.self_attn, part) for part in _ATTENTION_PARTS)
         for m in modules
     )
-
-
-@contextmanager
-def padded_features(projector: nn.Module, tokens: int) -> Iterator[list[int]]:
-    """While this runs the projector's output [P, V', d] is filled up with zero rows to [P, tokens, d].
-
-    HF's code merges pictures into as many placeholders as the processor wrote, whatever came out of the tower. Yields
-    a list that holds V' after the call.
-    """
-    seen: list[int] = []
-
-    def pad(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        seen.append(out.shape[1])
-        return torch.nn.functional.pad(out, (0, 0, 0, tokens - out.shape[1]))
-
-    handle = projector.register_forward_hook(pad)
-    try:
-        yield seen
-    finally:
-        handle.remove()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -23,13 +22,15 @@ from ..config import DecoderShape
 from ..errors import ImageError, InvalidArgumentError, ModelError, PromptError, first_line
 from .decoder import Decoder
 from .families import Family, family_of, join, visual_ids
+from .guard import Guard
 from .intern_vit import tell_states
 from .linear import PackedLinears
 from .rotary import rotations
 from .rows import runs
-from .tower_attention import own_attention
+from .tower_attention import arrange_attention
 from .tower_graphs import TowerGraphs
-from .vision import VisionTower, padded_features
+from .vision import VisionTower
+from .vision_run import VisionRun
 
 if TYPE_CHECKING:
     from ..policies import VisualTokenPolicy
@@ -70,17 +71,6 @@ class PreparedPrompt:
     additions: tuple[Tensor, ...] = ()
 
 
-class _AtEntry(Exception):
-    """Carries what reached the language model."""
-
-    def __init__(self, kwargs: dict[str, Any]):
-        self.kwargs = kwargs
-
-
-def _stop_at_entry(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    raise _AtEntry(kwargs)
-
-
 class VisionLanguageModel:
     """A live HF model with its processor, and the `Decoder` made of its language model.
 
@@ -90,19 +80,22 @@ class VisionLanguageModel:
     def __init__(self, hf_model: Any, processor: Any, name: str, max_len: int | None, family: Family | None = None):
         config = hf_model.config
         self.family = family or family_of(config, name)
+        self.shape = DecoderShape.from_hf(config.get_text_config())
+        inner = self.family.language_model
+        self.guard = Guard(hf_model, inner, self.shape)
         _check_finite(hf_model)
-        tell_states(hf_model)
-        self.hf = hf_model.eval().requires_grad_(False)
+        self.guard.take()
+        self.hf = hf_model
         self._processor = processor
         self.name = name
-        self.shape = DecoderShape.from_hf(config.get_text_config())
         self.visual_ids = visual_ids(self.family, config)
-        inner = self.family.language_model
         self.language_model = getattr(hf_model.model, inner) if inner else hf_model.model
         self.tower_graphs: TowerGraphs | None = None
         self.packed_vision: PackedLinears | None = None
         self.fingerprint = _fingerprint(config, self.language_model)
-        self.decoder = Decoder(self.language_model, hf_model.get_output_embeddings(), self.shape, max_len)
+        with torch.inference_mode(False), torch.no_grad():  # weights must not become tensors of inference alone
+            self.decoder = Decoder(self.language_model, hf_model.get_output_embeddings(), self.shape, max_len)
+        self.guard.take()
 
     @property
     def processor(self) -> Any:
@@ -119,6 +112,7 @@ class VisionLanguageModel:
         decoder = {*self.language_model.modules(), self.hf.get_output_embeddings()}
         vision = [m for m in self.hf.modules() if type(m) is torch.nn.Linear and m not in decoder]
         self.packed_vision = PackedLinears(vision)
+        self.guard.take(p for m in decoder if type(m) is torch.nn.Linear for p in m.parameters())
 
     def capture_tower(self) -> None:
         """From here on the tower runs as CUDA graphs, where it sees pictures of one size."""
@@ -229,7 +223,7 @@ class VisionLanguageModel:
         n_images = sum(p.n_images for p in prompts)
         return self.prepare_inputs(self._batch(prompts), [len(p.input_ids) for p in prompts], n_images, policy)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what the model's own code keeps must remain of use for its training
     def prepare_inputs(
         self,
         inputs: dict[str, Any],
@@ -243,19 +237,10 @@ class VisionLanguageModel:
         """
         visual = self.visual(inputs["input_ids"]).cpu()
         full = int(visual.sum()) // max(n_images, 1)  # rows of a picture
-        with ExitStack() as around:
-            if self.device.type == "cpu":
-                around.enter_context(own_attention())
-            if self.packed_vision is not None:
-                around.enter_context(self.packed_vision)
-            inside = policy if policy is not None and policy.acts_in_tower and n_images > 0 else None
-            key, seen = None, [full]
-            if inside is not None:
-                around.enter_context(inside.in_tower(self.vision))
-                key, seen = inside.tower_key, around.enter_context(padded_features(self.vision.projector, full))
-            if self.tower_graphs is not None and (inside is None or key is not None):
-                around.enter_context(self.tower_graphs.entered(key))
-            entry = self._run_to_entry(inputs)
+        inside = policy if policy is not None and policy.acts_in_tower and n_images > 0 else None
+        with VisionRun(self.hf.model) as run:
+            seen = self._arrange(run, inside, full)
+            entry = run.to_entry(self.language_model, inputs)
         kept = seen[0]
         positions = self._positions(entry, len(lengths))
         added = _additions(entry)
@@ -302,15 +287,19 @@ class VisionLanguageModel:
                 inputs[name] = rows([p.inputs[name][0].tolist() if name in p.inputs else [] for p in prompts])
         return inputs
 
-    def _run_to_entry(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        handle = self.language_model.register_forward_pre_hook(_stop_at_entry, with_kwargs=True)
-        try:
-            self.hf.model(**inputs, use_cache=False)
-        except _AtEntry as entry:
-            return entry.kwargs
-        finally:
-            handle.remove()
-        raise ModelError(f"{self.name}: the forward never reached its language_model")
+    def _arrange(self, run: VisionRun, inside: VisualTokenPolicy | None, full: int) -> list[int]:
+        """All that changes what the vision side does; the list holds the rows of each picture after the run."""
+        if self.tower_graphs is not None and (inside is None or inside.tower_key is not None):
+            self.tower_graphs.arrange(run, None if inside is None else inside.tower_key)
+        tell_states(run, getattr(self.hf.model, "vision_tower", None))
+        if self.device.type == "cpu":
+            arrange_attention(run, [m for m in self.hf.model.children() if m is not self.language_model])
+        if self.packed_vision is not None:
+            self.packed_vision.arrange(run)
+        if inside is None:
+            return [full]
+        inside.in_tower(self.vision, run)
+        return run.pad(self.vision.projector, full)
 
     def place(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """positions [n], or [3, n] -> a `PreparedPrompt`'s `positions` and `rotations`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from ..models.rows import Rows
 if TYPE_CHECKING:
     from ..models.decoder import Decoder
     from ..models.vision import VisionTower
+    from ..models.vision_run import VisionRun
 
 # per sequence: None (all stay) or ascending int64 numbers of the visual rows that stay
 Decision = Sequence[Tensor | None]
@@ -101,9 +101,8 @@ class VisualTokenPolicy:
         """This policy, ready to run on `model` (a `VisionLanguageModel`); a typed error if it cannot."""
         return self
 
-    def in_tower(self, tower: VisionTower) -> AbstractContextManager[None]:
-        """Surrounds one call of the vision tower on all pictures of a batch."""
-        return nullcontext()
+    def in_tower(self, tower: VisionTower, run: VisionRun) -> None:
+        """Arranges in `run` what happens in one call of the vision tower, on all pictures of a batch."""
 
     def reduce(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
         """What enters the language model for each picture: [V, d] each -> [V', d] each, in the order of the prompt."""

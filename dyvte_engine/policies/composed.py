@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from .base import Decision, LayerState, VisualTokenPolicy
 
 if TYPE_CHECKING:
     from ..models.vision import VisionTower
+    from ..models.vision_run import VisionRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +54,9 @@ class Composed(VisualTokenPolicy):
     def bind(self, model: Any) -> Composed:
         return Composed(tuple(part.bind(model) for part in self.parts))
 
-    @contextmanager
-    def in_tower(self, tower: VisionTower) -> Iterator[None]:
-        with ExitStack() as stack:
-            for part in self.parts:
-                stack.enter_context(part.in_tower(tower))
-            yield
+    def in_tower(self, tower: VisionTower, run: VisionRun) -> None:
+        for part in self.parts:
+            part.in_tower(tower, run)
 
     def reduce(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
         for part in self.parts:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from .base import VisualTokenPolicy
 
 if TYPE_CHECKING:
     from ..models.vision import VisionTower
+    from ..models.vision_run import VisionRun
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,12 @@ class ToMe(VisualTokenPolicy):
             raise InvalidArgumentError(f"ToMe keep is {self.keep!r}; accepted in this tower: {least:.3f} to 1")
         return replace(self, tower_merges=merges)
 
-    @contextmanager
-    def in_tower(self, tower: VisionTower) -> Iterator[None]:
+    def in_tower(self, tower: VisionTower, run: VisionRun) -> None:
         merged = _Merged(tower.cls)
-        with ExitStack() as stack:
-            for number, (block, r) in enumerate(zip(tower.blocks, self.tower_merges, strict=False)):
-                stack.enter_context(_merging(block, r, merged, last=number == tower.used - 1))
-            for block in tower.blocks[tower.used :]:  # computed by HF's code, used by nobody
-                stack.enter_context(_merging(block, 0, merged, last=False))
-            yield
+        for number, (block, r) in enumerate(zip(tower.blocks, self.tower_merges, strict=False)):
+            _merge_in(run, block, r, merged, last=number == tower.used - 1)
+        for block in tower.blocks[tower.used :]:  # computed by HF's code, used by nobody
+            _merge_in(run, block, 0, merged, last=False)
 
 
 class _Merged:
@@ -130,9 +127,8 @@ def merge_rows(x: Tensor, stay: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((unmerged, second.scatter_add(1, target, first.gather(1, source))), dim=1)
 
 
-@contextmanager
-def _merging(block: Any, r: int, merged: _Merged, last: bool) -> Iterator[None]:
-    """While this runs, `block` merges r pairs of tokens after its attention.
+def _merge_in(run: VisionRun, block: Any, r: int, merged: _Merged, last: bool) -> None:
+    """In this run, `block` merges r pairs of tokens after its attention.
 
     The attention half runs here; the block's own forward then finds an attention that adds nothing, so that what
     remains of it (second norm, MLP, residual, return type) is HF's code on the shorter rows.
@@ -153,10 +149,6 @@ def _merging(block: Any, r: int, merged: _Merged, last: bool) -> Iterator[None]:
     def nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
-    handle = block.self_attn.k_proj.register_forward_hook(lambda module, args, out: keys.append(out))
-    block.forward, block.self_attn.forward = forward, nothing
-    try:
-        yield
-    finally:
-        handle.remove()
-        del block.forward, block.self_attn.forward
+    run.after(block.self_attn.k_proj, keys.append)
+    run.replace(block, forward)
+    run.replace(block.self_attn, nothing)

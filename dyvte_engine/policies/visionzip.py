@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from .base import VisualTokenPolicy
 
 if TYPE_CHECKING:
     from ..models.vision import VisionTower
+    from ..models.vision_run import VisionRun
 
 _QUERIES = 64  # rows of the attention map that exist at a time in towers without class token
 
@@ -53,27 +52,24 @@ class VisionZip(VisualTokenPolicy):
             raise InvalidArgumentError(f"{given}; accepted: together at most the tower's {most}")
         return self
 
-    @contextmanager
-    def in_tower(self, tower: VisionTower) -> Iterator[None]:
+    def in_tower(self, tower: VisionTower, run: VisionRun) -> None:
         block = tower.blocks[tower.used - 1]
         attention = block.self_attn
         seen: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
-            def hook(module: Any, args: Any, out: Any) -> None:
+            def hook(out: Any) -> None:
                 seen[name] = out[0] if isinstance(out, tuple) else out
 
             return hook
 
-        def zipped(module: Any, args: Any) -> tuple[Tensor]:
+        def zipped(args: Any, kwargs: dict[str, Any]) -> Any:
             q, k = (seen[name].unflatten(-1, (attention.num_heads, -1)) for name in ("q", "k"))
-            return (self.zip(seen["out"], q, k, attention.scale, tower.cls),)
+            return (self.zip(seen["out"], q, k, attention.scale, tower.cls),), kwargs
 
-        with ExitStack() as stack:
-            for name, module in (("q", attention.q_proj), ("k", attention.k_proj), ("out", block)):
-                stack.callback(module.register_forward_hook(keep(name)).remove)
-            stack.callback(tower.projector.register_forward_pre_hook(zipped).remove)
-            yield
+        for name, module in (("q", attention.q_proj), ("k", attention.k_proj), ("out", block)):
+            run.after(module, keep(name))
+        run.before(tower.projector, zipped)
 
     def zip(self, x: Tensor, q: Tensor, k: Tensor, scale: float, cls: int) -> Tensor:
         """Tower output x [P, N, d] with the q, k [P, N, H, D] of its block -> [P, dominant + contextual, d]."""

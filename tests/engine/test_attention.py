@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dyvte_engine import DeviceError
 from dyvte_engine.kernels import ops
 from dyvte_engine.kernels.attention import _FUNCTIONS, _PACKAGES, BACKENDS, Lengths, choose_backend
-from dyvte_engine.models import tower_attention
+from dyvte_engine.models.tower_attention import KIND, arrange_attention
+from dyvte_engine.models.vision_run import VisionRun
 from tests import tiny
 from tests.engine.conftest import build
 
@@ -124,15 +125,20 @@ def test_transformers_attention_is_as_it_was_where_the_kernel_does_not_fit(optio
     q, k, v = torch.randn(3, 2, 4, 9, 16).unbind()
     mask = torch.rand(2, 1, 9, 9) > 0.3 if options.pop("mask", False) else None
     arguments = (module, q, k, v, mask)
-    with tower_attention.own_attention():
+    with VisionRun(module) as run:
+        arrange_attention(run, [])
         torch.manual_seed(0)
-        got = ALL_ATTENTION_FUNCTIONS["sdpa"](*arguments, **options)[0]
-        causal_pair = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k[:, :, :5], v[:, :, :5], None)[0]
+        got = ALL_ATTENTION_FUNCTIONS[KIND](*arguments, **options)[0]
+        causal_pair = ALL_ATTENTION_FUNCTIONS[KIND](module, q, k[:, :, :5], v[:, :, :5], None)[0]
+        learning = ALL_ATTENTION_FUNCTIONS[KIND](module, q.clone().requires_grad_(), k, v, None)[0]
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
     torch.manual_seed(0)
     torch.testing.assert_close(got, before(*arguments, **options)[0])
     torch.testing.assert_close(causal_pair, before(module, q, k[:, :, :5], v[:, :, :5], None)[0])
+    assert learning.requires_grad
     assert len(calls) == (mask is None and options in ({}, {"is_causal": False}))
+    ALL_ATTENTION_FUNCTIONS[KIND](module, q, k, v, None)
+    assert len(calls) <= 1, "outside a run it is transformers'"
 
 
 @pytest.mark.parametrize(("dim", "used"), [(256, 1), (257, 0)])
@@ -141,26 +147,30 @@ def test_heads_too_large_for_the_kernel_are_left_to_torch(dim, used, monkeypatch
     module.is_causal = False
     q, k, v = torch.randn(3, 1, 2, 5, dim).unbind()
     want = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, None)[0]
-    with tower_attention.own_attention():
-        torch.testing.assert_close(ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, None)[0], want)
+    with VisionRun(module) as run:
+        arrange_attention(run, [])
+        torch.testing.assert_close(ALL_ATTENTION_FUNCTIONS[KIND](module, q, k, v, None)[0], want)
     assert len(calls) == used
 
 
-def test_an_attention_of_the_users_own_is_put_back(monkeypatch):
-    def mine(*_, **__):
-        return "mine", None
+def test_an_attention_of_the_users_own_is_used(monkeypatch):
+    engine, hf = build()
+    texts, images = tiny.prompts(seed=321, n=2, images=(1,))
+    seen, before = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *a, **o: seen.append(a) or before(*a, **o))
+    engine.model.prepare(engine.model.tokenize(texts, images))
+    assert len(seen) == hf.config.vision_config.num_hidden_layers
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", mine)
-    with tower_attention.own_attention():
-        pass
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is mine
 
-
-def test_transformers_attention_comes_back_after_an_error():
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with pytest.raises(ValueError, match="stop"), tower_attention.own_attention():
+def test_the_towers_config_comes_back_after_an_error():
+    engine, _ = build()
+    config = engine.model.hf.model.vision_tower.config
+    with pytest.raises(ValueError, match="stop"), VisionRun(engine.model.hf.model) as run:
+        arrange_attention(run, [engine.model.hf.model.vision_tower])
+        assert config._attn_implementation == KIND
         raise ValueError("stop")
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    assert config._attn_implementation == "sdpa"
+    assert engine.model.language_model.config._attn_implementation == "sdpa"
 
 
 def test_importing_the_engine_leaves_transformers_models_alone():

@@ -6,6 +6,7 @@ import torch
 from dyvte_engine import DeviceError, Engine, EngineConfig, FixedExit, InvalidArgumentError, ToMe
 from dyvte_engine.models import linear
 from dyvte_engine.models.linear import Linear, PackedLinears, packing_fault
+from dyvte_engine.models.vision_run import VisionRun
 from tests import tiny
 from tests.engine.conftest import build, logits_errors
 from tests.engine.test_keep_all import FAMILIES
@@ -46,14 +47,17 @@ def test_long_float32_products_are_left_to_mkl_on_intel_only(maker, monkeypatch)
     assert len(calls) == (1 if maker == "GenuineIntel" else 2)
 
 
-def test_modules_are_packed_only_while_entered():
+def test_modules_are_packed_only_in_a_run():
     module = torch.nn.Linear(32, 16)
-    x = torch.randn(4, 9, 32)
-    want = module(x)
-    with PackedLinears([module]):
-        assert "forward" in module.__dict__
-        torch.testing.assert_close(module(x), want)
-    assert "forward" not in module.__dict__
+    packed, x = PackedLinears([module]), torch.randn(4, 9, 32)
+    for _ in range(2):  # and again with what the weight is by then
+        with VisionRun(module) as run:
+            packed.arrange(run)
+            assert "forward" in module.__dict__
+            torch.testing.assert_close(module(x), torch.nn.functional.linear(x, module.weight, module.bias))
+        assert "forward" not in module.__dict__
+        with torch.no_grad():
+            module.weight.add_(1.0)
 
 
 @pytest.mark.parametrize(("decoder", "vision"), FAMILIES)

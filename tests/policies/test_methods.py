@@ -27,6 +27,7 @@ from dyvte_engine.kernels import ops
 from dyvte_engine.models import PreparedPrompt
 from dyvte_engine.models.rows import runs
 from dyvte_engine.models.vision import VisionTower
+from dyvte_engine.models.vision_run import VisionRun
 from dyvte_engine.policies import parse
 from dyvte_engine.policies.tome import match, merge_rows
 from tests import tiny
@@ -79,7 +80,8 @@ def test_tower_policies_on_a_wider_tower(vision, policy):
     tower = VisionTower.of(hf)
     model = type("Model", (), {"vision": tower})
     pixels = torch.randn(3, 3, 70, 70)
-    with policy.bind(model).in_tower(tower):
+    with VisionRun(hf.model) as run:
+        policy.bind(model).in_tower(tower, run)
         got = features_of(hf, pixels)
     for features, picture in zip(got, pixels):
         if isinstance(policy, ToMe):

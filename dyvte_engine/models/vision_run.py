@@ -1,0 +1,119 @@
+"""One run of a live HF model up to the entry of its decoder, with all that is arranged around its modules for it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ModelError
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+class _AtEntry(Exception):
+    """Carries what reached the decoder."""
+
+    def __init__(self, kwargs: dict[str, Any]):
+        self.kwargs = kwargs
+
+
+class VisionRun:
+    """While it is entered, `model` (HF's, without its LM head) does what was arranged here, for this thread alone.
+
+    The model belongs to its user, who may be calling it in other threads: these calls pass through to what the modules
+    did before. Runs of one model, by whatever engine, take turns. At the end the modules are as they were.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._thread = 0
+        self._undo = ExitStack()
+
+    def __enter__(self) -> VisionRun:
+        self._thread = threading.get_ident()
+        with _locks_guard:
+            lock = _locks.setdefault(self.model, threading.RLock())
+        self._undo.enter_context(lock)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._undo.close()
+
+    @property
+    def here(self) -> bool:
+        """Whether the calling thread is the one of this run."""
+        return threading.get_ident() == self._thread
+
+    def before(self, module: nn.Module, hook: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        """`hook(args, kwargs)` before `module` runs; what it returns (args, kwargs), unless None, is used instead."""
+
+        def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return hook(args, kwargs) if self.here else None
+
+        self.finally_(module.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
+
+    def after(self, module: nn.Module, hook: Callable[[Any], Any]) -> None:
+        """`hook(output)` after `module` ran; what it returns, unless None, is the output."""
+
+        def post_hook(module: nn.Module, args: Any, output: Any) -> Any:
+            return hook(output) if self.here else None
+
+        self.finally_(module.register_forward_hook(post_hook).remove)
+
+    def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """`forward` instead of `module.forward`."""
+        before, own = module.forward, "forward" in module.__dict__
+
+        @functools.wraps(before)
+        def either(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs) if self.here else before(*args, **kwargs)
+
+        def restore() -> None:
+            if own:
+                module.forward = before
+            else:
+                del module.forward
+
+        module.forward = either
+        self.finally_(restore)
+
+    def finally_(self, undo: Callable[[], None]) -> None:
+        """`undo()` at the end, the latest first."""
+        self._undo.callback(undo)
+
+    def pad(self, projector: nn.Module, tokens: int) -> list[int]:
+        """The projector's output [P, V', d] is filled up with zero rows to [P, tokens, d]; the list holds V' then.
+
+        HF's code merges pictures into as many placeholders as the processor wrote, whatever came out of the tower.
+        """
+        seen: list[int] = []
+
+        def padded(out: Tensor) -> Tensor:
+            seen.append(out.shape[1])
+            return nn.functional.pad(out, (0, 0, 0, tokens - out.shape[1]))
+
+        self.after(projector, padded)
+        return seen
+
+    def to_entry(self, decoder: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the model on `inputs` and stop where it calls `decoder`; returns what it calls it with.
+
+        Raises ModelError when it never does.
+        """
+
+        def stop(args: Any, kwargs: dict[str, Any]) -> None:
+            raise _AtEntry(kwargs)
+
+        self.before(decoder, stop)
+        try:
+            self.model(**inputs, use_cache=False)
+        except _AtEntry as entry:
+            return entry.kwargs
+        raise ModelError(f"the forward of {type(self.model).__name__} never reached its {type(decoder).__name__}")

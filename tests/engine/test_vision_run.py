@@ -1,0 +1,116 @@
+"""What is arranged around a tower acts for one thread and the time of a run, and follows what the tower is by then."""
+
+import functools
+import threading
+
+import pytest
+import torch
+
+from dyvte_engine import ModelError
+from dyvte_engine.models.guard import addresses
+from dyvte_engine.models.tower_graphs import TowerGraphs
+from dyvte_engine.models.vision_run import VisionRun
+from tests import tiny
+from tests.engine.conftest import build
+from tests.engine.test_graphs import Captures
+
+
+def elsewhere(function):
+    """The result of a call in another thread."""
+    out = []
+    thread = threading.Thread(target=lambda: out.append(function()))
+    thread.start()
+    thread.join(10)
+    return out[0]
+
+
+def test_other_threads_pass_through():
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), torch.randn(3, 4)
+    want = model(x)
+    with VisionRun(model) as run:
+        run.before(model[0], lambda args, kwargs: ((args[0] + 1,), kwargs))
+        run.after(model[0], lambda out: 2 * out)
+        run.replace(model[1], lambda out: out - 3)
+        torch.testing.assert_close(model(x), 2 * model[0].__class__.forward(model[0], x + 1) - 3)
+        torch.testing.assert_close(elsewhere(lambda: model(x)), want)
+    torch.testing.assert_close(model(x), want)
+    assert not any(vars(m).get("forward") or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_forward_of_the_users_comes_back_after_an_error():
+    model = torch.nn.Linear(2, 2)
+    mine = model.forward = functools.partial(torch.nn.functional.linear, weight=torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="stop"), VisionRun(model) as run:
+        run.replace(model, torch.neg)
+        assert torch.equal(model(torch.ones(1, 2)), -torch.ones(1, 2))
+        raise ValueError("stop")
+    assert model.forward is mine
+
+
+def test_runs_of_one_model_take_turns():
+    model, order = torch.nn.Identity(), []
+
+    def other():
+        with VisionRun(model) as run:
+            run.replace(model, lambda x: x + 2)
+            order.append(model(0))
+
+    thread = threading.Thread(target=other)
+    with VisionRun(model) as run:
+        run.replace(model, lambda x: x + 1)
+        thread.start()
+        thread.join(0.1)
+        order.append(model(0))
+    thread.join(10)
+    assert order == [1, 2] and "forward" not in vars(model)
+
+
+def test_the_stop_at_the_decoder_is_for_the_run_alone():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = torch.nn.Identity()
+
+        def forward(self, x, use_cache):
+            return self.decoder(input=x)
+
+    model = Model()
+    with VisionRun(model) as run, pytest.raises(ModelError, match="never reached its Linear"):
+        run.to_entry(torch.nn.Linear(1, 1), {"x": 5})
+    with VisionRun(model) as run:
+        assert run.to_entry(model.decoder, {"x": 5}) == {"input": 5}
+        assert elsewhere(lambda: model(5, False)) == 5
+    assert model(5, False) == 5
+
+
+def test_graphs_follow_the_tower():
+    """Hooks act, although a graph was there; weights that were exchanged do too."""
+    engine, _ = build()
+    plain, _ = build()
+    tower = engine.model.hf.model.vision_tower
+    graphs = engine.model.tower_graphs = TowerGraphs(tower, Captures())
+    texts, images = tiny.prompts(seed=95, n=2, images=(1,))
+    inputs = engine.model.tokenize(texts, images)
+
+    def equal():
+        got, want = (e.model.prepare(inputs)[0].inputs_embeds for e in (engine, plain))
+        torch.testing.assert_close(got, want)
+        return got
+
+    first = equal()
+    equal()
+    assert len(graphs._replays) == 1
+    towers = tower, plain.model.hf.model.vision_tower
+    block = next(name for name, m in tower.named_modules() if name.endswith("layers.0"))
+    handles = [t.get_submodule(block).register_forward_pre_hook(lambda m, a: (2 * a[0], *a[1:])) for t in towers]
+    assert addresses(tower) is None
+    assert not torch.allclose(equal(), first)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(equal(), first)
+    for t in towers:
+        weight = next(p for n, p in t.named_parameters() if n.endswith("layers.0.mlp.fc1.weight"))
+        weight.data = -weight.data
+    assert not torch.allclose(equal(), first)
+    equal()
+    assert len(graphs._replays) == 1
