@@ -88,6 +88,7 @@ class EngineConfig:
     page_size: int = 16
     drop_early_kv: bool = False
     cuda_graphs: bool = True
+    warm_up: bool = True
     pack_weights: bool = False
     kv_memory: int | None = None
     max_stall: int = 0  # 0: as many as suits the device

@@ -61,6 +61,8 @@ class Engine:
         self._worker = Worker(self._scheduler)
         self._policies = PolicyCache(model)
         self._policy = self.bind(KeepAll() if policy is None else policy)
+        if config.warm_up:
+            self.warm_up(progress=True)
 
     @classmethod
     def from_pretrained(
@@ -75,6 +77,7 @@ class Engine:
         page_size: int = 16,
         drop_early_kv: bool = False,
         cuda_graphs: bool = True,
+        warm_up: bool = True,
         pack_weights: bool | str = "auto",
         kv_memory: int | None = None,
         max_stall: int = 0,
@@ -94,7 +97,9 @@ class Engine:
             page_size: rows of one K/V page.
             drop_early_kv: after the prefill, take the rows that left out of the earlier layers' K/V too.
             cuda_graphs: on CUDA, decoding, prefill layers without visual tokens (not with "sdpa") and towers of one
-                picture size run as graphs, captured at first use for each batch size, bucket of lengths or pictures.
+                picture size run as graphs.
+            warm_up: capture them all now, some seconds, with a progress bar; else each at its first use, which the
+                request that needs it waits for. On a CPU there are none.
             kv_memory: bytes of the K/V pool; default: what `max_batch` sequences of `max_len` tokens need. With less,
                 requests wait until it can promise them all they may need.
             max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens
@@ -114,6 +119,7 @@ class Engine:
             page_size=page_size,
             drop_early_kv=drop_early_kv,
             cuda_graphs=cuda_graphs,
+            warm_up=warm_up,
             kv_memory=kv_memory,
             max_stall=max_stall,
         )
@@ -135,6 +141,7 @@ class Engine:
         page_size: int = 16,
         drop_early_kv: bool = False,
         cuda_graphs: bool = True,
+        warm_up: bool = True,
         pack_weights: bool | str = "auto",
         kv_memory: int | None = None,
         max_stall: int = 0,
@@ -164,6 +171,7 @@ class Engine:
             page_size=page_size,
             drop_early_kv=drop_early_kv,
             cuda_graphs=cuda_graphs,
+            warm_up=warm_up,
             kv_memory=kv_memory,
             max_stall=max_stall,
         )

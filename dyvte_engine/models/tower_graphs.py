@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..errors import first_line
 from ..kernels.graphs import Replay, capture_cuda
 from .guard import addresses
 from .vision_run import VisionRun
 
-_MOST = 8  # shapes that get a graph of their own; each holds the activations of one block and all its features
+MOST = 8  # shapes that get a graph of their own; each holds the activations of one block and all its features
 
 
 class TowerGraphs:
@@ -20,7 +22,7 @@ class TowerGraphs:
 
     For towers that see pictures of one size. A call with more tensors than pixels, of a further shape, or of a tower
     that somebody hooked runs plainly; graphs of weights that were exchanged since are forgotten. What a replay gives
-    lies at fixed addresses and holds until the next one.
+    has fixed addresses and holds until the next one. Where a tower cannot be captured it runs plainly from then on.
     """
 
     def __init__(self, tower: nn.Module, capture: Callable[..., Replay[Any]] = capture_cuda):
@@ -28,6 +30,7 @@ class TowerGraphs:
         self._replays: dict[Any, tuple[Tensor, Replay[Any]]] = {}
         self._memory: list[Any] = []
         self._weights: tuple[int, ...] = ()
+        self.sealed = False  # no more graphs are made
 
     def arrange(self, run: VisionRun, inside: Hashable = None) -> None:
         """The tower runs so in this run. `inside`: the `tower_key` of the policy that acts in it, if one does.
@@ -48,9 +51,13 @@ class TowerGraphs:
         key = (inside, pixel_values.shape, pixel_values.dtype, tuple(sorted(options.items())))
         if key not in self._replays:
             out = plain(pixel_values, **options)  # libraries set themselves up
-            if len(self._replays) < _MOST:
+            if len(self._replays) < MOST and not self.sealed:
                 pixels = pixel_values.clone()
-                self._replays[key] = pixels, self._capture(lambda: plain(pixels, **options), self._memory)
+                try:
+                    self._replays[key] = pixels, self._capture(lambda: plain(pixels, **options), self._memory)
+                except RuntimeError as error:
+                    self.sealed = True
+                    warnings.warn(f"the vision tower runs without CUDA graphs: {first_line(error)}", stacklevel=2)
             return out
         pixels, replay = self._replays[key]
         pixels.copy_(pixel_values)

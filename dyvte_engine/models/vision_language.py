@@ -98,6 +98,11 @@ class VisionLanguageModel:
         self.guard.take()
 
     @property
+    def sees_pictures(self) -> bool:
+        """Whether there is a processor; else the vision code is elsewhere."""
+        return self._processor is not None
+
+    @property
     def processor(self) -> Any:
         """Raises ModelError where there is none: the vision code lives elsewhere."""
         if self._processor is None:

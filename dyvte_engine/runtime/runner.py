@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..config import EngineConfig
 from ..errors import CacheError
@@ -15,6 +17,7 @@ from ..kernels.attention import CAPTURABLE, choose_backend
 from ..kernels.transfer import DeviceLock
 from ..models import PreparedPrompt, VisionLanguageModel
 from ..models.rows import Rows
+from ..models.tower_graphs import MOST
 from ..policies import VisualTokenPolicy
 from .decode import DecodeGraphs
 from .kv_cache import KVCache, PagePool
@@ -127,22 +130,26 @@ class Runner:
     def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Capture every graph that a request may ask for; from here on none is captured any more.
 
-        progress: called with graphs made and graphs to make.
+        Those of text layers are of one sequence: a prompt that comes alone needs them most. progress: called with the
+        number of captures that are done, and of all.
         """
         with self.lock:
-            decode = [] if self.graphs is None else self.graphs.buckets()
-            text = [] if self.text_graphs is None else [(1, bucket) for bucket in BUCKETS]
-            for number, key in enumerate(decode):
-                assert self.graphs is not None
-                self.graphs.capture(key)
-                progress(number + 1, len(decode) + len(text))
-            for number, (batch, bucket) in enumerate(text):
-                assert self.text_graphs is not None
-                self.text_graphs.warm_up(batch, bucket)
-                progress(len(decode) + number + 1, len(decode) + len(text))
-            for graphs in (self.graphs, self.text_graphs):
+            jobs = list(self._captures())
+            for done, job in enumerate(jobs):
+                job()
+                progress(done + 1, len(jobs))
+            for graphs in (self.graphs, self.text_graphs, self.model.tower_graphs):
                 if graphs is not None:
                     graphs.sealed = True
+
+    def _captures(self) -> Iterator[Callable[[], Any]]:
+        if self.graphs is not None:
+            yield from (partial(self.graphs.capture, key) for key in self.graphs.buckets())
+        if self.text_graphs is not None:
+            yield from (partial(self.text_graphs.warm_up, 1, bucket) for bucket in BUCKETS)
+        if self.model.tower_graphs is not None and self.model.sees_pictures:
+            black = self.model.tokenize([self.model.processor.image_token], [[Image.new("RGB", (64, 64))]])
+            yield from (partial(self.model.prepare, black * n) for n in range(1, min(MOST, self.config.max_batch) + 1))
 
 
 def _rows(prompts: Sequence[PreparedPrompt], cos_sin: torch.Tensor) -> Rows:

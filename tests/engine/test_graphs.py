@@ -447,3 +447,38 @@ def test_text_layers_of_families_with_several_axes_and_deepstack(family, layer):
             close(state(got), state(want))
     assert (added > 0) == (family == "qwen3_vl")
     assert min(number for number, _, _ in graphs._replays) == max(layer + 1, added)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_is_captured_in_a_request_after_warming_up(device):
+    """What no graph covers (several texts at once, more pictures than were captured) runs plainly, and right."""
+    engine, plain, _, captures = with_text_graphs(device, EXITS["dynamic"], max_len=96)
+    runner, counts = engine.runner, []
+    tower = TowerGraphs(engine.model.hf.model.vision_tower, runner.text_graphs._capture)
+    engine.model.tower_graphs = tower
+    engine.warm_up()
+    assert len(runner.graphs._replays) == len(runner.graphs.buckets())
+    assert len(tower._replays) == engine.config.max_batch
+    counts.append((len(captures), len(runner.graphs._replays)))
+    texts, images = tiny.prompts(seed=98, n=16)
+    options = {"chat": False, "max_new_tokens": 20}
+    want = [r.token_ids for r in plain.generate(texts, images, **options)]
+    assert [r.token_ids for r in engine.generate(texts, images, **options)] == want
+    assert [engine.generate(t, i, **options).token_ids for t, i in zip(texts[:4], images)] == want[:4]
+    assert (len(captures), len(runner.graphs._replays)) == counts[0]
+    engine.check_integrity()
+
+
+def test_a_tower_that_cannot_be_captured_runs_plainly():
+    engine, _ = build()
+    texts, images = tiny.prompts(seed=99, n=3, images=(1,))
+
+    def fails(step, memory):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    want = [r.token_ids for r in engine.generate(texts, images, chat=False)]
+    engine.model.tower_graphs = TowerGraphs(engine.model.hf.model.vision_tower, fails)
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        assert [r.token_ids for r in engine.generate(texts, images, chat=False)] == want
+    assert [r.token_ids for r in engine.generate(texts, images, chat=False)] == want
+    assert not engine.model.tower_graphs._replays

@@ -131,7 +131,7 @@ def test_logits_error_is_at_most_twice_torchs(low_engines, engines, name, dtype)
     prompts = engine.model.prepare(engine.model.tokenize(texts, images), engine.policy)
     seen: list = []
     watch = lambda number, q, k, rows: seen.append(rows.source.split(rows.lengths.host))  # noqa: E731
-    with engine.prefill_prepared(prompts, watch) as running:
+    with engine.prefill_prepared(prompts, watch=watch) as running:
         logits, rows = running.logits, running.rows
     ours, theirs = [], []
     for b, prompt in enumerate(reduce_pictures(engine.policy, prompts)):
