@@ -52,10 +52,11 @@ class DeviceLock:
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        current = on(self._device)
-        current.__enter__()
-        self._entered.append(current)
+        if self._device.type == "cuda":
+            self._entered.append(on(self._device))
+            self._entered[-1].__enter__()
 
     def __exit__(self, *exc: Any) -> None:
-        self._entered.pop().__exit__(*exc)
+        if self._entered:
+            self._entered.pop().__exit__(*exc)
         self._lock.release()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,8 +23,17 @@ _KNOWN = {"scaling", "is_causal", "dropout", "output_hidden_states", "output_att
 _run = threading.local()  # `active` in threads inside a run
 
 
-def arrange_attention(run: VisionRun, parts: list[nn.Module]) -> None:
-    """In this run, attention without a mask inside `parts` is `varlen_attention`; everything else is as before.
+def attention_configs(parts: Iterable[nn.Module]) -> list[Any]:
+    """The configs that say which attention the modules inside `parts` take.
+
+    Not those with configs inside: setting it in a config of several models would set it in all of them.
+    """
+    configs: dict[int, Any] = {id(m.config): m.config for part in parts for m in part.modules() if hasattr(m, "config")}
+    return [config for config in configs.values() if not getattr(config, "sub_configs", None)]
+
+
+def arrange_attention(run: VisionRun, configs: Iterable[Any]) -> None:
+    """In this run, attention without a mask under `configs` is `varlen_attention`; everything else is as before.
 
     Nothing is arranged where somebody has put an attention of their own in the place of transformers'.
     """
@@ -35,10 +45,8 @@ def arrange_attention(run: VisionRun, parts: list[nn.Module]) -> None:
     _register()
     _run.active = getattr(_run, "active", 0) + 1
     run.finally_(_left)
-    configs: dict[int, Any] = {id(m.config): m.config for part in parts for m in part.modules() if hasattr(m, "config")}
-    for config in configs.values():
-        # Setting it in a config of several models would set it in all of them.
-        if config._attn_implementation == _REPLACED and not getattr(config, "sub_configs", None):
+    for config in configs:
+        if config._attn_implementation == _REPLACED:
             config._attn_implementation = KIND
             run.finally_(functools.partial(setattr, config, "_attn_implementation", _REPLACED))
 

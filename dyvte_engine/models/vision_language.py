@@ -27,7 +27,7 @@ from .intern_vit import tell_states
 from .linear import PackedLinears
 from .rotary import rotations
 from .rows import runs
-from .tower_attention import arrange_attention
+from .tower_attention import arrange_attention, attention_configs
 from .tower_graphs import TowerGraphs
 from .vision import VisionTower
 from .vision_run import VisionRun
@@ -292,13 +292,17 @@ class VisionLanguageModel:
                 inputs[name] = rows([p.inputs[name][0].tolist() if name in p.inputs else [] for p in prompts])
         return inputs
 
+    @cached_property
+    def _attention_configs(self) -> list[Any]:
+        return attention_configs(m for m in self.hf.model.children() if m is not self.language_model)
+
     def _arrange(self, run: VisionRun, inside: VisualTokenPolicy | None, full: int) -> list[int]:
         """All that changes what the vision side does; the list holds the rows of each picture after the run."""
         if self.tower_graphs is not None and (inside is None or inside.tower_key is not None):
             self.tower_graphs.arrange(run, None if inside is None else inside.tower_key)
         tell_states(run, getattr(self.hf.model, "vision_tower", None))
         if self.device.type == "cpu":
-            arrange_attention(run, [m for m in self.hf.model.children() if m is not self.language_model])
+            arrange_attention(run, self._attention_configs)
         if self.packed_vision is not None:
             self.packed_vision.arrange(run)
         if inside is None:

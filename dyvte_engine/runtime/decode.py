@@ -28,14 +28,14 @@ class _OneEach:
 
     def __init__(self, decoder: Decoder, pool: PagePool, positions: Tensor, block_table: Tensor, lens: Tensor):
         self.decoder, self.pool = decoder, pool
-        self.positions, self.block_table, self.lens, self.kv_lens = positions, block_table, lens, lens + 1
         self.cu = torch.arange(lens.shape[1] + 1, dtype=torch.int32, device=lens.device)
+        self.of_layer = list(zip(*(t.unbind() for t in (positions, block_table, lens, lens + 1)), strict=True))
 
     def attend(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        pool, table = self.pool, self.block_table[layer]
-        cos_sin, scale = self.decoder.cos_sin, self.decoder.scale
-        ops.rope_append_(q, k, v, cos_sin, self.positions[layer], self.cu, pool.k, pool.v, table, self.lens[layer])
-        return hidden, ops.decode_attention(q, pool.k, pool.v, table, self.kv_lens[layer], scale)
+        pool, decoder = self.pool, self.decoder
+        positions, table, lens, kv_lens = self.of_layer[layer]
+        ops.rope_append_(q, k, v, decoder.cos_sin, positions, self.cu, pool.k, pool.v, table, lens)
+        return hidden, ops.decode_attention(q, pool.k, pool.v, table, kv_lens, decoder.scale)
 
     def added(self, layer: int) -> None:
         return None

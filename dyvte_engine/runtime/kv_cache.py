@@ -157,10 +157,10 @@ class KVCache:
 
     def _free(self, sequence: int, layers: int, keep: int = 0) -> None:
         """The first `layers` give back all but `keep` pages of the sequence."""
-        for layer in range(layers):
-            held = self._held[layer, sequence]
-            self.pool.allocator.free(self._host_table[layer, sequence, keep:held].tolist())
-            self._held[layer, sequence] = min(keep, held)
+        held, pages = self._held[:layers, sequence], self._host_table[:layers, sequence]
+        places = np.arange(pages.shape[1])
+        self.pool.allocator.free(pages[(places >= keep) & (places < held[:, None])].tolist())
+        np.minimum(held, keep, out=held)
 
     def give_up(self, sequence: int) -> None:
         """Free a sequence of a prefill that is under way: its rows are still computed, into the spare page."""
@@ -222,6 +222,8 @@ class KVCache:
 
     def pages_held(self) -> list[int]:
         """Their numbers, each as often as it is held."""
+        if not self._held.any():
+            return []
         held = np.arange(self._host_table.shape[2]) < self._held[..., None]
         return self._host_table[held].tolist()
 

@@ -58,19 +58,22 @@ class Running:
             CacheError: the pool is out of pages.
         """
         with self._lock:
-            cache = self.cache
-            ids = self._checked(tokens)
-            cache.reserve_next()
-            logits = None if self._graphs is None else self._graphs.step(cache, ids)
-            if logits is None:
-                n = cache.count
-                table, lens, positions = cache.block_table[:, :n], cache.lens[:, :n], cache.positions[:, :n]
-                logits = decode_step(self.decoder, cache.pool, ids, positions, table, lens)
-                lens += 1
-                positions += 1
-            cache.host_lens[:, : cache.count] += 1
-            self.logits = logits
-            return logits
+            self.feed(self._checked(tokens))
+            return self.logits
+
+    def feed(self, tokens: Tensor) -> None:
+        """As `step`, of tokens int64 [B] on the device that are known to be right, by who holds the lock."""
+        cache = self.cache
+        cache.reserve_next()
+        logits = None if self._graphs is None else self._graphs.step(cache, tokens)
+        if logits is None:
+            n = cache.count
+            table, lens, positions = cache.block_table[:, :n], cache.lens[:, :n], cache.positions[:, :n]
+            logits = decode_step(self.decoder, cache.pool, tokens, positions, table, lens)
+            lens += 1
+            positions += 1
+        cache.host_lens[:, : cache.count] += 1
+        self.logits = logits
 
     def _checked(self, tokens: Sequence[int] | Tensor) -> Tensor:
         count, vocab, device = self.cache.count, self.decoder.shape.vocab_size, self.cache.lens.device
@@ -95,7 +98,7 @@ class Running:
             if cache.count > self.cache.slots - self.cache.count:
                 given = f"{cache.count} sequences join {self.cache.count}"
                 raise InvalidArgumentError(f"{given}; accepted: together at most {self.cache.slots}")
-            logits = torch.cat((self.logits, logits))
+            logits = torch.cat((self.logits, logits)) if len(self) else logits
             self.cache.join(cache)
             self.logits = logits
 

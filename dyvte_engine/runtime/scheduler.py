@@ -198,7 +198,7 @@ class Scheduler:
         if tokens is None:
             return
         try:
-            self._running.step(tokens)
+            self._running.feed(tokens)
         except Exception as error:
             self._fail_running(error)
 

@@ -284,7 +284,7 @@ def test_an_interrupt_leaves_nothing_behind(where, monkeypatch):
     spec = specs(4)[3]
     want, r = answer(spec), request_of(spec)
     target = engine._scheduler._running if where == "step" else engine.model.decoder
-    name = "step" if where == "step" else "layer"
+    name = "feed" if where == "step" else "layer"
     monkeypatch.setattr(target, name, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
     options = dict(chat=False, policy=r.policy, seed=r.seed, **r.options)
     with pytest.raises(KeyboardInterrupt):
