@@ -60,7 +60,7 @@ gpu = load("gpu")
 
 
 def blocked(code):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-c", BLOCKED + code]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 

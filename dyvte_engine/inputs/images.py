@@ -49,8 +49,9 @@ def load_image(source: Any, place: str = "picture") -> Image.Image:
     if isinstance(source, Image.Image):
         return _rgb(source, place)
     if isinstance(source, (str, Path)):
+        shown = "" if isinstance(source, str) and _DATA_URL.match(source) else f" ({source})"
         with _open(source, place) as image:
-            return _rgb(image, place)
+            return _rgb(image, place + shown)
     raise ImageError(f"{place} is a {type(source).__name__}; {_ACCEPTED}")
 
 

@@ -24,7 +24,7 @@ def test_build_info() -> None:
 
 
 def test_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "kernels" / "ops.py"))
     with pytest.raises(NativeLibraryError, match=r"libdyvte.so is missing from .*make build"):
         ops.load_library()
     (tmp_path / "libdyvte.so").write_text("no library")
