@@ -12,7 +12,7 @@ from tokenizers import processors
 from dyvte_engine import Engine, EngineConfig, InvalidArgumentError, KeepAll
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.random_model import byte_processor
-from dyvte_engine.runtime import options
+from dyvte_engine.runtime import options as generation_options
 from dyvte_engine.runtime.sampling import (
     Sampler,
     StopRules,
@@ -503,7 +503,7 @@ def test_options_of_a_newer_release_are_refused(monkeypatch):
             self.surprise, self.habit = kwargs.pop("surprise", 0.0), kwargs.pop("habit", True)
             super().__init__(**kwargs)
 
-    monkeypatch.setattr(options.transformers, "GenerationConfig", Newer)
+    monkeypatch.setattr(generation_options.transformers, "GenerationConfig", Newer)
     merge_config(Newer(), Newer(), {})
     for base, given in ((Newer(surprise=1.0), None), (Newer(), Newer(surprise=1.0))):
         with pytest.raises(InvalidArgumentError, match="surprise"):
