@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..errors import CacheError, PromptError, RequestCancelledError
+from ..errors import CacheError, ModelError, PromptError, RequestCancelledError
 from ..kernels.transfer import to_device
 from ..models import PreparedPrompt
 from .kv_cache import KVCache
@@ -253,7 +253,9 @@ class Scheduler:
             return
         tokens = self._sample(self._running.logits)
         for s, token in zip(came, tokens.tolist(), strict=True):
-            if not s.done:
+            if token < 0:
+                s.fail(ModelError("the logits are not finite: the numbers of this dtype do not reach far enough"))
+            elif not s.done:
                 s.accept(token)
         stay = [i for i, s in enumerate(came) if s.finish_reason is None and not s.done]
         if len(stay) < len(came):
@@ -267,12 +269,13 @@ class Scheduler:
             self._emit(s)
 
     def _sample(self, logits: Tensor) -> Tensor:
-        """f32 [B, vocab] -> int64 [B]."""
-        tokens = logits.argmax(-1)
+        """f32 [B, vocab] -> int64 [B]; -1 where the logits are not finite."""
+        best, tokens = logits.max(-1)  # NaN is above all
+        tokens = torch.where(best.isfinite(), tokens, -1)
         for i, s in enumerate(self._sequences):
             if not s.sampler.plain:
                 try:
-                    tokens[i] = s.sampler(logits[i], s.ids)
+                    tokens[i] = torch.where(tokens[i] < 0, -1, s.sampler(logits[i].nan_to_num(), s.ids))
                 except Exception as error:
                     s.fail(error)
         return tokens

@@ -101,11 +101,16 @@ class Worker:
                 wake()
 
     def _serve(self) -> None:
-        while True:
+        try:
+            while True:
+                with self._mutex:
+                    idle = self._leading or not self._scheduler.has_work
+                    if idle and not self._free.wait(_LINGER) and not self._scheduler.has_work:
+                        self._thread = None  # in one go with the look at the work: `start` makes another
+                        return
+                if self._scheduler.has_work and self._lead():
+                    self._run(lambda: False)
+        except BaseException:  # the requests of that step have it too
             with self._mutex:
-                idle = self._leading or not self._scheduler.has_work
-                if idle and not self._free.wait(_LINGER) and not self._scheduler.has_work:
-                    self._thread = None
-                    return
-            if self._scheduler.has_work and self._lead():
-                self._run(lambda: False)
+                self._thread = None
+            raise

@@ -21,6 +21,7 @@ from dyvte_engine import (
     FixedExit,
     InvalidArgumentError,
     KeepAll,
+    ModelError,
     PromptError,
     PyramidDrop,
     Random,
@@ -293,3 +294,44 @@ def test_an_interrupt_leaves_nothing_behind(where, monkeypatch):
     engine.check_integrity()
     assert engine.pool.claimed == 0 and not engine._scheduler.has_work
     assert told(engine.generate(r.prompt, r.images, **options)) == want
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [{}, dict(do_sample=True), dict(repetition_penalty=1.2)])
+def test_logits_that_are_not_finite_end_their_request_alone(value, sampling, monkeypatch):
+    """A token of them would be made up. The neighbour is answered."""
+    engine, _ = build(page_size=4, max_batch=2)
+    want = engine.generate("w1 w2 w3", chat=False, max_new_tokens=6).token_ids
+    logits = engine.model.decoder.logits
+
+    def overflows(hidden):
+        out = logits(hidden)
+        out[0, 7] = value
+        return out
+
+    handles = [
+        engine._enqueue(engine._prepare_request(Request(text, chat=False, options=dict(max_new_tokens=6, **options))))[
+            0
+        ]
+        for text, options in (("w9", sampling), ("w1 w2 w3", {}))
+    ]
+    engine._scheduler.step()  # both have a token
+    monkeypatch.setattr(engine.model.decoder, "logits", overflows)
+    engine._scheduler.step()
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="not finite"):
+        handles[0].result()
+    assert handles[1].result().token_ids == want
+    engine.check_integrity()
+
+
+def test_the_thread_comes_back_after_an_error(monkeypatch):
+    engine, _ = build(page_size=4, max_batch=2)
+    request = Request("w1 w2", chat=False, options=dict(max_new_tokens=3))
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(engine._scheduler, "_choose", lambda: (_ for _ in ()).throw(SystemExit()))
+    handle = engine.submit(request)
+    with pytest.raises(SystemExit):
+        handle.result(20)
+    monkeypatch.undo()
+    assert engine.submit(request).result(20).stats.new_tokens == 3
