@@ -40,7 +40,7 @@ TESTS = {
     "dyvte_engine/models/decoder.py": ("tests/engine", "tests/families/test_families.py"),
     "dyvte_engine/models/rows.py": ("tests/engine", "tests/policies"),
     "dyvte_engine/policies": ("tests/policies", "tests/engine/test_exit.py"),
-    "dyvte_engine/runtime": ("tests/engine", "tests/families/test_hf.py"),
+    "dyvte_engine/runtime": ("tests/engine/test_scheduler.py", "tests/engine", "tests/families/test_hf.py"),
     "dyvte_engine/training/labels.py": ("tests/training/test_labels.py", "tests/training/test_label_store.py"),
     "dyvte_engine/training/train_heads.py": ("tests/training/test_train_heads.py",),
 }
