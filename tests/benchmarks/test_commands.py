@@ -352,7 +352,7 @@ def test_readme_has_a_table_for_each_machine(compared):
     assert second.title == f"H100, commit {COMMIT}, v1-3-gdef"
     assert [row[1] for row in second.rows] == 2 * ["KeepAll", "DyVTE", "DyVTE at layer 1", "DyVTE+FastV"]
     assert [row[0].split(", ")[-1] for row in second.rows] == 4 * ["float16"] + 4 * ["float32"]
-    front = summary.readme(README, [("a", compared), ("b", half), ("c", on_gpu)])  # the GPU's, in 16 bits, three methods
+    front = summary.readme(README, [("a", compared), ("b", half), ("c", on_gpu)])  # the GPU's in 16 bits
     assert [line.split(" | ")[:2] for line in front.splitlines() if line.startswith("| ") and ", float" in line] == [
         [f"| {compared['args']['model']}, float16", method] for method in summary.METHODS
     ]
