@@ -34,7 +34,9 @@ class Example:
     def load(self) -> Image.Image:
         """The picture in RGB. Raises DataError naming the example."""
         try:
-            return load_image(self.picture() if callable(self.picture) else self.picture)
+            if callable(self.picture):
+                return load_image(self.picture())
+            return load_image(self.picture, str(self.picture) if isinstance(self.picture, Path) else "picture")
         except ImageError as error:
             raise DataError(f"{self.name or 'example'}: {error}") from error
 
