@@ -13,6 +13,7 @@ from dyvte_engine.kernels import ops
 from dyvte_engine.models.families import FAMILIES, REFUSED
 from dyvte_engine.policies.notation import POLICIES
 from dyvte_engine.runtime import options
+from tests.families import table
 from tests.policies import shared
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,8 @@ def test_families_are_in_their_page():
     assert [cell.strip() for cell in header.strip("|").split("|")][1:] == list(FAMILIES)
     for name, why in REFUSED.items():
         assert f"- `{name}`: {why}." in page
+    head = re.escape(table.HEAD).replace(r"\{torch\}", r"[\d.]+").replace(r"\{transformers\}", r"[\d.]+")
+    assert re.match(head, page) and page.endswith(table.TAIL)
 
 
 OPS = re.findall(r'm\.def\(\s*"(\w+)\(', text("python_bindings", "ops.cpp"))
