@@ -27,8 +27,7 @@ def test_answers_are_the_engines_one_by_one(engine, task, policy):
     answers = run.answer_all(engine, task.samples, policy, "p")
     vision = flops.vision_flops(engine.model.hf.config.vision_config)
     for sample, answer in list(zip(task.samples, answers))[:4]:
-        budget = run.BUDGETS[sample.form]
-        alone = engine.generate(sample.prompt, sample.picture, policy=policy, max_new_tokens=budget)
+        alone = engine.generate(sample.prompt, sample.picture, max_new_tokens=run.BUDGETS[sample.form])
         assert (answer.key, answer.text) == (sample.key, alone.text.strip())
         assert answer.exit_layer == alone.stats.exit_layer
         shape, last = engine.model.shape, engine.model.shape.num_layers - 1
