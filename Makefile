@@ -141,7 +141,7 @@ smol: build ## trains smol (needs one GPU for about 20 minutes; docs/smol.md); i
 	$(PY) -m dyvte_engine.training.smol.train --stage assemble --out outputs/smol
 	$(VENV)/bin/dyvte-engine eval outputs/smol/model --source emoji --max-len 1024 --policy keep-all $(SMOL_EVAL)
 
-bench-docs: $(VENV)/.built ## outputs/benchmarks among the records in benchmarks/results; from these docs/benchmarks.md, plots, README.md's tables; the floors in docs/performance.md
+bench-docs: $(VENV)/.built ## outputs/benchmarks among the records in benchmarks/results; from these docs/benchmarks.md, plots, the tables of README.md and docs/nano.md; the floors in docs/performance.md
 	$(BENCH).document --results outputs/benchmarks
 	$(BENCH).floors --page docs/performance.md
 

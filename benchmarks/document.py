@@ -1,7 +1,7 @@
-"""Writes docs/benchmarks.md, its plots and README.md's tables from recorded results; none of it is typed by hand.
+"""Writes docs/benchmarks.md, its plots and the tables of README.md and docs/nano.md; none of it is typed by hand.
 
-Records lie in benchmarks/results. `python -m benchmarks.document` works from them, with `--results
-outputs/benchmarks` it takes what lies there among them first.
+Records are in benchmarks/results. `python -m benchmarks.document` works from them; with `--results
+outputs/benchmarks` it takes what is there among them first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.common import Data
 from benchmarks.report import limits_line, markdown, save_figure
-from benchmarks.summary import NO_GPU, readme
+from benchmarks.summary import NO_GPU, nano, overview, readme
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("policies", "curves", "breakdown", "decisions", "growth", "capacity", "kernels", "versus")
@@ -30,12 +30,18 @@ that holds the data can make it exceed 100 %). Models with random weights have p
 given layer; nano is the trained model that comes with the package.
 """
 
+OVERVIEW = """## At a glance
+
+How many times faster than transformers' `generate` (SDPA attention) on the same weights, one request at a time; how
+many more sequences fit into the same K/V memory; other engines. On nano its own heads decide."""
+
 
 def page(results: Sequence[tuple[str, Data]]) -> str:
     """Markdown of all results, (file name, data) each."""
     parts = [INTRO]
     if not any("gpu" in data["machine"] for _, data in results):
         parts.append(NO_GPU)
+    parts.append(f"{OVERVIEW}\n\n{overview(results)}")
     for name, data in sorted(results, key=lambda r: (ORDER.index(r[1]["benchmark"]), r[0])):
         module = importlib.import_module(f"benchmarks.{data['benchmark']}")
         summary = (module.__doc__ or "").strip().splitlines()[0]
@@ -88,10 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, data in found:
         module = importlib.import_module(f"benchmarks.{data['benchmark']}")
         save_figure(module.figure(data), args.root / "docs" / "benchmarks" / f"{name}.png")
-    entry, detail = args.root / "README.md", args.root / "docs" / "benchmarks.md"
+    entry, detail, own = (args.root / name for name in ("README.md", "docs/benchmarks.md", "docs/nano.md"))
     entry.write_text(readme(entry.read_text(), found))
     detail.write_text(page(found))
-    print(entry, detail)
+    own.write_text(nano(own.read_text()))
+    print(entry, detail, own)
 
 
 if __name__ == "__main__":

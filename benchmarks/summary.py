@@ -1,4 +1,4 @@
-"""The tables of README.md, from the records: what a reader asks first of what docs/benchmarks.md has in full."""
+"""The tables a reader asks for first, from the records: README.md's, nano's page, and the top of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -27,13 +27,39 @@ NANO_QUESTIONS = {  # (data, kind) in nano's report.json
 
 
 def readme(page: str, results: Sequence[tuple[str, Data]]) -> str:
-    """README.md with its tables as the records have them now."""
+    """README.md with its table as the records have it now."""
     measured = [data for _, data in results]
-    parts = [markdown(sheet) for sheet in (*speed(measured), *capacity(measured), *engines(measured))]
-    if not any("gpu" in data["machine"] for data in measured):
-        parts.append(NO_GPU)
-    page = into_page(page, "speed", "\n\n".join(parts))
+    on_gpu = [data for data in measured if "gpu" in data["machine"]]
+    parts = [markdown(_headline(sheet)) for sheet in speed(on_gpu or measured)[:1]]
+    parts += [_room(data) for data in measured if data["benchmark"] == "capacity"][:1]
+    return into_page(page, "speed", "\n\n".join(parts))
+
+
+def nano(page: str) -> str:
+    """docs/nano.md with its tables as nano's reports have them."""
     return into_page(page, "nano", "\n\n".join(map(markdown, (nano_answers(), nano_exits()))))
+
+
+def overview(results: Sequence[tuple[str, Data]]) -> str:
+    """Times against transformers, sequences in the same memory, other engines: the top of docs/benchmarks.md."""
+    measured = [data for _, data in results]
+    return "\n\n".join(markdown(sheet) for sheet in (*speed(measured), *capacity(measured), *engines(measured)))
+
+
+def _headline(sheet: Sheet) -> Sheet:
+    """The first two models, in 16 bits where they ran so, without the exit at half depth."""
+    rows = [row for row in sheet.rows if row[1] in METHODS]
+    rows = [row for row in rows if not row[0].endswith("float32")] or rows
+    models = list(dict.fromkeys(row[0] for row in rows))[:2]
+    return Sheet(sheet.title, sheet.columns, [row for row in rows if row[0] in models], sheet.note)
+
+
+def _room(data: Data) -> str:
+    """How many sequences fit into the same K/V memory, in words."""
+    more = {c["method"]: number(100 * c["more"], 0) for c in data["cases"]}
+    names = (*METHODS[1:], "DyVTE, early K/V dropped")
+    held = ", ".join(f"{more[name]} with {name}" for name in names if name in more)
+    return f"K/V memory for 100 sequences of {data['args']['model']} with KeepAll holds {held}."
 
 
 def speed(measured: Sequence[Data]) -> list[Sheet]:
@@ -53,7 +79,7 @@ def speed(measured: Sequence[Data]) -> list[Sheet]:
         Sheet(
             f"{place}, commit {', '.join(sorted({data['machine']['commit'] for data in at[place]}))}",
             columns,
-            [_speed_row(data["args"], c) for data in at[place] for c in _told(data)],
+            [_speed_row(data["args"], c) for data in at[place] for c in _shown(data)],
             note,
         )
         for place in sorted(at, key=lambda place: max(data["date"] for data in at[place]), reverse=True)
@@ -71,14 +97,14 @@ def _place(data: Data) -> str:
     return about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
 
 
-def _told(data: Data) -> list[Data]:
+def _shown(data: Data) -> list[Data]:
     """The cases shown, at batch 1; an exit at half depth where nothing else left after the same layer."""
-    told: dict[tuple[str, str], Data] = {}
+    shown: dict[tuple[str, str], Data] = {}
     for c in data["cases"]:
         method = c["method"].split(" at layer ")[0]
         if c["batch"] == 1 and "prefill" in c and method in METHODS:
-            told.setdefault((method, exits(c)), c)
-    return list(told.values())
+            shown.setdefault((method, exits(c)), c)
+    return list(shown.values())
 
 
 def _speed_row(args: Data, c: Data) -> list[str]:

@@ -30,7 +30,7 @@ FIELDS = (*WEIGHTS, *(f"paper_{k}" for k in KEYS), *(f"head_{k}" for k in KEYS))
 
 
 def attention_rows(q: Tensor, k: Tensor, rows: Tensor, scale: float) -> Iterator[Tensor]:
-    """Causal softmax of the query rows told, block after block: f32 [Hkv, b, Hq / Hkv, m], over columns 0..m-1.
+    """Causal softmax of the given query rows, block after block: f32 [Hkv, b, Hq / Hkv, m], over columns 0..m-1.
 
     q [n, Hq, D] and k [n, Hkv, D], rotated; rows int64, ascending. A block holds at most BLOCK_ELEMENTS (one row if a
     single one has more); its last row is number m - 1.
@@ -141,4 +141,4 @@ def _tables(engine: Engine, samples: Sequence[Sample], policy: VisualTokenPolicy
     watch = AttentionWatch(engine.model.decoder.scale)
     prompts = engine.prepare([s.prompt for s in samples], [s.picture for s in samples], policy=policy)
     engine.prefill_prepared(prompts, policy, watch).close()
-    return watch.table.round(7)  # as a file keeps it: a run that goes on ends in the same bytes
+    return watch.table.round(7)  # as a file keeps it: a continued run ends in the same bytes

@@ -115,7 +115,7 @@ def manual_exit(
 ) -> ManualExit:
     """Answers all samples with every visual token removed after the first k layers, for k = 0..L.
 
-    k = 0 is the model without the picture, at the positions it would have had with it. Samples without a reference
+    k = 0 is the model without the picture, at the positions it has with it. Samples without a reference
     (None) are scored by agreement with the full model.
     """
     layers = engine.model.shape.num_layers
@@ -144,7 +144,7 @@ def _of_task(task: Task, texts: Sequence[Sequence[str]]) -> TaskExits:
 class ExitHistogram:
     """{task: int [n]}, the layer after which the tokens left, L - 1 where they never did, as in the paper's tables.
 
-    `earliest`: likewise, the first layer after which an exit already gives the full model's answer, where measured.
+    `earliest`: the same of the first layer after which an exit already gives the full model's answer, where measured.
     """
 
     layers: dict[str, np.ndarray]

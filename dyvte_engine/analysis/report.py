@@ -57,7 +57,7 @@ def analyse(
     seed: int = 0,
     progress: Progress = lambda what, done: None,
 ) -> Analysis:
-    """Runs everything; what was computed is kept in `folder`, and a killed run goes on from it.
+    """Runs everything; what was computed is kept in `folder`, and a killed run continues from it.
 
     heads: a policy and what tells it apart in the answers file. examples: prompts shown one by one, of the tasks in
     turn. exits: layers of the entropy figure.

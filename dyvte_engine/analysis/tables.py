@@ -1,4 +1,4 @@
-"""The paper's tables with a model's own figures beside them."""
+"""The paper's tables with a model's own figures next to them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _VISUAL = 576
 
 @dataclass(frozen=True)
 class Table:
-    """One table of the paper: `note` says what stands where, `head` and `rows` are text."""
+    """One table of the paper: `note` says what is where, `head` and `rows` are text."""
 
     title: str
     note: str

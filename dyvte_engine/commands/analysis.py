@@ -94,8 +94,8 @@ def _heads(text: str, model: str) -> str | None:
     from ..policies.auto import heads_of
 
     if text == "auto":
-        beside = heads_of(model)
-        return str(beside) if beside.is_file() else None
+        file = heads_of(model)
+        return str(file) if file.is_file() else None
     return None if text == "none" else text
 
 

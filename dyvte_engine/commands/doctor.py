@@ -203,7 +203,7 @@ def _packed_weights() -> dict[str, str | None]:
 
 
 def _flash_seqused() -> None:
-    """FlashAttention-2 in torch over a contiguous cache whose lengths lie on the device."""
+    """FlashAttention-2 in torch over a contiguous cache whose lengths are on the device."""
     import torch
 
     q, k = (torch.randn(rows, 2, 64, device="cuda", dtype=torch.bfloat16) for rows in (1, 8))

@@ -53,5 +53,5 @@ def out_file(help: str) -> Any:
 
 
 def out_folder(help: str) -> Any:
-    """An option naming a folder to write into, checked likewise."""
+    """An option naming a folder to write into, checked in the same way."""
     return typer.Option(help=help, callback=check_folder)

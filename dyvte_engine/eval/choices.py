@@ -28,7 +28,7 @@ def _shuffled(rng: random.Random, right: str, wrong: list[str]) -> tuple[list[st
 
 
 def sqa(draw: Draw) -> Iterator[Sample]:
-    """ScienceQA in kind: only context and picture together tell the answer."""
+    """ScienceQA in kind: only context and picture together give the answer."""
     for index, _ in draw.turns():
         view, rng = draw.view(index)
         if not view.things:
@@ -36,11 +36,11 @@ def sqa(draw: Draw) -> Iterator[Sample]:
         found = rng.choice(sorted(labels_of(draw.world, view)))
         labels = [found, *_absent_labels(rng, draw.world, view, 3)]
         owners = dict(zip(rng.sample(CHILDREN, 4), labels))
-        told = [f"{child} lost the {label}." for child, label in owners.items()]
-        rng.shuffle(told)
+        losses = [f"{child} lost the {label}." for child, label in owners.items()]
+        rng.shuffle(losses)
         right = next(child for child, label in owners.items() if label == found)
         options, place = _shuffled(rng, right, [c for c in owners if c != right])
-        text = f"Context: {' '.join(told)}\nQuestion: Whose thing is in the picture?"
+        text = f"Context: {' '.join(losses)}\nQuestion: Whose thing is in the picture?"
         yield draw.sample(index, view, prompt_of(text, options), place, CHOICE, "context", options=options)
 
 

@@ -1,6 +1,6 @@
-"""Pictures composed from sprites, a batch at a time, on whatever device the sprites lie.
+"""Pictures composed from sprites, a batch at a time, on the sprites' device.
 
-A layout says what lies where; painting it is plain tensor arithmetic, so that pictures for training can be made on the
+A layout says what is where; painting it is plain tensor arithmetic, so that pictures for training can be made on the
 GPU as fast as they are used, and are the same pictures (to rounding) that the evaluation draws one by one.
 """
 

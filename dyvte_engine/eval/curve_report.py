@@ -128,19 +128,19 @@ def _signed(share: float) -> str:
 
 
 def _verdict(heads: dict[str, Any]) -> list[str]:
-    """Which layers the learned exit beats, which it does not, in plain words."""
+    """Which layers the learned exit beats, which it does not, in words."""
     sentences = []
     for key, what in (("credit", "score"), ("same", "agreement")):
         groups: dict[str, list[int]] = {"above": [], "below": [], "neither": []}
         for c in heads["against_fixed"]:
             low, high = c[key]["ci95"]
             groups["above" if low > 0 else "below" if high < 0 else "neither"].append(c["layer"])
-        told = [
+        found = [
             f"{words} layers {', '.join(map(str, groups[group]))}"
             for group, words in (("above", "above"), ("below", "below"), ("neither", "not clearly either at"))
             if groups[group]
         ]
-        sentences.append(f"- {what}, at no more FLOPs (95 % interval of paired differences): {'; '.join(told)}.")
+        sentences.append(f"- {what}, at no more FLOPs (95 % interval of paired differences): {'; '.join(found)}.")
     gain = np.mean([p["same"] - p["dealt"]["same"] for p in heads["curve"]])
     sentences.append(
         "- Choosing for each question by itself keeps so many more answers than the same exit layers dealt to the "

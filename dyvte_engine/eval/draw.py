@@ -62,7 +62,7 @@ def told_apart(world: World, view: View) -> list[Thing]:
 
 
 def pair(rng: random.Random, world: World, view: View) -> tuple[Thing, Thing, int, str] | None:
-    """Two things told apart, an axis, and where the first is from the second along it."""
+    """Two things that look different, an axis, and where the first is from the second along it."""
     things = told_apart(world, view)
     ordered = [(a, b) for a in things for b in things if a is not b]
     pairs = [(a, b, axis, true) for a, b in ordered for axis in (0, 1) if (true := relation(a, b, axis))]

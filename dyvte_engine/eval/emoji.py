@@ -115,7 +115,7 @@ class Emoji:
 
         wanted, tiled = rng.randint(1, MAX_THINGS), rng.random() < 0.75
         category = rng.choice(list(sets.CATEGORY.values()))
-        # half of the kinds come from one category, so that like things stand together
+        # half of the kinds come from one category, so that similar things come together
         close = [n for n in self.nouns if sets.CATEGORY[n] == category]
         kinds = {rng.choice(close if rng.random() < 0.5 else self.nouns) for _ in range(rng.randint(1, 4))}
         palette = rng.sample(self.colors, rng.randint(2, 5))

@@ -35,7 +35,7 @@ PACKAGES = {
 TRAINING_STYLES = ("fluent", "noto")
 UNSEEN_STYLE = "twemoji"  # never in a training picture
 STYLES = (*TRAINING_STYLES, UNSEEN_STYLE)
-# Unicode's names of things that are told apart at a glance, like ones together.
+# Unicode's names of things that look different at a glance, similar ones together.
 _NOUNS = {
     "animal": "monkey gorilla dog poodle wolf fox raccoon cat lion tiger leopard horse unicorn zebra deer cow pig goat "
     "camel giraffe elephant rhinoceros mouse hamster rabbit hedgehog bat bear koala panda kangaroo",
@@ -108,7 +108,7 @@ def atlas(style: str) -> np.ndarray:
     Drawn from SVG at the first call of all, then kept in the cache.
 
     Raises:
-        SourceError: the packages cannot be had, or `resvg-py` is not installed.
+        SourceError: the packages cannot be fetched, or `resvg-py` is not installed.
     """
     package, digest = PACKAGES[style]
     # the name changes with everything the sprites depend on

@@ -1,4 +1,4 @@
-"""Results on disk as JSON lines, so that a killed run goes on where it was."""
+"""Results on disk as JSON lines, so that a killed run continues where it was."""
 
 from __future__ import annotations
 

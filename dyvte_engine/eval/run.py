@@ -65,8 +65,8 @@ def answer_all(
 ) -> list[Answer]:
     """Greedy answers of the engine under a policy, in the order of the samples.
 
-    Samples of one form run together, `max_batch` at a time; `progress` is told how many more are done. What `file`
-    already holds for (name, sample) is not computed again, so `name` must tell policies apart.
+    Samples of one form run together, `max_batch` at a time; `progress` is called with how many more are done. What
+    `file` already holds for (name, sample) is not computed again, so each policy needs a `name` of its own.
     """
     known = {} if file is None else {key: a for (by, key), a in file.known.items() if by == name}
     answers = {s.key: known[s.key] for s in samples if s.key in known}

@@ -179,7 +179,7 @@ def _mme_word(rng: random.Random, world: World, view: View) -> Question | None:
 def mmvet(draw: Draw) -> Iterator[Sample]:
     """Answers of a sentence with one or two facts, and descriptions with a fact for each thing and their number.
 
-    `meta["told"]` is a full answer in words.
+    `meta["answer"]` is a full answer in words.
     """
     world = draw.world
     for index, turn in draw.turns():
@@ -188,14 +188,14 @@ def mmvet(draw: Draw) -> Iterator[Sample]:
             continue
         if turn % 3 == 2:
             things, count = [world.fact(t) for t in view.things], metrics.NUMBERS[len(view.things)]
-            told = f"{count.capitalize()}: {', '.join(article(wordings[0]) for wordings in things)}."
+            answer = f"{count.capitalize()}: {', '.join(article(wordings[0]) for wordings in things)}."
             found = (*dict.fromkeys(things), (count,))
-            yield draw.sample(index, view, world.ask_all(), found, DESCRIBE, "description", told=told)
+            yield draw.sample(index, view, world.ask_all(), found, DESCRIBE, "description", answer=answer)
             continue
         made = _sentence(rng, world, view)
         if made:
-            text, stated, told = made
-            yield draw.sample(index, view, f"{text} {IN_A_SENTENCE}", stated, SENTENCE, "sentence", told=told)
+            text, stated, answer = made
+            yield draw.sample(index, view, f"{text} {IN_A_SENTENCE}", stated, SENTENCE, "sentence", answer=answer)
 
 
 def _sentence(rng: random.Random, world: World, view: View) -> tuple[str, tuple[tuple[str, ...], ...], str] | None:

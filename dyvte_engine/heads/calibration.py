@@ -45,7 +45,7 @@ def binomial_limit(hits: int, count: int, delta: float) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `samples` prompts that the heads had no part in did at each threshold of the grid.
+    """What `samples` prompts that the heads were not trained on did at each threshold of the grid.
 
     changed: answers that an exit changed; limit: their share's upper limit at level delta; mean_layer: exit layer;
     flops: mean FLOPs of a prefill over those without an exit (the paper's count, vision tower included). The other

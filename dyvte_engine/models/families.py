@@ -19,10 +19,10 @@ class Family:
 
     Attributes:
         model_class: the transformers class.
-        inputs: what the model takes beside ids and mask, as the processor names it.
-        token_inputs: likewise, with one number for each id.
+        inputs: what the model takes besides ids and mask, as the processor names it.
+        token_inputs: those with one number for each id.
         visual_ids: names of the placeholder ids in its config, older names last; each placeholder is a visual row.
-        language_model: where the decoder lies in the model; empty where it is the model.
+        language_model: where the decoder is in the model; empty where it is the model.
         same_rows: every picture has equally many rows; elsewhere each unbroken stretch of rows counts as a picture.
         in_tower: the tower's features reach the projector as they are, so policies may act in it.
         before_decoder: policies may take rows before the first layer (a picture is unbroken, positions have one axis).

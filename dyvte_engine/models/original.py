@@ -1,6 +1,6 @@
 """LLaVA-1.5 in its authors' own layout -> the layout that transformers and the engine read.
 
-The authors' `config.json` is Llama's with `mm_*` entries, the decoder lies under `model.`, the projector under
+The authors' `config.json` is Llama's with `mm_*` entries, the decoder is under `model.`, the projector under
 `model.mm_projector`, the tower (where it is stored at all) under `model.vision_tower.vision_tower`. The tower
 is CLIP's, or InternViT-6B (InternVL-Chat-ViT-6B-Vicuna), which models/intern_vit.py knows.
 """

@@ -1,6 +1,6 @@
-"""Where visual and text tokens lie in a packed batch, and what remains of it when visual tokens leave.
+"""Where visual and text tokens are in a packed batch, and what remains of it when visual tokens leave.
 
-A batch in prefill is one packed `[N, d]` tensor without padding. `Rows` travels beside it: what it must know
+A batch in prefill is one packed `[N, d]` tensor without padding. `Rows` goes with it: what it must know
 on the host is kept as lists, so that dropping rows needs no device synchronisation beyond the decision itself.
 """
 
@@ -40,7 +40,7 @@ class Rows:
         visual: bool [N], whether the row is a visual token.
         source: int64 [N], the row's number in the rows that entered layer 0.
         lengths: rows of each sequence.
-        n_visual: visual rows of each sequence; n_entered: those it had at layer 0.
+        n_visual: visual rows of each sequence; n_entered: those that entered layer 0.
         n_tail: rows of T, the text after the last visual token (the whole prompt if there is none).
         rotations: f32 [N0, rot_dim] for the rows that entered layer 0 where positions have several axes, else None.
         additions: for the first layers what is added to the residual stream leaving them, [N0, d] each (deepstack).

@@ -19,7 +19,7 @@ class PyramidDrop(VisualTokenPolicy):
     the layer about to run. int(keep * V) tokens stay in each sequence, over all its pictures, in their order.
 
     Settled from the authors' code: the ranking query is the last token of the prompt, the shares are of the original
-    V, the stages lie after L/4, L/2, 3L/4 layers. There every stage is numbered anew from 0, and a decoded token has
+    V, the stages are after L/4, L/2, 3L/4 layers. There every stage is numbered anew from 0, and a decoded token has
     another position in every stage: `renumber=True`. By default positions are kept, as in docs/method.md section 2. A
     sequence that another policy has brought below the share is left alone.
     """

@@ -22,7 +22,7 @@ SHOWN = 10  # bad lines named in one error
 class Example:
     """A single-turn prompt about one picture: a file, a PIL picture, or a function that gives one.
 
-    `answer` is the reference, None where there is none. `name` says where the example stands (a line, a row); it names
+    `answer` is the reference, None where there is none. `name` says where the example is (a line, a row); it names
     the example in errors and, with the picture's file, prompt and answer, in the fingerprint of the data.
     """
 
@@ -34,7 +34,9 @@ class Example:
     def load(self) -> Image.Image:
         """The picture in RGB. Raises DataError naming the example."""
         try:
-            return load_image(self.picture() if callable(self.picture) else self.picture)
+            if callable(self.picture):
+                return load_image(self.picture())
+            return load_image(self.picture, str(self.picture) if isinstance(self.picture, Path) else "picture")
         except ImageError as error:
             raise DataError(f"{self.name or 'example'}: {error}") from error
 

@@ -22,7 +22,7 @@ SHORT = {"mean_visual": "MV", "last_visual": "LV", "mean_text": "MT", "last_text
 
 
 def describe(heads: ExitHeads, data: HeadData, rule: ExitRule) -> dict:
-    """Agreement with the full model, accuracy where it is known, exit layers and FLOPs, beside every fixed exit."""
+    """Agreement with the full model, accuracy where it is known, exit layers and FLOPs, with every fixed exit's."""
     layers = rule.first_exits(exit_probabilities(heads, data.pooled))[:, None]
     count, last = data.agree.shape[0], data.agree.shape[1] - 1
     report = {
@@ -105,7 +105,7 @@ def _as_stored(settings: HeadSettings) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict], header: bool = True) -> str:
-    """Rows of reports in the form of the paper's table 4: agreement, accuracy and FLOPs beside the mean exit layer."""
+    """Rows of reports in the form of the paper's table 4: mean exit layer, agreement, accuracy and FLOPs."""
     lines = (
         [f"{'heads':<40} {'agreement %':>12} {'accuracy %':>11} {'exit layer':>11} {'FLOPs %':>8}"] if header else []
     )

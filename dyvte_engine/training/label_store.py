@@ -176,8 +176,8 @@ def _begin(out: Path, info: LabelInfo) -> None:
         found, wanted = asdict(LabelInfo.read(out)), asdict(info)
         other = {key: f"{found[key]} there, {wanted[key]} asked" for key in wanted if found[key] != wanted[key]}
         if other:
-            told = "; ".join(f"{key}: {what}" for key, what in other.items())
-            raise DataError(f"out {out} holds labels of another run ({told}); give another folder")
+            different = "; ".join(f"{key}: {what}" for key, what in other.items())
+            raise DataError(f"out {out} holds labels of another run ({different}); give another folder")
         return
     out.mkdir(parents=True, exist_ok=True)
     write_bytes(out / "labels.json", json.dumps(asdict(info), indent=1).encode() + b"\n")

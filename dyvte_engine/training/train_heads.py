@@ -108,7 +108,7 @@ def exit_probabilities(heads: ExitHeads, pooled: Tensor) -> Tensor:
 
 
 class Trainer:
-    """One run: weights, optimiser and the best epoch so far. `state`: the file it goes on from after a kill."""
+    """One run: weights, optimiser and the best epoch so far. `state`: the file that a killed run continues from."""
 
     def __init__(self, config: ExitHeadConfig, data: HeadData, parts: Parts, settings: HeadSettings, accelerator: Any):
         self.settings, self.data, self.parts, self.accelerator = settings, data, parts, accelerator
@@ -213,10 +213,10 @@ class Trainer:
         self.history.append(min(holds))
         epoch = len(self.history)
         if self.accelerator.is_main_process:
-            told = (
+            found = (
                 f"mean exit layer {min(holds):.3f} at {100 * wanted:g} % agreement on {curve.samples} held-out samples"
             )
-            print(f"heads: epoch {epoch}/{self.settings.epochs}, {told}", file=sys.stderr, flush=True)
+            print(f"heads: epoch {epoch}/{self.settings.epochs}, {found}", file=sys.stderr, flush=True)
 
     def _save(self, path: Path, header: Any) -> None:
         if not self.accelerator.is_main_process:
@@ -254,8 +254,8 @@ def train_heads(
 ) -> ExitHeads:
     """Trains heads on a folder of labels and writes them, with their calibration, to `out` (one safetensors file).
 
-    A killed run goes on from `out`.state and ends in the same bytes. Several processes (`accelerate launch`) share the
-    batches. tensorboard: a folder for the curves.
+    A killed run continues from `out`.state and ends in the same bytes. Several processes (`accelerate launch`) share
+    the batches. tensorboard: a folder for the curves.
 
     Raises:
         DataError: the labels are unfinished, or the state is of another run.
@@ -282,7 +282,7 @@ def train_heads(
 
 
 def _calibrated(heads: ExitHeads, held: HeadData, settings: HeadSettings, info: LabelInfo) -> dict[str, Any]:
-    """What the heads' file says beside the weights."""
+    """What the heads' file says besides the weights."""
     p_exit = exit_probabilities(heads, held.pooled)
     curve = Calibration.measure(p_exit, held.agree, held.flops, settings.delta, settings.exit_options)
     threshold = 0.5

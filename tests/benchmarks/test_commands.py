@@ -27,7 +27,7 @@ from tests import tiny
 from tests.engine.conftest import build
 
 COMMIT = "v1-2-gabc"  # as where there is no git
-README = "".join(f"before\n<!-- {x}: begin -->\nold\n<!-- {x}: end -->\nafter\n" for x in ("nano", "speed"))
+README, NANO_PAGE = (f"before\n<!-- {x}: begin -->\nold\n<!-- {x}: end -->\nafter\n" for x in ("speed", "nano"))
 
 
 @pytest.fixture(scope="module")
@@ -298,10 +298,11 @@ def test_curves_has_accuracy_and_both_costs(out):
 
 @pytest.fixture
 def repository(tmp_path):
-    """The folders and the page that the documents' command writes into."""
+    """The folders and the pages that the documents' command writes into."""
     for folder in ("docs/benchmarks", "benchmarks/results"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "README.md").write_text(README)
+    (tmp_path / "docs" / "nano.md").write_text(NANO_PAGE)
     return tmp_path
 
 
@@ -323,7 +324,7 @@ def test_page_is_made_of_the_results(out, repository, compared):
 def test_readme_quotes_the_records(out, repository, compared):
     document.main(["--results", str(out), "--root", str(repository)])
     text = (repository / "README.md").read_text()
-    assert text.startswith("before\n<!-- nano: begin -->\n") and text.endswith("<!-- speed: end -->\nafter\n")
+    assert text.startswith("before\n<!-- speed: begin -->\n") and text.endswith("<!-- speed: end -->\nafter\n")
     assert "old" not in text
     lines = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith(f"| {compared['args']['model']}")]
     # DyVTE at layer 1 is the same exit as DyVTE's here
@@ -331,6 +332,8 @@ def test_readme_quotes_the_records(out, repository, compared):
     case = next(c for c in compared["cases"] if c["method"] == "DyVTE" and c["batch"] == 1)
     ratios = [case["prefill_speedup"], case["speedup"]["1"], case["per_token_speedup"]]
     assert lines[1][1:5] == ["1.0", *(f"{r['median']:.2f}" for r in ratios)]
+    text = (repository / "docs" / "nano.md").read_text()
+    assert "old" not in text
     assert "| easy-VQA test half, all | 9,673 | 99.9 % | 99.8 - 99.9 % | 67.0 % |" in text
     assert "| generated scenes | 1,000 | 98.7 % | 97.8 - 99.2 % | 6.5 | 8 |" in text
 
@@ -349,8 +352,10 @@ def test_readme_has_a_table_for_each_machine(compared):
     assert second.title == f"H100, commit {COMMIT}, v1-3-gdef"
     assert [row[1] for row in second.rows] == 2 * ["KeepAll", "DyVTE", "DyVTE at layer 1", "DyVTE+FastV"]
     assert [row[0].split(", ")[-1] for row in second.rows] == 4 * ["float16"] + 4 * ["float32"]
-    assert summary.NO_GPU in summary.readme(README, [("a", compared)])
-    assert summary.NO_GPU not in summary.readme(README, [("a", compared), ("b", on_gpu)])
+    front = summary.readme(README, [("a", compared), ("b", half), ("c", on_gpu)])  # the GPU's in 16 bits
+    assert [line.split(" | ")[:2] for line in front.splitlines() if line.startswith("| ") and ", float" in line] == [
+        [f"| {compared['args']['model']}, float16", method] for method in summary.METHODS
+    ]
     with pytest.raises(ValueError, match="speed: begin"):
         summary.readme("no marks", [])
 
@@ -416,6 +421,8 @@ def test_pages_in_the_repository_are_those_of_its_records():
     assert found
     readme = (document.ROOT / "README.md").read_text()
     assert readme == summary.readme(readme, found)
+    own = (document.ROOT / "docs" / "nano.md").read_text()
+    assert own == summary.nano(own)
     assert (document.ROOT / "docs" / "benchmarks.md").read_text() == document.page(found)
     plots = {p.stem for p in (document.ROOT / "docs" / "benchmarks").iterdir()}
     assert plots == {name for name, _ in found}

@@ -15,34 +15,40 @@ from dyvte_engine.models.families import REFUSED
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 HEAD = """# Families
 
-What runs on which `model_type` of transformers. Every cell is the result of tests in `tests/families`: a random tiny
-model of the family against transformers' own code (its `generate`, and its own layers under 4-D masks); the first two
-rows are of 50 random prompts with 0 to 3 pictures, the second of 50 for each layer. "refused" is a typed error with a
-reason; "-" has no test. Written by `python -m tests.families.table` with torch {torch} and
-transformers {transformers}; the same tests pass on the oldest supported releases (`make compat`).
+What runs on which `model_type` of transformers.
+
+```sh
+python -m tests.families.table
+```
+
+writes this page from the tests in `tests/families`, here with torch {torch} and transformers {transformers}.
+Each cell is a random tiny model of the family against transformers' own code (its `generate`, and
+its own layers under 4-D masks). The first two rows are of 50 random prompts with 0 to 3 pictures, the second row
+of 50 for each layer. "refused" is a typed error with a reason; "-" has no test. The same tests pass
+on the oldest supported releases (`make compat`).
 
 Videos go through transformers' own processors too. Their video part needs torchvision: it is transformers' own where
 that is installed, and a stand-in with the same tensors where it is not.
 
-Nothing here says how well the answers of a real checkpoint stand an exit: measure that (`dyvte-engine eval`, `sweep`).
+Nothing here says how an exit changes the answers of a real checkpoint: measure that (`dyvte-engine eval`, `sweep`).
 """
 
 
-TAIL = """## Layouts of their authors
+TAIL = """## Authors' own layouts
 
-| checkpoint | way |
+| checkpoint | how |
 | --- | --- |
 | LLaVA-1.5 (`mm_vision_tower` in config.json) | `dyvte-engine convert SOURCE TARGET`; `.bin` needs `--unpickle` |
-| InternVL-Chat-ViT-6B-Vicuna (the same, with InternViT-6B as the tower) | likewise |
+| InternVL-Chat-ViT-6B-Vicuna (the same, with InternViT-6B as the tower) | the same |
 | VILA-1.5 (`llm`, SigLIP in `vision_tower`, `mlp_downsample` in `mm_projector`) | `Engine.from_pretrained(FOLDER)` |
 | EAGLE (`eagle_llama`: Eagle-X4, Eagle-X5), or a decoder alone (Llama, Mistral, Qwen2, Qwen3) | as described below |
 
-The loaders are tested on synthetic checkpoints written in these layouts; no published one was at hand. Each refuses
-weights that are missing or left over.
+The loaders are tested on synthetic checkpoints written in these layouts, not on published ones. Each refuses weights
+that are missing or left over.
 
-## Vision code that lives elsewhere
+## Vision code outside of the engine
 
-EAGLE's five towers stay in its own code, which was written for transformers 4.37. Of its checkpoint the engine loads
+EAGLE's five towers stay in its own code, which was written for transformers 4.37. From its checkpoint the engine loads
 the decoder (`model.layers`, `model.embed_tokens`, `model.norm`, `lm_head`) and leaves out `model.vision_tower`,
 `model.mm_projector` and `model.image_newline`; any other weight is an error. `generate` is refused; `prefill` takes the
 embeddings that EAGLE's `prepare_inputs_labels_for_multimodal` puts together, from a file if it runs in an environment
@@ -91,7 +97,7 @@ class Recorder:
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         refused = "\n".join(f"- `{name}`: {why}." for name, why in REFUSED.items())
         head = HEAD.format(torch=torch.__version__.split("+")[0], transformers=transformers.__version__)
-        return f"{head}\n{table}\n\nRefused when they are loaded, because\n\n{refused}\n\n{TAIL}"
+        return f"{head}\n{table}\n\nRefused at loading, because\n\n{refused}\n\n{TAIL}"
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from dyvte_engine.training.nano.scenes import EASY_COLORS, EASY_SHAPES, SIZE
 
 
 def kind_of(answer: str) -> str:
-    """Kind of an easy-VQA question, told by its answer."""
+    """Kind of an easy-VQA question, recognised by its answer."""
     return "color" if answer in EASY_COLORS else "shape" if answer in EASY_SHAPES else "presence"
 
 

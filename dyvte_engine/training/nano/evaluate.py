@@ -1,6 +1,6 @@
 """Measures a nano checkpoint with plain transformers: `python -m dyvte_engine.training.nano.evaluate --model FOLDER`.
 
-Reports the 9,673 easy-VQA test questions and questions about held-out scenes, by kind, beside two blind baselines:
+Reports the 9,673 easy-VQA test questions and questions about held-out scenes, by kind, with two blind baselines:
 the most frequent training answer to the same question, and the model itself shown a uniform grey picture.
 """
 
@@ -112,7 +112,7 @@ def score(items: list[Item], answers: list[str]) -> dict[str, dict]:
 def compare(
     model: LlavaForConditionalGeneration, processor: AutoProcessor, items: list[Item], majority: dict[str, str]
 ) -> dict:
-    """The model's scores beside both blind baselines."""
+    """The model's scores and both blind baselines'."""
     blank = [Item(BLANK, item.question, item.group) for item in items]
     texts = sorted({item.question.text for item in items})
     once = answer(model, processor, [Item(BLANK, Question(text, "", ""), "") for text in texts])

@@ -1,4 +1,4 @@
-"""Writes the example pictures that ship beside nano: `python -m dyvte_engine.training.nano.examples`.
+"""Writes the example pictures that ship with nano: `python -m dyvte_engine.training.nano.examples`.
 
 All are held out: scenes of the held-out split, and pictures of easy-VQA's test half (MIT licence).
 """

@@ -33,7 +33,7 @@ def held_out_examples(seed: int, limit: int | None) -> dict[str, list[Example]]:
 
 
 def named(name: str, seed: int, limit: int | None) -> list[Example]:
-    """`nano`: the training examples (6,600 unless told); `nano:easy_vqa_test`, `nano:heldout_scenes`: held-out ones."""
+    """`nano`: the training examples (6,600 by default); `nano:easy_vqa_test`, `nano:heldout_scenes`: held-out ones."""
     if name == "nano":
         return training_examples(seed, limit or 6600)
     sets = held_out_examples(seed, limit)

@@ -1,6 +1,6 @@
 """nano's exit heads, from its own pictures: `python -m dyvte_engine.training.nano.heads --out FOLDER`.
 
-Labels, training and a report on held-out questions, all in FOLDER; a killed run goes on where it stopped.
+Labels, training and a report on held-out questions, all in FOLDER; a killed run continues where it stopped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stage 2: tower, projector and decoder together, several questions behind each picture, loss on the answers.
 
-The tower goes on learning the patch labels beside it; the answers' loss reaches it only when the decoder is no
-longer young, because a young decoder's gradients disturb it.
+The tower keeps learning the patch labels meanwhile; the answers' loss reaches it only later, because the gradients of
+a decoder that has just begun disturb it.
 
 In a random share of the steps the text rows lose the visual rows after a random layer, so that what a question needs
 from the picture moves into the text early enough for an exit in mid-depth to be possible.

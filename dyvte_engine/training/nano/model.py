@@ -19,7 +19,7 @@ from transformers import (
 
 from dyvte_engine.training.nano import questions, scenes
 
-try:  # transformers 5 keeps the PIL image processor beside the torchvision one
+try:  # transformers 5 has a PIL image processor next to the torchvision one
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
 except ImportError:
     from transformers import CLIPImageProcessor

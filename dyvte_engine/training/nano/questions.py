@@ -157,7 +157,7 @@ def _description(rng: random.Random, scene: Scene, shape: Shape) -> str | None:
 
 
 def _pair(rng: random.Random, scene: Scene) -> tuple[str, str, int, str] | None:
-    """Two shapes that can be told apart, the axis of a clear offset, and how the first lies to the second."""
+    """Two shapes that can be distinguished, the axis of a clear offset, and where the first is from the second."""
     if len(scene.shapes) < 2:
         return None
     for _ in range(6):

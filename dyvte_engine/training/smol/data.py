@@ -42,8 +42,8 @@ def spoken(sample: Sample) -> str:
     """The answer in words that training teaches."""
     if "options" in sample.meta:
         return LETTERS[sample.reference]
-    if "told" in sample.meta:
-        return sample.meta["told"]
+    if "answer" in sample.meta:
+        return sample.meta["answer"]
     votes: Any = sample.reference
     return max(votes, key=lambda answer: votes[answer]) if isinstance(votes, dict) else votes
 
@@ -69,11 +69,11 @@ class Steps(Dataset):
         answers = [f"{spoken(s)}<|im_end|>" for s in samples]
         tokenizer = self.processor.tokenizer
         asked = tokenizer(prompts, add_special_tokens=False).input_ids
-        told = tokenizer(answers, add_special_tokens=False).input_ids
-        longest = max(len(a) + len(b) for a, b in zip(asked, told))
+        said = tokenizer(answers, add_special_tokens=False).input_ids
+        longest = max(len(a) + len(b) for a, b in zip(asked, said))
         ids = torch.full((len(samples), longest), tokenizer.pad_token_id)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for i, (a, b) in enumerate(zip(asked, told)):
+        for i, (a, b) in enumerate(zip(asked, said)):
             ids[i, : len(a) + len(b)] = torch.tensor(a + b)
             mask[i, : len(a) + len(b)] = 1
             labels[i, len(a) : len(a) + len(b)] = torch.tensor(b)

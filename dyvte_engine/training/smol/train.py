@@ -62,7 +62,7 @@ def prepare(model: LlavaForConditionalGeneration) -> dict[str, nn.Parameter]:
 
 
 class Trainer:
-    """One stage of training in a folder. A stage begun before goes on; a new one starts from what was trained last."""
+    """One stage of training in a folder. A stage begun before continues; a new one starts from what came last."""
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: Any, out: str | Path, settings: Settings):
         if settings.stage not in RATES:
@@ -87,7 +87,7 @@ class Trainer:
         self.painter = Painter(atlases, parts.SIDE, exact=False)
         self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (parts.MEAN, parts.STD))
 
-    def run(self, told: Callable[[str], None] = print) -> None:
+    def run(self, say: Callable[[str], None] = print) -> None:
         """Trains until the stage's steps or minutes are over, and saves."""
         s, started = self.settings, time.monotonic()
         saved, mean_loss = started, 0.0
@@ -97,9 +97,7 @@ class Trainer:
             now = time.monotonic()
             if self.step % 20 == 0 or self.step == s.steps:
                 rate = self.step * s.batch / (now - started)
-                told(
-                    json.dumps({"step": self.step, "of": s.steps, "loss": round(mean_loss, 4), "rate": round(rate, 1)})
-                )
+                say(json.dumps({"step": self.step, "of": s.steps, "loss": round(mean_loss, 4), "rate": round(rate, 1)}))
             if now - saved > SAVE_EVERY:
                 self.save()
                 saved = now
@@ -116,11 +114,9 @@ class Trainer:
         ids, mask, labels = (t.to(self.device) for t in (batch.ids, batch.mask, batch.labels))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = self.model.model(input_ids=ids, attention_mask=mask, pixel_values=pixels).last_hidden_state
-            told = (
-                labels[:, 1:] != -100
-            )  # only where an answer's token comes next: a vocabulary of logits a row is much
-            logits = self.model.lm_head(hidden[:, :-1][told])
-        loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][told])
+            answers = labels[:, 1:] != -100  # only before an answer's token: a vocabulary of logits a row is much
+            logits = self.model.lm_head(hidden[:, :-1][answers])
+        loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][answers])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.active.values(), 1.0)
         self.optimizer.step()
