@@ -24,10 +24,14 @@ from matplotlib.figure import Figure
 from benchmarks import workload
 from benchmarks.common import Data, header, options, rounds_within, spread, wait_for
 from benchmarks.report import COLORS, Sheet, finish, milliseconds, new_figure, percent
-from dyvte_engine import Engine, KeepAll, VisualTokenPolicy, engine
+from dyvte_engine import Engine, KeepAll, VisualTokenPolicy
 from dyvte_engine.models.rows import Rows
-from dyvte_engine.runtime import generation, prefill
+from dyvte_engine.runtime import scheduler
 from dyvte_engine.runtime.kv_cache import KVCache
+from dyvte_engine.runtime.prefill import Prefill
+from dyvte_engine.runtime.runner import Runner
+from dyvte_engine.runtime.running import Running
+from dyvte_engine.runtime.sequence import Sequence as Answer
 
 PREFILL = ("layers before the exit", "layers after the exit")
 PARTS = (
@@ -108,24 +112,30 @@ class _Watched(VisualTokenPolicy):
 
 @contextmanager
 def ranges_in(device: torch.device) -> Iterator[Ranges]:
-    """While this runs, the engine's functions report to the ranges."""
-    ranges = Ranges(device)
+    """While this runs, the engine's functions report to the ranges, as long as one batch is prefilled."""
+    ranges, stage = Ranges(device), [PREFILL[0]]
     drop = ranges.around("rows leave", Rows.drop)
 
     def drop_and_look(rows: Rows, decision: Any) -> Any:
         """From the decision on that empties the batch, layers count as after the exit."""
         dropped = drop(rows, decision)
         if dropped is not None and not any(dropped[0].n_visual):
-            ranges.rename(PREFILL[1])
+            stage[0] = PREFILL[1]
+            ranges.rename(stage[0])
         return dropped
 
+    def layers(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: ranges.around(stage[0], function)(*args, **kwargs)
+
     places: list[tuple[Any, str, Callable[..., Any]]] = [
-        (engine, "prefill", ranges.around(PREFILL[0], prefill.prefill)),
+        (Runner, "prefill", layers(Runner.prefill)),
+        (Prefill, "advance", layers(Prefill.advance)),
+        (scheduler._Group, "finish", layers(scheduler._Group.finish)),
         (Rows, "drop", drop_and_look),
         (KVCache, "compact", ranges.around("K/V compaction", KVCache.compact)),
-        (generation.Running, "step", ranges.around("decode", generation.Running.step)),
-        (generation.Sampler, "__call__", ranges.around("sampling", generation.Sampler.__call__)),
-        (generation.TokenLoop, "_new_text", ranges.around("text", generation.TokenLoop._new_text)),
+        (Running, "step", ranges.around("decode", Running.step)),
+        (scheduler.Scheduler, "_sample", ranges.around("sampling", scheduler.Scheduler._sample)),
+        (Answer, "emit", ranges.around("text", Answer.emit)),
     ]
     with ExitStack() as stack:
         for owner, name, function in places:
@@ -174,7 +184,7 @@ def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
     loaded = workload.load(args.model, args.dtype, args.device, args.batch, args.new_tokens)
     request = workload.Request(loaded, *workload.questions(args.model, args.batch))
     layer = loaded.model.shape.num_layers // 2 - 1 if args.exit is None else args.exit
-    policies = {"all stay": KeepAll(), "exit": workload.forced_exit(loaded, layer).bind(loaded.model)}
+    policies = {"all stay": KeepAll(), "exit": loaded.bind(workload.forced_exit(loaded, layer))}
     compacting = Engine(loaded.model, dataclasses.replace(loaded.config, drop_early_kv=True))
     runs = {name: functools.partial(run_once, request, policy) for name, policy in policies.items()}
     dropping = workload.Request(compacting, request.texts, request.pictures)

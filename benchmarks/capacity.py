@@ -8,20 +8,16 @@ all that came before, at the peak of its prefill, is not admitted. `python -m be
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import itertools
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-from dyvte_engine.runtime.generation import Running
 from matplotlib.figure import Figure
 
 from benchmarks import roofline, workload
@@ -29,9 +25,9 @@ from benchmarks.common import Data, Limits, header, options, paired_ratio, round
 from benchmarks.policies import exits
 from benchmarks.report import COLORS, Sheet, finish, new_figure, number, percent, scaled
 from dyvte_engine import NANO_HEADS, DynamicExit, Engine, FastV, FixedExit, KeepAll, VisualTokenPolicy, compose
-from dyvte_engine import engine as engine_module
 from dyvte_engine.errors import CacheError
-from dyvte_engine.runtime.kv_cache import KVCache, PagePool
+from dyvte_engine.runtime.decode import DecodeGraphs
+from dyvte_engine.runtime.running import Running
 
 BASE = "KeepAll"
 CPU_BUDGET = 48  # MiB
@@ -77,52 +73,12 @@ def methods(engine: Engine, model: str, n: int) -> dict[str, Method]:
     return whole | {f"{name}, early K/V dropped": Method(policy, True) for name, policy in named.items()}
 
 
-def with_pool(model: Any, config: Any, pages: int) -> Engine:
-    """An engine whose pool has so many pages."""
-
-    def pool(shape: Any, _: int, *others: Any) -> PagePool:
-        return PagePool(shape, pages, *others)
-
-    with mock.patch.object(engine_module, "PagePool", pool):
-        return Engine(model, config)
-
-
-@contextmanager
-def most_taken(pool: PagePool) -> Iterator[list[int]]:
-    """While this runs, the one number of the list is the most pages taken at one time."""
-    most, take = [0], pool.take
-
-    def metered(n: int) -> list[int]:
-        pages = take(n)
-        most[0] = max(most[0], pool.allocator.used_count)
-        return pages
-
-    with mock.patch.object(pool, "take", metered):
-        yield most
-
-
-def joined(parts: Sequence[Running]) -> Running:
-    """Batches of one engine as one; the pages they hold go over to it."""
-    caches = [part.cache for part in parts]
-    layers, _, pages = caches[0].block_table.shape
-    size = caches[0].pool.page_size
-    cache = KVCache(caches[0].pool, layers, sum(c.lens.shape[1] for c in caches), pages * size)
-    for name in ("block_table", "lens", "positions"):
-        setattr(cache, name, torch.cat([getattr(c, name) for c in caches], dim=1))
-    for name in ("host_lens", "_host_table"):
-        setattr(cache, name, np.concatenate([getattr(c, name) for c in caches], axis=1))
-    cache._pages = [[pages for c in caches for pages in c._pages[layer]] for layer in range(layers)]
-    whole = copy.copy(parts[0])
-    whole.cache, whole.logits = cache, torch.cat([part.logits for part in parts])
-    return whole
-
-
 @dataclass
 class Admitted:
     """What fitted: prompt numbers in the groups that were prefilled together, and for each sequence what it took.
 
     kv_bytes: of prompt and answer. exits: layer of the exit or None. computed, held: [sequence][layer], rows in the
-    prefill and after it. most_pages: of the pool, at one time.
+    prefill and after it. most_pages: of the pool, at one time, answers to come included.
     """
 
     groups: list[list[int]] = field(default_factory=list)
@@ -135,7 +91,7 @@ class Admitted:
     def add(self, group: list[int], part: Running, most_pages: int) -> None:
         self.groups.append(group)
         self.most_pages = max(self.most_pages, most_pages)
-        self.kv_bytes += [part.cache.bytes_of(b) for b in range(len(group))]
+        self.kv_bytes += [pages * part.cache.pool.page_bytes for pages in part.cache.claims]
         self.exits += part.exit_layers
         self.computed += np.array(part.rows).T.tolist()
         self.held += part.cache.host_lens.T.tolist()
@@ -149,14 +105,36 @@ class Pool:
     prompts: Sequence[Any]
     group: int
     new_tokens: int
+    graphs: dict[int, DecodeGraphs] = field(default_factory=dict)  # on CUDA, for each number of sequences
 
-    def prefill(self, method: Method, numbers: Sequence[int]) -> Running:
-        policy = method.policy
+    def prefill(self, method: Method, numbers: Sequence[int]) -> tuple[Running, int]:
+        """These prompts, with a claim to the pages of their answers; and the most pages of the pool until then.
+
+        Raises:
+            CacheError: they do not fit. Nothing is held then.
+        """
+        policy, pool = method.policy, self.engine.pool
         if isinstance(policy, DrawnExit):
             policy = replace(policy, exits=[policy.exits[n] for n in numbers])
-        self.engine._policy = policy
-        self.engine.config = replace(self.engine.config, drop_early_kv=method.drop_early_kv)
-        return self.engine.prefill_prepared([self.prompts[n] for n in numbers])
+        prompts = [self.prompts[n] for n in numbers]
+        part = self.engine.runner.run(prompts, policy, drop_early_kv=method.drop_early_kv)
+        cache, most = part.cache, pool.claimed  # pages that were compacted away are still claimed
+        try:
+            for b, rows in enumerate(cache.host_lens.T + self.new_tokens - 1):  # the last token is not fed
+                cache.claim(b, sum(map(pool.pages, rows.tolist())))
+        except CacheError:
+            part.close()
+            raise
+        return part, max(most, pool.claimed)
+
+    def nobody(self, slots: int) -> Running:
+        """A batch of so many slots; the engine's own graphs end at its `max_batch`."""
+        runner = self.engine.runner
+        if runner.graphs is None:
+            return runner.nobody(slots)
+        if slots not in self.graphs:
+            self.graphs[slots] = DecodeGraphs(runner.model.decoder, runner.pool, slots, runner.max_len)
+        return Running(runner.model.decoder, runner.cache(slots, 0), None, self.graphs[slots], runner.lock)
 
     @torch.inference_mode()
     def admit(self, method: Method, numbers: Iterable[int]) -> Admitted:
@@ -166,28 +144,17 @@ class Pool:
         while waiting := waiting or list(itertools.islice(queue, size)):
             group, waiting = waiting[:size], waiting[size:]
             try:
-                with most_taken(self.engine.pool) as most:
-                    parts.append(self._with_answers(method, group))
+                part, most = self.prefill(method, group)
             except CacheError:
                 waiting, size = group + waiting, size // 2
                 if not size:
                     break
             else:
-                found.add(group, parts[-1], most[0])
+                parts.append(part)
+                found.add(group, part, most)
         for part in parts:
             part.close()
         return found
-
-    def _with_answers(self, method: Method, numbers: Sequence[int]) -> Running:
-        """These prompts with all pages of their answers. Raises CacheError, and takes nothing, if they do not fit."""
-        part = self.prefill(method, numbers)
-        try:
-            for layer, rows in enumerate(part.cache.host_lens + self.new_tokens - 1):  # the last token is not fed
-                part.cache.reserve(range(layer, layer + 1), rows.tolist())
-        except CacheError:
-            part.close()
-            raise
-        return part
 
     @torch.inference_mode()
     def run(self, method: Method, groups: Sequence[Sequence[int]]) -> tuple[float, float]:
@@ -195,7 +162,10 @@ class Pool:
         device = self.engine.config.device
         wait_for(device)
         start = time.perf_counter()
-        with joined([self.prefill(method, group) for group in groups]) as running:
+        with self.nobody(sum(map(len, groups))) as running:
+            for group in groups:
+                part, _ = self.prefill(method, group)
+                running.join(part.cache, part.logits)
             tokens = running.logits.argmax(-1)
             wait_for(device)
             first = time.perf_counter()
@@ -222,14 +192,18 @@ def prepared(args: argparse.Namespace) -> tuple[Pool, dict[str, Method]]:
     model, config, page_bytes = engine.model, engine.config, engine.pool.page_bytes
     del engine  # its pool is part of the budget
     budget = default_budget(config.device) if args.budget is None else int(args.budget * 2**20)
-    return Pool(with_pool(model, config, budget // page_bytes), prompts, args.group, args.new_tokens), compared
+    try:
+        within = Engine(model, replace(config, kv_memory=budget // page_bytes * page_bytes))
+    except CacheError as error:
+        raise SystemExit(f"the K/V budget is too small: {error}") from None
+    return Pool(within, prompts, args.group, args.new_tokens), compared
 
 
 def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
     data = header("capacity", args, argv)
     limits = Limits(**data["limits"])
     pool, compared = prepared(args)
-    pages = pool.engine.pool.allocator.free_count
+    pages = pool.engine.pool.n_pages
     data["budget"] = pages * pool.engine.pool.page_bytes
     sets = [range(i * args.questions, (i + 1) * args.questions) for i in range(args.sets)]
     fitted, entries = {}, {}

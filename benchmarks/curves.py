@@ -100,7 +100,7 @@ def times_of(
     engine: Engine, samples: Sequence[Any], points: dict[tuple[str, str], VisualTokenPolicy], seconds: float
 ) -> dict[tuple[str, str], Data]:
     """Time to the third token at batch 1 relative to KeepAll on the same question: geometric mean, 95 % interval."""
-    bound = {key: policy.bind(engine.model) for key, policy in points.items()}
+    bound = {key: engine.bind(policy) for key, policy in points.items()}
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in points}
     with workload.endless(engine):
         for number_ in rounds_within(seconds, least=4, most=len(samples)):

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from benchmarks import workload
@@ -60,14 +59,13 @@ def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
     if not 0 <= layer < layers - 1:
         raise SystemExit(f"--exit is {layer}; accepted: 0 to {layers - 2}")
     policies = {"KeepAll": KeepAll(), **askers(engine, layer)}
-    bound = {name: p.bind(engine.model) for name, p in policies.items()}
+    bound = {name: engine.bind(p) for name, p in policies.items()}
     data |= {"exit": layer, "cases": []}
     for batch in args.batch:
         prompts = engine.prepare(*workload.questions(args.model, batch))
 
         def run(policy: VisualTokenPolicy, prompts: Any = prompts) -> None:
-            engine._policy = policy
-            with engine.prefill_prepared(prompts) as running:
+            with engine.prefill_prepared(prompts, policy) as running:
                 running.logits.argmax(-1).tolist()
 
         calls = {name: functools.partial(run, policy) for name, policy in bound.items()}
@@ -132,9 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seconds", type=float, default=6.0, help="for each batch size")
     args = parser.parse_args(argv)
-    with torch.inference_mode():
-        data = measure(args, argv)
-    finish(data, args.out, args.name, tables, figure)
+    finish(measure(args, argv), args.out, args.name, tables, figure)
 
 
 if __name__ == "__main__":

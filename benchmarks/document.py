@@ -17,13 +17,14 @@ from benchmarks.report import limits_line, markdown, save_figure
 from benchmarks.summary import NO_GPU, nano, overview, readme
 
 ROOT = Path(__file__).parent.parent
-ORDER = ("policies", "curves", "breakdown", "decisions", "growth", "capacity", "kernels", "versus")
+ORDER = ("policies", "curves", "breakdown", "decisions", "growth", "capacity", "kernels", "versus", "serving")
 INTRO = """# Benchmarks
 
 Made by `make bench-docs` from the results in [benchmarks/results](../benchmarks/results); do not edit. `make bench`
 measures on a CPU, `make gpu-bench` on a GPU.
 
-How to read it: everything compared in a table ran in one process in turn (`versus`: processes in turn), so ratios hold
+How to read it: everything compared in a table ran in one process in turn (`versus`,
+`serving`: processes in turn), so ratios hold
 where absolute times depend on what else the machine did. Figures are medians with quartiles. Limits are measured with
 torch's own matmul and copy just before; "share" is the least time these limits allow over the measured time (a cache
 that holds the data can make it exceed 100 %). Models with random weights have published sizes and force the exit at a

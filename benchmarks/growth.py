@@ -94,11 +94,10 @@ class Job:
 
     def run(self) -> dict[str, float]:
         """Seconds of the prefill, of a further token, and of the whole answer."""
-        self.engine.policy = self.policy
         device = self.engine.config.device
         wait_for(device)
         start = time.perf_counter()
-        with self.engine.prefill(self.embeds, self.masks) as running:
+        with self.engine.prefill(self.embeds, self.masks, policy=self.policy) as running:
             token = running.logits.argmax(-1).tolist()
             first = time.perf_counter()
             for _ in range(self.point.answer - 1):

@@ -57,7 +57,7 @@ def warm_up(calls: dict[str, workload.Call], request: workload.Request) -> dict[
 def measure_batch(engine: Engine, args: argparse.Namespace, model: str, batch: int, limits: Limits) -> list[Data]:
     """One entry a method, for one batch size."""
     pool = workload.requests(engine, model, batch, POOL)
-    bound = {name: p.bind(engine.model) for name, p in workload.methods(engine, model).items()}
+    bound = {name: engine.bind(p) for name, p in workload.methods(engine, model).items()}
     calls = workload.runners(bound)
     wanted = list(calls)
     peaks = warm_up(calls, pool[0])

@@ -30,16 +30,19 @@ from dyvte_engine.assets import resolve_model
 
 ROOT = Path(__file__).parent.parent
 BASE = "transformers, float32"
+LLAMA_PACKAGE = "llama-cpp-python==0.3.36"  # the files are for the order of rows in it: see `benchmarks.gguf_export`
+GGUF = {"float32": "f32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
 class Side:
-    """One engine: the Python it runs in, the worker's name for it, its model folder and option."""
+    """One engine: its Python, the worker's name for it, its model folder and option, what it is imported from."""
 
     python: Path
     engine: str
-    folder: Path
+    folder: Path | str
     option: str
+    source: Path | None = None
 
 
 class Unavailable(Exception):
@@ -90,16 +93,20 @@ def openvino(folder: Path, build: Path) -> dict[str, Side]:
     return {f"OpenVINO GenAI, {name}": Side(python, "openvino", exported, o) for name, o in options.items()}
 
 
-def llama_cpp(folder: Path, build: Path) -> dict[str, Side]:
-    """llama.cpp with float32 and bfloat16 weights; the model written as GGUF if it is not."""
-    # The files are for the order of rows in this version: see `benchmarks.gguf_export`.
-    python = environment(build / "llama-env", "llama-cpp-python==0.3.36", "pillow")
+def gguf(folder: Path, build: Path) -> Path:
+    """The model's files for llama.cpp, written if they are not."""
     exported = build / f"{folder.name}-gguf"
-    options = {"float32": "f32", "bfloat16": "bf16"}
     if stale(exported, folder):
-        command(sys.executable, "-m", "benchmarks.gguf_export", folder, exported, "--weights", *options.values())
+        command(sys.executable, "-m", "benchmarks.gguf_export", folder, exported, "--weights", *GGUF.values())
         (exported / "complete").touch()
-    return {f"llama.cpp, {name}": Side(python, "llama.cpp", exported, o) for name, o in options.items()}
+    return exported
+
+
+def llama_cpp(folder: Path, build: Path) -> dict[str, Side]:
+    """llama.cpp with float32 and bfloat16 weights."""
+    python = environment(build / "llama-env", LLAMA_PACKAGE, "pillow")
+    exported = gguf(folder, build)
+    return {f"llama.cpp, {name}": Side(python, "llama.cpp", exported, o) for name, o in GGUF.items()}
 
 
 def sides(model: str, build: Path) -> tuple[dict[str, Side], dict[str, str]]:
@@ -109,7 +116,7 @@ def sides(model: str, build: Path) -> tuple[dict[str, Side], dict[str, str]]:
     policies = {"KeepAll": "keep-all"} | ({"DyVTE": f"dynamic:{NANO_HEADS}"} if model == "nano" else {})
     for dtype in ("float32", "bfloat16"):
         for name, policy in policies.items():
-            found[f"this engine, {name}, {dtype}"] = Side(here, "dyvte", folder, f"{dtype} {policy}")
+            found[f"this engine, {name}, {dtype}"] = Side(here, "dyvte", folder, f"{dtype} {policy}", ROOT)
     missing = {}
     for name, engine in {"OpenVINO GenAI": openvino, "llama.cpp": llama_cpp}.items():
         try:
@@ -120,16 +127,16 @@ def sides(model: str, build: Path) -> tuple[dict[str, Side], dict[str, str]]:
 
 
 class Worker:
-    """A process that answers one request at a time."""
+    """A process that answers what it is asked, one thing at a time."""
 
-    def __init__(self, side: Side, threads: int, log: Path):
+    def __init__(self, side: Side, threads: int, log: Path, script: str = "versus_worker"):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        if side.engine == "dyvte":
-            environment["PYTHONPATH"] = str(ROOT)
+        if side.source is not None:
+            environment["PYTHONPATH"] = str(side.source)
         self.log = log
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [side.python, ROOT / "benchmarks/versus_worker.py", side.engine, side.folder, side.option],
+                [side.python, ROOT / f"benchmarks/{script}.py", side.engine, side.folder, side.option],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

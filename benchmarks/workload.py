@@ -208,11 +208,12 @@ class Request:
         return len(self.texts)
 
     def run(self, policy: VisualTokenPolicy, new_tokens: int) -> tuple[Timeline, list[Any]]:
-        """On the engine, under a policy that is bound already: binding moves heads and is no part of a request."""
-        self.engine._policy = policy
+        """On the engine, under a policy that it has bound already: binding moves heads and is no part of a request."""
         results = []
         with watched(self.engine) as line:
-            for chunk in self.engine.stream(list(self.texts), list(self.pictures), max_new_tokens=new_tokens):
+            for chunk in self.engine.stream(
+                list(self.texts), list(self.pictures), policy=policy, max_new_tokens=new_tokens
+            ):
                 if chunk.index == self.batch - 1:
                     line.tokens.append(time.perf_counter())
                 if chunk.result is not None:

@@ -210,7 +210,7 @@ def test_capacity_admits_what_fits(checkpoint, out):
             check_spread(c[part])
     row = summary.capacity([data])[0].rows[-1]
     assert row[0] == "DyVTE+FastV, early K/V dropped" and row[2] == str(cases[row[0]]["sequences"])
-    with pytest.raises(SystemExit, match="holds not one sequence of KeepAll"):
+    with pytest.raises(SystemExit, match="the K/V budget is too small: kv_memory is 8192 bytes"):
         run(capacity, out, "--model", checkpoint, "--budget", "0.01")
     with pytest.raises(SystemExit):
         capacity.main(["--new-tokens", "1"])
@@ -231,12 +231,13 @@ def test_capacity_joins_batches_and_draws_exits():
     prompts = engine.prepare(texts, images, chat=False)
     exits = [2, 0, 1, 1, 2, 0]
     policy = capacity.DrawnExit(workload.forced_exit(engine, 1).heads, exits=exits)
-    pool = capacity.Pool(engine, prompts, group=2, new_tokens=40)
-    free = engine.pool.allocator.free_count
-    whole = pool.prefill(capacity.Method(policy), range(6))
-    parts = [pool.prefill(capacity.Method(policy), group) for group in ([0, 1, 2], [3], [4, 5])]
+    pool = capacity.Pool(engine, prompts, group=2, new_tokens=41)
+    whole, _ = pool.prefill(capacity.Method(policy), range(6))
+    parts = [pool.prefill(capacity.Method(policy), group)[0] for group in ([0, 1, 2], [3], [4, 5])]
     assert whole.exit_layers == [layer for part in parts for layer in part.exit_layers] == exits
-    together = capacity.joined(parts)
+    together = pool.nobody(6)
+    for part in parts:
+        together.join(part.cache, part.logits)
     for _ in range(40):  # over the ends of pages
         torch.testing.assert_close(together.logits, whole.logits, rtol=1e-4, atol=1e-4)
         tokens = whole.logits.argmax(-1)
@@ -245,7 +246,7 @@ def test_capacity_joins_batches_and_draws_exits():
     assert together.cache.bytes_held == whole.cache.bytes_held
     together.close()
     whole.close()
-    assert engine.pool.allocator.free_count == free
+    assert engine.pool.allocator.used_count == engine.pool.claimed == 0
 
 
 def test_capacity_leaves_a_gpu_room_beside_the_pool(monkeypatch):

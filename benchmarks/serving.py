@@ -1,0 +1,386 @@
+"""Many clients at once: requests and tokens in a second, the wait for the first token and between tokens, memory held.
+
+Closed loop: so many clients, each sends a request when its last one is answered. Open loop: requests arrive at a rate,
+whatever becomes of the others. Prompts with and without a picture, answers of mixed length. Engines run in processes of
+their own, in turn, on the same requests: this one under several policies, the release before it had requests
+(`--release`, a checkout of it with its libraries; batches run to their longest answer), transformers' generate in such
+batches, and in continuous batches OpenVINO GenAI and llama.cpp's server, which are made on the first call in
+`build/versus` (they need a package index, llama.cpp a C++ compiler and half an hour of one core).
+`python -m benchmarks.serving --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import socket
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks import versus, workload
+from benchmarks.common import Data, header, options, paired_ratio, rounds_within, spread
+from benchmarks.report import COLORS, Sheet, finish, new_figure, scaled
+from benchmarks.versus import ROOT, Side, Unavailable, Worker
+from dyvte_engine import NANO_HEADS
+from dyvte_engine.assets import resolve_model
+from dyvte_engine.models.presets import PRESETS, preset
+
+BASE = "KeepAll"
+COMPARED = ("release", "transformers", "openvino", "llama.cpp")
+RELEASE, TRANSFORMERS = "last release, static batches", "transformers, static batches"
+OPENVINO, LLAMA = "OpenVINO GenAI, continuous batching", "llama.cpp's server"
+PERCENTILES = (50, 95, 99)
+
+
+@dataclass(frozen=True)
+class Load:
+    """`clients` in a closed loop, or arrivals at a `rate` (requests a second) in an open one."""
+
+    clients: int | None = None
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.clients} clients" if self.rate is None else f"{self.rate:g}/s"
+
+    def requests(self, least: int) -> int:
+        """At least three for each client, so that most of a run has all of them at work."""
+        return max(least, 3 * (self.clients or 0))
+
+
+def policies(model: str) -> dict[str, str]:
+    """What this engine is run with, in the notation of policies; exits by nano's heads, else at half depth."""
+    if model == "nano":
+        dynamic = f"dynamic:{NANO_HEADS}"
+        return {BASE: "keep-all", "VTW (5)": "fixed:5", "DyVTE": dynamic, "DyVTE+FastV": f"fastv:2,0.5+{dynamic}"}
+    half = preset(model).get_text_config().num_hidden_layers // 2 - 1
+    return {BASE: "keep-all", f"VTW ({half})": f"fixed:{half}", f"VTW ({half})+FastV": f"fastv:2,0.5+fixed:{half}"}
+
+
+def trace(questions: Sequence[Data], n: int, seed: int, args: argparse.Namespace, rate: float | None) -> list[Data]:
+    """n requests as the worker takes them: a question each, with its picture or without, and the answer's length.
+
+    With a rate they arrive as a Poisson process: the times between them are exponential.
+    """
+    draw, at, jobs = random.Random(seed), 0.0, []
+    for question in draw.choices(questions, k=n):
+        at += draw.expovariate(rate) if rate else 0.0
+        picture = question["picture"] if draw.random() < args.pictures else None
+        jobs.append({**question, "picture": picture, "new_tokens": draw.randint(*args.new_tokens), "at": at})
+    return jobs
+
+
+def percentiles(values: Sequence[float]) -> Data:
+    return {f"p{p}": float(v) for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
+
+
+def most_at_once(spans: Iterable[tuple[float, float]]) -> int:
+    """How many spans overlap at most; one that ends where another begins does not."""
+    edges = sorted((at, change) for span in spans for at, change in zip(span, (1, -1), strict=True))
+    most = running = 0
+    for _, change in edges:
+        running += change
+        most = max(most, running)
+    return most
+
+
+def mean_over_time(samples: Sequence[tuple[float, float]], end: float) -> float:
+    """Of a value that stays what it was sampled to be until the next sample, or the end; 0 before the first."""
+    ends = [at for at, _ in samples[1:]] + [end]
+    return sum(value * (stop - at) for (at, value), stop in zip(samples, ends, strict=True)) / end
+
+
+@dataclass(frozen=True)
+class Run:
+    """A worker's answer to a trace: when requests were sent and when their tokens came, from the start."""
+
+    found: Data
+    new_tokens: int
+
+    @property
+    def seconds(self) -> float:
+        return max(job["tokens"][-1] for job in self.found["jobs"])
+
+    @property
+    def per_second(self) -> float:
+        return len(self.found["jobs"]) / self.seconds
+
+    @property
+    def first(self) -> list[float]:
+        return [job["tokens"][0] - job["asked"] for job in self.found["jobs"]]
+
+    @property
+    def between(self) -> list[float]:
+        return [b - a for j in self.found["jobs"] for a, b in zip(j["tokens"], j["tokens"][1:], strict=False)]
+
+    def at_once(self, since: Callable[[Data], float]) -> Data:
+        """Requests between a moment and their last token: mean over the run, and most."""
+        spans = [(since(job), job["tokens"][-1]) for job in self.found["jobs"]]
+        return {"mean": sum(b - a for a, b in spans) / self.seconds, "most": most_at_once(spans)}
+
+
+def figures(runs: Sequence[Run], base: Sequence[Run]) -> Data:
+    """Of one engine under one load, round by round; waits are those of all rounds together."""
+    decoding = [run.at_once(lambda job: job["tokens"][0]) for run in runs]
+    entry: Data = {
+        "requests": len(runs[0].found["jobs"]),
+        "requests_per_s": spread([run.per_second for run in runs]),
+        "tokens_per_s": spread([run.new_tokens / run.seconds for run in runs]),
+        "speedup": paired_ratio([1 / run.per_second for run in base], [1 / run.per_second for run in runs]),
+        "first": percentiles([t for run in runs for t in run.first]),
+        "between": percentiles([t for run in runs for t in run.between]),
+        "decoding": spread([d["mean"] for d in decoding]),
+        "most_decoding": max(d["most"] for d in decoding),
+    }
+    if "held" in runs[0].found:
+        admitted = [run.at_once(lambda job: job["asked"] + job["queued"]) for run in runs]
+        entry |= {
+            "admitted": spread([a["mean"] for a in admitted]),
+            "most_admitted": max(a["most"] for a in admitted),
+            "kv_bytes": spread([mean_over_time(run.found["held"], run.seconds) for run in runs]),
+            "most_kv_bytes": max(held for run in runs for _, held in run.found["held"]),
+        }
+    return entry
+
+
+def llama_server(build: Path) -> Path:
+    """The server's binary, built from the sources in the package that `versus` installs, if it is not there."""
+    folder = build / "llama-server"
+    binary = folder / "build" / "bin" / "llama-server"
+    if binary.is_file():
+        return binary
+    folder.mkdir(parents=True, exist_ok=True)
+    download = ("-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation")
+    versus.command(sys.executable, *download, "-d", folder, versus.LLAMA_PACKAGE, seconds=3600)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    source = next(folder.glob("*/vendor/llama.cpp"))
+    wanted = ("CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_BUILD_UI=OFF")
+    unwanted = ("LLAMA_USE_PREBUILT_UI=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF")
+    versus.command("cmake", "-S", source, "-B", folder / "build", *(f"-D{o}" for o in (*wanted, *unwanted)))
+    versus.command("cmake", "--build", folder / "build", "--target", "llama-server", "-j", "2", seconds=7200)
+    return binary
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def this_engine(args: argparse.Namespace, **more: Any) -> Side:
+    return Side(Path(sys.executable), "dyvte", args.model, json.dumps(common(args) | more), ROOT)
+
+
+def common(args: argparse.Namespace) -> Data:
+    return {"slots": args.slots, "dtype": args.dtype, "max_len": args.max_len}
+
+
+def others(args: argparse.Namespace) -> tuple[dict[str, Side], dict[str, str]]:
+    """The engines compared with, and why the others cannot be had."""
+    here, shared = Path(sys.executable), common(args)
+    folder = Path(resolve_model(args.model))
+
+    def release() -> Side:
+        if args.release is None:
+            raise Unavailable("--release is not given")
+        return Side(here, "release", folder, json.dumps(shared | {"policy": "keep-all"}), args.release.resolve())
+
+    def openvino() -> Side:
+        side = next(iter(versus.openvino(folder, args.build).values()))
+        return Side(side.python, side.engine, side.folder, json.dumps(shared))
+
+    def llama() -> Side:
+        server = llama_server(args.build)
+        exported = versus.gguf(folder, args.build)
+        return Side(here, "llama.cpp", exported, json.dumps(shared | {"server": str(server), "port": free_port()}))
+
+    makers: dict[str, tuple[str, Callable[[], Side]]] = {
+        "release": (RELEASE, release),
+        "transformers": (TRANSFORMERS, lambda: Side(here, "transformers", folder, json.dumps(shared))),
+        "openvino": (OPENVINO, openvino),
+        "llama.cpp": (LLAMA, llama),
+    }
+    found, missing = {}, {}
+    for key in args.engines:
+        name, make = makers[key]
+        try:
+            found[name] = make()
+        except Unavailable as e:
+            missing[name] = str(e)
+    return found, missing
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Sends traces to workers; the name of what is compared -> its worker and policy."""
+
+    compared: dict[str, tuple[Worker, str]]
+    questions: Sequence[Data]
+    args: argparse.Namespace
+
+    def run(self, name: str, load: Load, seed: int) -> Run:
+        jobs = trace(self.questions, load.requests(self.args.requests), seed, self.args, load.rate)
+        worker, policy = self.compared[name]
+        found = worker.ask({"jobs": jobs, "clients": load.clients, "policy": policy})
+        return Run(found, sum(job["new_tokens"] for job in jobs))
+
+    def rounds(self, loads: Sequence[Load], names: Sequence[str]) -> list[Data]:
+        """Everything once a round, in turn, on the same requests; others in the next one."""
+        runs: dict[tuple[Load, str], list[Run]] = {(load, name): [] for load in loads for name in names}
+        for seed in rounds_within(self.args.seconds, self.args.least):
+            for load, name in runs:
+                runs[load, name].append(self.run(name, load, seed))
+        return [
+            {"engine": name, "load": load.name, **vars(load), **figures(found, runs[load, names[0]])}
+            for (load, name), found in runs.items()
+        ]
+
+
+def _questions(args: argparse.Namespace, folder: Path) -> list[Data]:
+    texts, pictures = workload.questions(args.model, 32)
+    out = []
+    for index, (text, (picture, *_)) in enumerate(zip(texts, pictures, strict=True)):
+        picture.save(folder / f"{index}.png")
+        out.append({"text": text, "picture": str(folder / f"{index}.png")})
+    return out
+
+
+def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
+    data = header("serving", args, argv)
+    sides, missing = others(args) if args.model not in PRESETS else ({}, {})
+    compared: dict[str, tuple[Worker, str]] = {}
+    workers: list[Worker] = []
+    with tempfile.TemporaryDirectory() as folder:
+        questions = _questions(args, Path(folder))
+
+        def start(side: Side) -> Worker:
+            log = Path(folder) / f"{len(workers)}.log"
+            workers.append(Worker(side, data["machine"]["threads"], log, "serving_worker"))
+            jobs = trace(questions, args.slots, -1, args, None)
+            workers[-1].ask({"jobs": jobs, "clients": args.slots, "policy": "keep-all"})
+            return workers[-1]
+
+        ours, within = start(this_engine(args)), start(this_engine(args, kv_memory=args.kv_memory << 20))
+        compared |= {name: (ours, policy) for name, policy in policies(args.model).items()}
+        for name, side in sides.items():
+            try:
+                compared[name] = start(side), ""
+            except Unavailable as e:
+                missing[name] = str(e)
+        runner = Runner(compared, questions, args)
+        loads = [*(Load(clients=n) for n in args.clients), *(Load(rate=r) for r in args.rates)]
+        data["cases"] = runner.rounds(loads, list(compared))
+        limited = {name: (within, policy) for name, policy in policies(args.model).items()}
+        data["equal_memory"] = Runner(limited, questions, args).rounds([Load(clients=args.slots)], list(limited))
+        for worker in workers:
+            worker.close()
+    data["missing"] = missing
+    return data
+
+
+def _row(c: Data) -> list[str]:
+    return [
+        c["engine"],
+        scaled(c["requests_per_s"]),
+        scaled(c["tokens_per_s"], digits=0),
+        scaled(c["speedup"], digits=2),
+        _waits(c["first"]),
+        _waits(c["between"]),
+    ]
+
+
+def _waits(found: Data) -> str:
+    return " / ".join(f"{1e3 * v:.0f}" if v >= 0.0995 else f"{1e3 * v:.1f}" for v in found.values())
+
+
+def _memory(c: Data) -> str:
+    if "kv_bytes" not in c:
+        return ""
+    return f"{c['kv_bytes']['median'] / 2**20:.1f} ({c['most_kv_bytes'] / 2**20:.1f})"
+
+
+def _at_once(c: Data, what: str) -> str:
+    return f"{c[what]['median']:.1f} ({c[f'most_{what}']})" if what in c else ""
+
+
+def tables(data: Data) -> list[Sheet]:
+    args = data["args"]
+    where = f"{args['model']}, {args['dtype']}, {args['slots']} slots"
+    waits = [f"{what} {'/'.join(map(str, PERCENTILES))} %, ms" for what in ("first token", "between tokens")]
+    columns = ["engine", "requests/s", "tokens/s", f"x {BASE}", *waits]
+    sheets = []
+    low, high = args["new_tokens"]
+    about = f"{100 * args['pictures']:.0f} % of the prompts have a picture, answers {low} to {high} tokens; "
+    about += "percentiles of all rounds; decoding: requests with a first token and not the last, mean (most)"
+    for load in dict.fromkeys(c["load"] for c in data["cases"]):
+        cases = [c for c in data["cases"] if c["load"] == load]
+        rows = [[*_row(c), _at_once(c, "decoding"), _memory(c)] for c in cases]
+        rows += [[name, f"not measured: {why}", *[""] * 6] for name, why in data["missing"].items()]
+        kind = "closed loop" if cases[0]["rate"] is None else "open loop, Poisson arrivals"
+        note = f"{cases[0]['requests']} requests a round; {about}"
+        columns_here = [*columns, "decoding", "K/V MiB, mean (most)"]
+        sheets.append(Sheet(f"{load}, {kind}: {where}", columns_here, rows, note))
+    rows = [[*_row(c), _at_once(c, "admitted"), _at_once(c, "decoding"), _memory(c)] for c in data["equal_memory"]]
+    note = "admitted: from its turn to its last token; a request's turn comes when the pool can promise all it may need"
+    title = f"{data['equal_memory'][0]['load']} within {args['kv_memory']} MiB of K/V: {where}"
+    return [*sheets, Sheet(title, [*columns, "admitted", "decoding", "K/V MiB, mean (most)"], rows, note)]
+
+
+def figure(data: Data) -> Figure:
+    """Requests a second, and the waits, over the number of clients."""
+    fig, axes = new_figure(12, 3.4, columns=3)
+    cases = [c for c in data["cases"] if c["rate"] is None]
+    panels: tuple[tuple[str, Callable[[Data], float]], ...] = (
+        ("requests/s", lambda c: c["requests_per_s"]["median"]),
+        ("first token, 95 %, ms", lambda c: 1e3 * c["first"]["p95"]),
+        ("between tokens, 99 %, ms", lambda c: 1e3 * c["between"]["p99"]),
+    )
+    for axis, (label, value) in zip(axes[0], panels, strict=True):
+        for color, name in zip(COLORS, dict.fromkeys(c["engine"] for c in cases), strict=False):
+            mine = [c for c in cases if c["engine"] == name]
+            axis.plot([c["clients"] for c in mine], [value(c) for c in mine], "o-", color=color, label=name, ms=4)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("clients", fontsize=8)
+        axis.set_ylabel(label, fontsize=8)
+        axis.tick_params(labelsize=7)
+        if "ms" in label:
+            axis.set_yscale("log")
+    axes[0][0].legend(fontsize=6)
+    return fig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = options(__doc__, "serving")
+    parser.set_defaults(device="cpu")
+    parser.add_argument("--model", default="nano", help="nano, or a preset (random weights; this engine alone)")
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32], help="of the closed loops")
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests a second, of the open loops")
+    parser.add_argument("--requests", type=int, default=32, help="of a run, at least; and three for each client")
+    parser.add_argument("--pictures", type=float, default=0.75, help="share of the prompts that have one")
+    parser.add_argument("--new-tokens", type=int, nargs=2, default=[4, 48], help="shortest and longest answer")
+    parser.add_argument("--slots", type=int, default=32, help="requests decoded at once, in every engine")
+    parser.add_argument("--max-len", type=int, default=256, help="prompt and answer tokens of a request, at most")
+    parser.add_argument("--kv-memory", type=int, default=12, help="MiB of K/V where memory is what limits")
+    parser.add_argument("--engines", nargs="*", default=COMPARED, choices=COMPARED, help="to compare with")
+    parser.add_argument("--release", type=Path, help="checkout of the last release that ran static batches")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for the rounds, and again at equal memory")
+    parser.add_argument("--least", type=int, default=3, help="rounds, however long they take")
+    parser.add_argument("--build", type=Path, default=ROOT / "build/versus")
+    args = parser.parse_args(argv)
+    if args.device != "cpu":
+        parser.error("all engines run on the CPU: --device is not for here")
+    finish(measure(args, argv), args.out, args.name, tables, figure)
+
+
+if __name__ == "__main__":
+    main()
