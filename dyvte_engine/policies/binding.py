@@ -21,6 +21,7 @@ class PolicyCache:
     def __init__(self, model: Any):
         self._model, self._lock = model, threading.Lock()
         self._bound: OrderedDict[Hashable, VisualTokenPolicy] = OrderedDict()
+        self._keys: dict[int, Hashable] = {}  # of the bound ones, by their id: who brings one back gets it
 
     def bound(self, policy: VisualTokenPolicy | str) -> VisualTokenPolicy:
         """The policy, or the one that a notation names, ready to run; equal policies give the same object.
@@ -34,15 +35,15 @@ class PolicyCache:
             given = type(policy).__name__
             raise InvalidArgumentError(f"policy is a {given}; accepted: a VisualTokenPolicy or its notation")
         with self._lock:
-            key = _key(policy)
+            key = self._keys.get(id(policy)) or _key(policy)
             if key not in self._bound:
                 ready = (parse(policy) if isinstance(policy, str) else policy).bind(self._model)
                 self._model.check(ready)
-                self._bound[key] = ready
-                self._bound[_key(ready)] = ready  # who brings the bound one back gets it
+                self._bound[key], self._keys[id(ready)] = ready, key
             self._bound.move_to_end(key)
             while len(self._bound) > _MOST:
-                self._bound.popitem(last=False)
+                _, oldest = self._bound.popitem(last=False)
+                self._keys.pop(id(oldest), None)
             return self._bound[key]
 
 

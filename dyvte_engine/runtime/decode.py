@@ -139,7 +139,7 @@ class DecodeGraphs:
         """`decode_step` of the state in `cache`, lengths and positions raised; None where no graph covers it."""
         count = cache.count
         key = padded(count, self._slots), self._bucket(cache.longest // self.pool.page_size)
-        if key not in self._replays and self.sealed:
+        if cache.slots > self._slots or (key not in self._replays and self.sealed):
             return None
         home = self._home
         home.admit(cache)

@@ -103,7 +103,10 @@ class Runner:
             try:
                 prefill = self.prefill(cache, prompts, policy, watch, drop_early_kv)
                 prefill.advance()
-                return Running(self.model.decoder, cache, prefill.finish(), self.graphs, self.lock)
+                done = prefill.finish()
+                for b in range(len(prompts)):
+                    cache.claim(b, cache.held(b))  # fewer than at its peak, where early K/V was dropped
+                return Running(self.model.decoder, cache, done, self.graphs, self.lock)
             except BaseException:
                 cache.close()
                 raise

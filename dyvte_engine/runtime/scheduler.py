@@ -227,15 +227,19 @@ class Scheduler:
             self._group = None
 
     def _admit(self) -> _Group | None:
-        """The first that waits, if it fits, and others of its policy; nobody overtakes one that lacks memory."""
+        """The first that waits, if it fits, and others of its policy; nobody overtakes one that lacks memory.
+
+        Where somebody runs, a layer of the whole group keeps within `max_stall`, unless its first prompt does not.
+        """
         with self._mutex:
             chosen: list[Sequence] = []
             room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
+            rows = self._max_stall if self._sequences else float("inf")
             for s in self._waiting:
                 if chosen and s.policy is not chosen[0].policy:
                     continue
-                pages -= worst_pages(self.runner, s)
-                if len(chosen) == room or pages < 0:
+                pages, rows = pages - worst_pages(self.runner, s), rows - len(s.prompt.input_ids)
+                if len(chosen) == room or pages < 0 or (chosen and rows < 0):
                     break
                 chosen.append(s)
             if not chosen and self._waiting and not self._sequences:

@@ -10,6 +10,7 @@ import os
 import threading
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -335,3 +336,43 @@ def test_the_thread_comes_back_after_an_error(monkeypatch):
         handle.result(20)
     monkeypatch.undo()
     assert engine.submit(request).result(20).stats.new_tokens == 3
+
+
+def test_a_group_does_not_stall_those_who_run_for_longer_than_a_slice():
+    """Three prompts that come while one is answered are not prefilled as one: a layer of all would exceed the slice."""
+    engine, _ = build(page_size=4, max_batch=6, max_stall=30)
+    seen, (running, *others) = [], [(i, "keep-all", "greedy", 0, 24) for i in range(4)]
+    first = engine._enqueue(engine._prepare_request(request_of(running)))[0]
+    engine._scheduler.step()
+    for spec in others:
+        engine._enqueue(engine._prepare_request(request_of(spec)))
+    while not first.done:
+        engine._scheduler.step()
+        group = engine._scheduler._group
+        if group is not None:
+            rows = [len(s.prompt.input_ids) for s in group.sequences]
+            seen.append(len(rows) == 1 or sum(rows) <= 30)
+    assert seen and all(seen)
+
+
+def test_policies_are_bound_once():
+    """By value, by notation and by what binding gave; heads are copied again when their values change."""
+    engine, _ = build()
+    heads = random_heads(3)
+    one, two = (DynamicExit(heads, threshold) for threshold in (0.5, 0.9))
+    bound = engine.bind(one)
+    assert engine.bind(one) is bound and engine.bind(bound) is bound
+    assert engine.bind(two).heads is bound.heads and engine.bind(two) is not bound
+    assert engine.bind("fixed:2") is engine.bind("fixed:2") and engine.bind(FixedExit(2)) is engine.bind(FixedExit(2))
+    heads.w2.data.add_(1)
+    with torch.no_grad():
+        heads.w2.mul_(2)
+    again = engine.bind(one)
+    assert again is not bound and not torch.equal(again.heads.w2, bound.heads.w2)
+    with torch.inference_mode():
+        made = DynamicExit(random_heads(5))
+        assert engine.bind(made) is engine.bind(made)
+    for layer in range(4):
+        for k in range(40):
+            engine.bind(compose(FixedExit(layer), Random(1, 0.01 * k)))
+    assert len(engine._policies._bound) == len(engine._policies._keys) <= 64
