@@ -18,7 +18,7 @@ _SCALES = (  # of Granite, Gemma and kin
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
-_MAX_STALL = {"cpu": 512, "cuda": 8192}  # row-layers: about the time of a few decoding steps
+_MAX_STALL = {"cpu": 1024, "cuda": 8192}  # row-layers: about a picture in the vision tower, some decoding steps
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt's length
 
 

@@ -103,7 +103,7 @@ class Engine:
             kv_memory: bytes of the K/V pool; default: what `max_batch` sequences of `max_len` tokens need. With less,
                 requests wait until it can promise them all they may need.
             max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens
-                (at least one layer or one picture); 0 is 512 on a CPU, 8192 on CUDA.
+                (at least one layer or one picture); 0 is 1024 on a CPU, 8192 on CUDA.
             pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout the matrix units read
                 (faster prompts); "auto": where all weights take at most a quarter of the machine's memory.
 
