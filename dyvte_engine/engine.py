@@ -91,7 +91,7 @@ class Engine:
             dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" is bfloat16 on CUDA, float32 on CPU.
             device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where there is one.
             attn_backend: "auto", "flash_attn_3", "flash_attn_4", "flash_attn", "torch_flash", "native" (on a CPU) or
-                "sdpa"; of the prefill, decoding uses the own kernel.
+                "sdpa"; of the prefill; decoding has a kernel of its own.
             max_batch, max_len: sequences run together, and prompt + answer tokens of each; they size the K/V pool.
                 max_len defaults to the model's positions, at most 4096.
             page_size: rows of one K/V page.
@@ -252,10 +252,11 @@ class Engine:
 
         Args:
             prompts: a question, a conversation (messages as transformers takes them), or a list of either.
-            images: for one prompt a picture or a list; for many, such an entry (or None) for each. Paths or PIL images.
-                `<image>` in a question says where a picture goes; without it they come first.
-            videos: likewise; a video is a list of PIL images, an array uint8 [T, H, W, 3], or the path of an animated
-                picture (GIF, WebP, APNG) or of a folder of frames. `<video>` is its mark. Every frame is used.
+            images: for one prompt a picture or a list; for many, such an entry (or None) for each. Paths, `data:` URLs
+                or PIL images; messages may hold them too, also as OpenAI writes it. `<image>` in a question says where
+                a picture goes; without it they come first.
+            videos: in the same way; a video is a list of PIL images, an array uint8 [T, H, W, 3], or the path of an
+                animated picture (GIF, WebP, APNG) or of a folder of frames. `<video>` is its mark. Every frame is used.
             video_fps: frames of the videos in a second, for families that tell the model the time.
             chat: apply the checkpoint's chat template to questions; False takes them as finished text.
             policy: when visual tokens leave, a policy or its notation; default the engine's.

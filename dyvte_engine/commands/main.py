@@ -42,7 +42,7 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="The question; repeat it to ask several as one batch.")],
     image: Annotated[list[str] | None, typer.Option(help="A picture; with several prompts, one for each.")] = None,
     video: Annotated[
-        list[str] | None, typer.Option(help="A folder of frames or an animated picture; with several prompts likewise.")
+        list[str] | None, typer.Option(help="A folder of frames or an animated picture; with several prompts one each.")
     ] = None,
     video_fps: Annotated[float, typer.Option(help="Frames of the videos in a second.")] = 2.0,
     model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",

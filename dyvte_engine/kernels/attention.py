@@ -15,7 +15,7 @@ from ..errors import DeviceError
 # Modules of the flash-attn packages 3, 4 and 2, which share a function's name and arguments.
 _PACKAGES = {"flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute", "flash_attn": "flash_attn"}
 BACKENDS = (*_PACKAGES, "torch_flash", "native", "sdpa")
-MAX_HEAD_DIM = 256  # of the own kernels
+MAX_HEAD_DIM = 256  # of our kernels
 CAPTURABLE = (*_PACKAGES, "torch_flash")  # CUDA's that take the lengths from the device, all but the largest
 
 
@@ -72,7 +72,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Te
 
 
 def native_gains(dtype: torch.dtype, longest: int) -> bool:
-    """Whether the own kernel is ahead of torch's on a CPU: it is, but where matrix units take long 16-bit products."""
+    """Whether our kernel is ahead of torch's on a CPU: it is, but where matrix units take long 16-bit products."""
     return dtype == torch.float32 or longest <= 256 or not torch.cpu._is_amx_tile_supported()
 
 

@@ -41,7 +41,7 @@ class Family:
     before_decoder: bool = True
     axes: int = 1
     tiles: bool = True
-    videos: Literal["", "beside pictures", "alone"] = ""
+    videos: Literal["", "with pictures", "alone"] = ""
 
 
 _IMAGE_AND_VIDEO = (("image_token_id", "image_token_index"), ("video_token_id", "video_token_index"))
@@ -58,7 +58,7 @@ def _qwen(model_class: str, *more: str) -> Family:
         before_decoder=False,
         axes=3,
         tiles=False,
-        videos="beside pictures",
+        videos="with pictures",
     )
 
 
@@ -70,9 +70,9 @@ FAMILIES = {
         "LlavaOnevisionForConditionalGeneration",
         ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos"),
         visual_ids=_IMAGE_AND_VIDEO,
-        videos="beside pictures",
+        videos="with pictures",
     ),
-    "internvl": Family("InternVLForConditionalGeneration", videos="beside pictures"),
+    "internvl": Family("InternVLForConditionalGeneration", videos="with pictures"),
     "mistral3": Family(
         "Mistral3ForConditionalGeneration", ("pixel_values", "image_sizes"), before_decoder=False, tiles=False
     ),

@@ -40,7 +40,7 @@ class Linear:
         return rows <= 48 or (rows <= 256 and self.weight.shape[1] >= 1024)
 
     def __call__(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
-        """x [..., k] -> [..., n]. A few rows on a CPU are bound by reading the weight: the own kernel is for those.
+        """x [..., k] -> [..., n]. A few rows on a CPU are bound by reading the weight: our kernel is for those.
 
         workspace: [rows, n] of at least as many rows as x [N, k]; the result may lie there.
         """
@@ -84,8 +84,8 @@ def _linear(module: nn.Linear) -> Linear:
 
 @functools.cache
 def _intel() -> bool:
-    told = Path("/proc/cpuinfo")
-    return told.exists() and "GenuineIntel" in told.read_text()
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "GenuineIntel" in info.read_text()
 
 
 @functools.cache

@@ -52,7 +52,7 @@ def byte_processor(config: Any) -> Any:
     """A LlavaProcessor for the config's tower whose tokenizer has a token for every byte.
 
     Raises:
-        ModelError: the vocabulary has no room for 256 bytes beside the special tokens.
+        ModelError: the vocabulary has no room for 256 bytes and the special tokens.
     """
     import transformers
 

@@ -51,7 +51,7 @@ def load_whole(
 ) -> Any:
     """`loader.from_pretrained` of a folder of safetensors.
 
-    left_out: how names begin that the folder may hold beside the model's.
+    left_out: how names begin that the folder may hold besides the model's.
 
     Raises:
         ModelError: a weight is missing, left over, of another shape, or not of a floating dtype.

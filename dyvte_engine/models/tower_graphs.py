@@ -21,8 +21,8 @@ class TowerGraphs:
     """Runs `tower` captured: one graph for each shape of pixels and policy inside, for those that come first.
 
     For towers that see pictures of one size. A call with more tensors than pixels, of a further shape, or of a tower
-    that somebody hooked runs plainly; graphs of weights that were exchanged since are forgotten. What a replay gives
-    has fixed addresses and holds until the next one. Where a tower cannot be captured it runs plainly from then on.
+    that somebody hooked runs without a graph; graphs of weights that were exchanged since are forgotten. What a
+    replay gives has fixed addresses and holds until the next one. A tower that cannot be captured runs without.
     """
 
     def __init__(self, tower: nn.Module, capture: Callable[..., Replay[Any]] = capture_cuda):

@@ -210,8 +210,8 @@ class VisionLanguageModel:
         if family.tiles and len({len(c) for c in clips}) > 1:
             given = f"videos of one prompt have {', '.join(str(len(c)) for c in clips)} frames"
             raise InvalidArgumentError(f"{given}; a {kind} model's processor takes equally many")
-        told = [dict(total_num_frames=len(c), fps=fps, frames_indices=list(range(len(c)))) for c in clips]
-        options = dict(do_sample_frames=False, video_metadata=told, fps=fps)
+        metadata = [dict(total_num_frames=len(c), fps=fps, frames_indices=list(range(len(c)))) for c in clips]
+        options = dict(do_sample_frames=False, video_metadata=metadata, fps=fps)
         return dict(videos=[list(clips)], videos_kwargs=options)
 
     @torch.inference_mode()
@@ -313,7 +313,7 @@ class VisionLanguageModel:
     def place(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """positions [n], or [3, n] -> a `PreparedPrompt`'s `positions` and `rotations`.
 
-        The next token follows the largest of three axes; transformers 5 goes on from those of the last row, which
+        The next token follows the largest of three axes; transformers 5 continues from those of the last row, which
         differs after slow videos.
         """
         if positions.dim() == 1:
