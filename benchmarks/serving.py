@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -185,17 +184,14 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def this_engine(args: argparse.Namespace, **more: Any) -> Side:
-    return Side(Path(sys.executable), "dyvte", args.model, json.dumps(common(args) | more), ROOT)
-
-
-def common(args: argparse.Namespace) -> Data:
+def settings(args: argparse.Namespace) -> Data:
+    """What every engine is made with."""
     return {"slots": args.slots, "dtype": args.dtype, "max_len": args.max_len}
 
 
 def others(args: argparse.Namespace) -> tuple[dict[str, Side], dict[str, str]]:
     """The engines compared with, and why the others cannot be had."""
-    here, shared = Path(sys.executable), common(args)
+    here, shared = Path(sys.executable), settings(args)
     folder = Path(resolve_model(args.model))
 
     def release() -> Side:
@@ -235,11 +231,12 @@ class Runner:
     compared: dict[str, tuple[Worker, str]]
     questions: Sequence[Data]
     args: argparse.Namespace
+    limited: bool = False  # to `--kv-memory`
 
     def run(self, name: str, load: Load, seed: int) -> Run:
         jobs = trace(self.questions, load.requests(self.args.requests), seed, self.args, load.rate)
         worker, policy = self.compared[name]
-        found = worker.ask({"jobs": jobs, "clients": load.clients, "policy": policy})
+        found = worker.ask({"jobs": jobs, "clients": load.clients, "policy": policy, "limited": self.limited})
         return Run(found, sum(job["new_tokens"] for job in jobs))
 
     def rounds(self, loads: Sequence[Load], names: Sequence[str]) -> list[Data]:
@@ -275,11 +272,13 @@ def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
             log = Path(folder) / f"{len(workers)}.log"
             workers.append(Worker(side, data["machine"]["threads"], log, "serving_worker"))
             jobs = trace(questions, args.slots, -1, args, None)
-            workers[-1].ask({"jobs": jobs, "clients": args.slots, "policy": "keep-all"})
+            workers[-1].ask({"jobs": jobs, "clients": args.slots, "policy": "keep-all", "limited": False})
             return workers[-1]
 
-        ours, within = start(this_engine(args)), start(this_engine(args, kv_memory=args.kv_memory << 20))
-        compared |= {name: (ours, policy) for name, policy in policies(args.model).items()}
+        memory = {"kv_memory": args.kv_memory << 20}
+        worker = start(Side(Path(sys.executable), "dyvte", args.model, json.dumps(settings(args) | memory), ROOT))
+        ours = {name: (worker, policy) for name, policy in policies(args.model).items()}
+        compared |= ours
         for name, side in sides.items():
             try:
                 compared[name] = start(side), ""
@@ -288,8 +287,8 @@ def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
         runner = Runner(compared, questions, args)
         loads = [*(Load(clients=n) for n in args.clients), *(Load(rate=r) for r in args.rates)]
         data["cases"] = runner.rounds(loads, list(compared))
-        limited = {name: (within, policy) for name, policy in policies(args.model).items()}
-        data["equal_memory"] = Runner(limited, questions, args).rounds([Load(clients=args.slots)], list(limited))
+        limited = Runner(ours, questions, args, limited=True)
+        data["equal_memory"] = limited.rounds([Load(clients=args.slots)], list(ours))
         for worker in workers:
             worker.close()
     data["missing"] = missing

@@ -6,6 +6,7 @@ engine asked for, so it imports nothing of this project but in the engine "dyvte
 
 import asyncio
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -68,7 +69,7 @@ def chat(job):
 
 
 class Dyvte:
-    """This project; options slots, dtype, max_len, kv_memory, and the policy of a run."""
+    """This project; a run names its policy, and whether it has the whole K/V pool or `kv_memory` bytes."""
 
     def __init__(self, folder, options):
         import dyvte_engine
@@ -76,12 +77,14 @@ class Dyvte:
 
         self.request, self.options = dyvte_engine.Request, {"do_sample": False, "eos_token_id": []}
         make = dyvte_engine.Engine.from_config if folder in PRESETS else dyvte_engine.Engine.from_pretrained
-        settings = {key: options[key] for key in ("dtype", "max_len", "kv_memory") if key in options}
-        self.engine = make(folder, device="cpu", max_batch=options["slots"], **settings)
-        self.held = []
+        settings = {key: options[key] for key in ("dtype", "max_len")}
+        whole = make(folder, device="cpu", max_batch=options["slots"], **settings)
+        config = dataclasses.replace(whole.config, kv_memory=options["kv_memory"])
+        self.engines = {False: whole, True: dyvte_engine.Engine(whole.model, config)}
 
     def begin(self, run):
-        self.policy, self.held = self.engine.bind(run["policy"]), []
+        self.engine, self.held = self.engines[run["limited"]], []
+        self.policy = self.engine.bind(run["policy"])
 
     async def answer(self, job):
         asked = {**self.options, "max_new_tokens": job.new_tokens}
@@ -143,7 +146,7 @@ class Release(Batches):
         from dyvte_engine import Engine
         from dyvte_engine.policies import parse
 
-        settings = {key: options[key] for key in ("dtype", "max_len") if key in options}
+        settings = {key: options[key] for key in ("dtype", "max_len")}
         policy = parse(options["policy"])
         self.engine = Engine.from_pretrained(
             folder, device="cpu", policy=policy, max_batch=options["slots"], **settings
