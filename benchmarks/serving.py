@@ -331,6 +331,8 @@ def tables(data: Data) -> list[Sheet]:
     about = f"{100 * args['pictures']:.0f} % of the prompts have a picture, answers {low} to {high} tokens; "
     about += f"which do not end by themselves (same answer: as {BASE} gave); percentiles of all rounds; "
     about += "decoding: requests with a first token and not the last, mean (most)"
+    if any(c["engine"] == LLAMA for c in data["cases"]):
+        about += "; llama.cpp loses the picture's first row (its issue 25814), and its tokens may come in twos"
     for load in dict.fromkeys(c["load"] for c in data["cases"]):
         cases = [c for c in data["cases"] if c["load"] == load]
         rows = [[*_row(c), _at_once(c, "decoding"), _memory(c)] for c in cases]
