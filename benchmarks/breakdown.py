@@ -133,7 +133,7 @@ def ranges_in(device: torch.device) -> Iterator[Ranges]:
         (scheduler._Group, "finish", layers(scheduler._Group.finish)),
         (Rows, "drop", drop_and_look),
         (KVCache, "compact", ranges.around("K/V compaction", KVCache.compact)),
-        (Running, "step", ranges.around("decode", Running.step)),
+        (Running, "feed", ranges.around("decode", Running.feed)),
         (scheduler.Scheduler, "_sample", ranges.around("sampling", scheduler.Scheduler._sample)),
         (Answer, "emit", ranges.around("text", Answer.emit)),
     ]

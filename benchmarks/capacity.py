@@ -118,7 +118,8 @@ class Pool:
             policy = replace(policy, exits=[policy.exits[n] for n in numbers])
         prompts = [self.prompts[n] for n in numbers]
         part = self.engine.runner.run(prompts, policy, drop_early_kv=method.drop_early_kv)
-        cache, most = part.cache, pool.claimed  # pages that were compacted away are still claimed
+        cache, others = part.cache, pool.claimed - sum(part.cache.claims)
+        most = others + sum(pool.pages(n) for layer in part.rows for n in layer)  # before anything was compacted away
         try:
             for b, rows in enumerate(cache.host_lens.T + self.new_tokens - 1):  # the last token is not fed
                 cache.claim(b, sum(map(pool.pages, rows.tolist())))

@@ -23,12 +23,11 @@ INTRO = """# Benchmarks
 Made by `make bench-docs` from the results in [benchmarks/results](../benchmarks/results); do not edit. `make bench`
 measures on a CPU, `make gpu-bench` on a GPU.
 
-How to read it: everything compared in a table ran in one process in turn (`versus`,
-`serving`: processes in turn), so ratios hold
-where absolute times depend on what else the machine did. Figures are medians with quartiles. Limits are measured with
-torch's own matmul and copy just before; "share" is the least time these limits allow over the measured time (a cache
-that holds the data can make it exceed 100 %). Models with random weights have published sizes and force the exit at a
-given layer; nano is the trained model that comes with the package.
+How to read it: everything compared in a table ran in one process in turn (`versus` and `serving`: processes in turn),
+so ratios hold where absolute times depend on what else the machine did. Figures are medians with quartiles. Limits are
+measured with torch's own matmul and copy just before; "share" is the least time these limits allow over the measured
+time (a cache that holds the data can make it exceed 100 %). Models with random weights have published sizes and force
+the exit at a given layer; nano is the trained model that comes with the package.
 """
 
 OVERVIEW = """## At a glance

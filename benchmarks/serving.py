@@ -15,20 +15,21 @@ import argparse
 import json
 import random
 import socket
+import statistics
 import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from transformers import AutoConfig
 
 from benchmarks import versus, workload
 from benchmarks.common import Data, header, options, paired_ratio, rounds_within, spread
-from benchmarks.report import COLORS, Sheet, finish, new_figure, scaled
+from benchmarks.report import COLORS, Sheet, finish, new_figure, percent, scaled
 from benchmarks.versus import ROOT, Side, Unavailable, Worker
 from dyvte_engine import NANO_HEADS
 from dyvte_engine.assets import resolve_model
@@ -62,7 +63,8 @@ def policies(model: str) -> dict[str, str]:
     if model == "nano":
         dynamic = f"dynamic:{NANO_HEADS}"
         return {BASE: "keep-all", "VTW (5)": "fixed:5", "DyVTE": dynamic, "DyVTE+FastV": f"fastv:2,0.5+{dynamic}"}
-    half = preset(model).get_text_config().num_hidden_layers // 2 - 1
+    config = preset(model) if model in PRESETS else AutoConfig.from_pretrained(resolve_model(model))
+    half = config.get_text_config().num_hidden_layers // 2 - 1
     return {BASE: "keep-all", f"VTW ({half})": f"fixed:{half}", f"VTW ({half})+FastV": f"fastv:2,0.5+fixed:{half}"}
 
 
@@ -122,6 +124,10 @@ class Run:
     def between(self) -> list[float]:
         return [b - a for j in self.found["jobs"] for a, b in zip(j["tokens"], j["tokens"][1:], strict=False)]
 
+    def texts_with(self, other: Run) -> Iterable[tuple[str, str]]:
+        both = zip(self.found["jobs"], other.found["jobs"], strict=True)
+        return ((a["text"].strip(), b["text"].strip()) for a, b in both)
+
     def at_once(self, since: Callable[[Data], float]) -> Data:
         """Requests between a moment and their last token: mean over the run, and most."""
         spans = [(since(job), job["tokens"][-1]) for job in self.found["jobs"]]
@@ -135,6 +141,7 @@ def figures(runs: Sequence[Run], base: Sequence[Run]) -> Data:
         "requests": len(runs[0].found["jobs"]),
         "requests_per_s": spread([run.per_second for run in runs]),
         "tokens_per_s": spread([run.new_tokens / run.seconds for run in runs]),
+        "same_text": statistics.fmean(a == b for r, s in zip(runs, base, strict=True) for a, b in r.texts_with(s)),
         "speedup": paired_ratio([1 / run.per_second for run in base], [1 / run.per_second for run in runs]),
         "first": percentiles([t for run in runs for t in run.first]),
         "between": percentiles([t for run in runs for t in run.between]),
@@ -159,7 +166,7 @@ def llama_server(build: Path) -> Path:
     if binary.is_file():
         return binary
     folder.mkdir(parents=True, exist_ok=True)
-    download = ("-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation")
+    download = ("-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:")
     versus.command(sys.executable, *download, "-d", folder, versus.LLAMA_PACKAGE, seconds=3600)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
@@ -177,17 +184,14 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def this_engine(args: argparse.Namespace, **more: Any) -> Side:
-    return Side(Path(sys.executable), "dyvte", args.model, json.dumps(common(args) | more), ROOT)
-
-
-def common(args: argparse.Namespace) -> Data:
+def settings(args: argparse.Namespace) -> Data:
+    """What every engine is made with."""
     return {"slots": args.slots, "dtype": args.dtype, "max_len": args.max_len}
 
 
 def others(args: argparse.Namespace) -> tuple[dict[str, Side], dict[str, str]]:
     """The engines compared with, and why the others cannot be had."""
-    here, shared = Path(sys.executable), common(args)
+    here, shared = Path(sys.executable), settings(args)
     folder = Path(resolve_model(args.model))
 
     def release() -> Side:
@@ -227,11 +231,12 @@ class Runner:
     compared: dict[str, tuple[Worker, str]]
     questions: Sequence[Data]
     args: argparse.Namespace
+    limited: bool = False  # to `--kv-memory`
 
     def run(self, name: str, load: Load, seed: int) -> Run:
         jobs = trace(self.questions, load.requests(self.args.requests), seed, self.args, load.rate)
         worker, policy = self.compared[name]
-        found = worker.ask({"jobs": jobs, "clients": load.clients, "policy": policy})
+        found = worker.ask({"jobs": jobs, "clients": load.clients, "policy": policy, "limited": self.limited})
         return Run(found, sum(job["new_tokens"] for job in jobs))
 
     def rounds(self, loads: Sequence[Load], names: Sequence[str]) -> list[Data]:
@@ -267,11 +272,13 @@ def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
             log = Path(folder) / f"{len(workers)}.log"
             workers.append(Worker(side, data["machine"]["threads"], log, "serving_worker"))
             jobs = trace(questions, args.slots, -1, args, None)
-            workers[-1].ask({"jobs": jobs, "clients": args.slots, "policy": "keep-all"})
+            workers[-1].ask({"jobs": jobs, "clients": args.slots, "policy": "keep-all", "limited": False})
             return workers[-1]
 
-        ours, within = start(this_engine(args)), start(this_engine(args, kv_memory=args.kv_memory << 20))
-        compared |= {name: (ours, policy) for name, policy in policies(args.model).items()}
+        memory = {"kv_memory": args.kv_memory << 20}
+        worker = start(Side(Path(sys.executable), "dyvte", args.model, json.dumps(settings(args) | memory), ROOT))
+        ours = {name: (worker, policy) for name, policy in policies(args.model).items()}
+        compared |= ours
         for name, side in sides.items():
             try:
                 compared[name] = start(side), ""
@@ -280,8 +287,8 @@ def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
         runner = Runner(compared, questions, args)
         loads = [*(Load(clients=n) for n in args.clients), *(Load(rate=r) for r in args.rates)]
         data["cases"] = runner.rounds(loads, list(compared))
-        limited = {name: (within, policy) for name, policy in policies(args.model).items()}
-        data["equal_memory"] = Runner(limited, questions, args).rounds([Load(clients=args.slots)], list(limited))
+        limited = Runner(ours, questions, args, limited=True)
+        data["equal_memory"] = limited.rounds([Load(clients=args.slots)], list(ours))
         for worker in workers:
             worker.close()
     data["missing"] = missing
@@ -294,6 +301,7 @@ def _row(c: Data) -> list[str]:
         scaled(c["requests_per_s"]),
         scaled(c["tokens_per_s"], digits=0),
         scaled(c["speedup"], digits=2),
+        percent(c["same_text"]),
         _waits(c["first"]),
         _waits(c["between"]),
     ]
@@ -317,15 +325,18 @@ def tables(data: Data) -> list[Sheet]:
     args = data["args"]
     where = f"{args['model']}, {args['dtype']}, {args['slots']} slots"
     waits = [f"{what} {'/'.join(map(str, PERCENTILES))} %, ms" for what in ("first token", "between tokens")]
-    columns = ["engine", "requests/s", "tokens/s", f"x {BASE}", *waits]
+    columns = ["engine", "requests/s", "tokens/s", f"x {BASE}", "same answer", *waits]
     sheets = []
     low, high = args["new_tokens"]
     about = f"{100 * args['pictures']:.0f} % of the prompts have a picture, answers {low} to {high} tokens; "
-    about += "percentiles of all rounds; decoding: requests with a first token and not the last, mean (most)"
+    about += f"which do not end by themselves (same answer: as {BASE} gave); percentiles of all rounds; "
+    about += "decoding: requests with a first token and not the last, mean (most)"
+    if any(c["engine"] == LLAMA for c in data["cases"]):
+        about += "; llama.cpp loses the picture's first row (its issue 25814), and its tokens may come in twos"
     for load in dict.fromkeys(c["load"] for c in data["cases"]):
         cases = [c for c in data["cases"] if c["load"] == load]
         rows = [[*_row(c), _at_once(c, "decoding"), _memory(c)] for c in cases]
-        rows += [[name, f"not measured: {why}", *[""] * 6] for name, why in data["missing"].items()]
+        rows += [[name, f"not measured: {why}", *[""] * 7] for name, why in data["missing"].items()]
         kind = "closed loop" if cases[0]["rate"] is None else "open loop, Poisson arrivals"
         note = f"{cases[0]['requests']} requests a round; {about}"
         columns_here = [*columns, "decoding", "K/V MiB, mean (most)"]
@@ -362,7 +373,9 @@ def figure(data: Data) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__, "serving")
     parser.set_defaults(device="cpu")
-    parser.add_argument("--model", default="nano", help="nano, or a preset (random weights; this engine alone)")
+    parser.add_argument(
+        "--model", default="nano", help="nano, a checkpoint, or a preset (random weights; this engine alone)"
+    )
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32], help="of the closed loops")
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests a second, of the open loops")
     parser.add_argument("--requests", type=int, default=32, help="of a run, at least; and three for each client")

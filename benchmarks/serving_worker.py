@@ -6,6 +6,7 @@ engine asked for, so it imports nothing of this project but in the engine "dyvte
 
 import asyncio
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -25,7 +26,8 @@ GATHERED = 0.003  # seconds that a batch waits for others after its first reques
 class Job:
     """A request: its text, its picture or None, the length of its answer; `at` is when it is sent, in an open loop.
 
-    asked, tokens: clock times, of the request and of each token. more: what the engine says about it.
+    asked, tokens: clock times, of the request and of each token. said: the tokens, ids or text. more: what the engine
+    says about it.
     """
 
     text: str
@@ -34,10 +36,12 @@ class Job:
     at: float = 0.0
     asked: float = 0.0
     tokens: list = field(default_factory=list)
+    said: list = field(default_factory=list)
     more: dict = field(default_factory=dict)
 
-    def token(self):
+    def token(self, said):
         self.tokens.append(time.perf_counter())
+        self.said.append(said)
 
 
 async def offer(answer, jobs, clients=None):
@@ -65,7 +69,7 @@ def chat(job):
 
 
 class Dyvte:
-    """This project; options slots, dtype, max_len, kv_memory, and the policy of a run."""
+    """This project; a run names its policy, and whether it has the whole K/V pool or `kv_memory` bytes."""
 
     def __init__(self, folder, options):
         import dyvte_engine
@@ -73,22 +77,27 @@ class Dyvte:
 
         self.request, self.options = dyvte_engine.Request, {"do_sample": False, "eos_token_id": []}
         make = dyvte_engine.Engine.from_config if folder in PRESETS else dyvte_engine.Engine.from_pretrained
-        settings = {key: options[key] for key in ("dtype", "max_len", "kv_memory") if key in options}
-        self.engine = make(folder, device="cpu", max_batch=options["slots"], **settings)
-        self.held = []
+        settings = {key: options[key] for key in ("dtype", "max_len")}
+        whole = make(folder, device="cpu", max_batch=options["slots"], **settings)
+        config = dataclasses.replace(whole.config, kv_memory=options["kv_memory"])
+        self.engines = {False: whole, True: dyvte_engine.Engine(whole.model, config)}
 
     def begin(self, run):
-        self.policy, self.held = self.engine.bind(run["policy"]), []
+        self.engine, self.held = self.engines[run["limited"]], []
+        self.policy = self.engine.bind(run["policy"])
 
     async def answer(self, job):
         asked = {**self.options, "max_new_tokens": job.new_tokens}
         request = self.request(job.text, job.picture, policy=self.policy, options=asked)
         handle = await asyncio.to_thread(self.engine.submit, request)
         async for chunk in handle:
-            job.token()
+            job.token(chunk.text)
             self.held.append((job.tokens[-1], self.engine.pool.bytes_held))
             if chunk.result is not None:
                 job.more = {"queued": chunk.result.stats.queued_s}
+
+    def text(self, job):
+        return "".join(job.said)
 
     def about(self, start):
         return {"held": [(at - start, held) for at, held in self.held], "pool": self.engine.pool.n_pages}
@@ -121,11 +130,11 @@ class Batches:
                 waiting.append(self.inbox.get())
             self.batch([job for job, _ in waiting], [tell for _, tell in waiting])
 
-    def step(self, jobs, tells):
+    def step(self, jobs, tells, said):
         """A token of each has come."""
-        for job, tell in zip(jobs, tells):
+        for job, tell, token in zip(jobs, tells, said):
             if len(job.tokens) < job.new_tokens:
-                job.token()
+                job.token(token)
                 if len(job.tokens) == job.new_tokens:
                     tell()
 
@@ -137,7 +146,7 @@ class Release(Batches):
         from dyvte_engine import Engine
         from dyvte_engine.policies import parse
 
-        settings = {key: options[key] for key in ("dtype", "max_len") if key in options}
+        settings = {key: options[key] for key in ("dtype", "max_len")}
         policy = parse(options["policy"])
         self.engine = Engine.from_pretrained(
             folder, device="cpu", policy=policy, max_batch=options["slots"], **settings
@@ -147,7 +156,9 @@ class Release(Batches):
     def batch(self, jobs, tells):
         settings = {"max_new_tokens": max(job.new_tokens for job in jobs), "do_sample": False, "eos_token_id": []}
         for chunk in self.engine.stream([job.text for job in jobs], [job.picture for job in jobs], **settings):
-            self.step(jobs[chunk.index :][:1], tells[chunk.index :][:1])
+            self.step(jobs[chunk.index :][:1], tells[chunk.index :][:1], [chunk.text])
+
+    text = Dyvte.text
 
 
 class Transformers(Batches):
@@ -169,14 +180,16 @@ class Transformers(Batches):
         pictures = [job.picture for job in jobs if job.picture is not None]
         inputs = self.processor(text=prompts, images=pictures or None, **settings)
         never = self.model.config.get_text_config().vocab_size
-        self.first = True
         self.model.generate(
             **inputs.to(self.model.dtype),
             max_new_tokens=max(job.new_tokens for job in jobs),
             do_sample=False,
             eos_token_id=never,
-            streamer=Steps(lambda: self.step(jobs, tells)),
+            streamer=Steps(lambda tokens: self.step(jobs, tells, tokens.tolist())),
         )
+
+    def text(self, job):
+        return self.processor.tokenizer.decode(job.said, skip_special_tokens=True)
 
 
 class Steps:
@@ -187,7 +200,7 @@ class Steps:
 
     def put(self, tokens):
         if not self.prompt:
-            self.step()
+            self.step(tokens)
         self.prompt = False
 
     def end(self):
@@ -224,8 +237,8 @@ class OpenVino:
             for handle, (job, tell) in list(running.items()):
                 while handle.can_read():
                     for output in handle.read().values():
-                        for _ in output.generated_ids:
-                            job.token()
+                        for token in output.generated_ids:
+                            job.token(token)
                 if len(job.tokens) >= job.new_tokens:
                     del running[handle]
                     tell()
@@ -236,6 +249,9 @@ class OpenVino:
         pictures = [] if job.picture is None else [self.openvino.Tensor(self.numpy.array(job.picture)[None])]
         self.number += 1
         return self.pipeline.add_request(self.number, job.text, pictures, config)
+
+    def text(self, job):
+        return self.pipeline.get_tokenizer().decode(job.said)
 
 
 class LlamaServer:
@@ -257,7 +273,7 @@ class LlamaServer:
                 raise RuntimeError("llama.cpp's server does not start")
             time.sleep(0.2)
 
-    begin, about = Batches.begin, Batches.about
+    begin, about, text = Batches.begin, Batches.about, Dyvte.text
 
     async def healthy(self):
         try:
@@ -290,7 +306,7 @@ class LlamaServer:
             chunk = json.loads(line[6:])
             usage = chunk.get("usage") or usage
             if chunk.get("choices") and chunk["choices"][0]["delta"].get("content") is not None:
-                job.token()
+                job.token(chunk["choices"][0]["delta"]["content"])
         writer.close()
         if usage.get("completion_tokens") != job.new_tokens:
             raise RuntimeError(f"llama.cpp's server says {said[-300:]!r}")
@@ -317,7 +333,10 @@ def answered(engine, run):
     jobs = [Job(**{**job, "picture": opened(job["picture"])}) for job in run["jobs"]]
     engine.begin(run)
     start = asyncio.run(offer(engine.answer, jobs, run.get("clients")))
-    found = [{"asked": j.asked - start, "tokens": [t - start for t in j.tokens], **j.more} for j in jobs]
+    found = [
+        {"asked": j.asked - start, "tokens": [t - start for t in j.tokens], "text": engine.text(j), **j.more}
+        for j in jobs
+    ]
     return {"jobs": found, **engine.about(start)}
 
 

@@ -27,7 +27,7 @@ from tests import tiny
 from tests.engine.conftest import build
 
 COMMIT = "v1-2-gabc"  # as where there is no git
-README, NANO_PAGE = (f"before\n<!-- {x}: begin -->\nold\n<!-- {x}: end -->\nafter\n" for x in ("speed", "nano"))
+README, NANO_PAGE = (f"before\n<!-- {x}: begin -->\noutdated\n<!-- {x}: end -->\nafter\n" for x in ("speed", "nano"))
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,7 @@ def test_readme_quotes_the_records(out, repository, compared):
     document.main(["--results", str(out), "--root", str(repository)])
     text = (repository / "README.md").read_text()
     assert text.startswith("before\n<!-- speed: begin -->\n") and text.endswith("<!-- speed: end -->\nafter\n")
-    assert "old" not in text
+    assert "outdated" not in text
     lines = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith(f"| {compared['args']['model']}")]
     # DyVTE at layer 1 is the same exit as DyVTE's here
     assert [line[0] for line in lines] == ["KeepAll", "DyVTE", "DyVTE+FastV"]

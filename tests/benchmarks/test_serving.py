@@ -1,0 +1,161 @@
+"""The clients, traces and figures of `benchmarks.serving`, by hand-made answers; and the command at its smallest."""
+
+import argparse
+import asyncio
+import itertools
+import json
+import math
+import statistics
+import time
+
+import pytest
+
+from benchmarks import serving
+from benchmarks.serving_worker import Batches, Job, offer
+from tests import tiny
+from tests.benchmarks.test_commands import check_spread
+
+QUESTIONS = [{"text": f"question {i}", "picture": f"{i}.png"} for i in range(5)]
+ARGS = argparse.Namespace(pictures=0.75, new_tokens=[4, 48])
+
+
+def jobs(*lengths, at=()):
+    return [Job("", None, n, at=when) for n, when in itertools.zip_longest(lengths, at, fillvalue=0.0)]
+
+
+def test_percentiles_interpolate_between_ranks():
+    assert serving.percentiles([4.0, 1.0, 2.0, 3.0, 5.0]) == pytest.approx({"p50": 3.0, "p95": 4.8, "p99": 4.96})
+    values = [float(i * i % 101) for i in range(300)]
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    assert list(serving.percentiles(values).values()) == pytest.approx([cuts[p - 1] for p in (50, 95, 99)])
+
+
+def test_arrivals_are_a_poisson_process():
+    found = serving.trace(QUESTIONS, 4000, 1, ARGS, rate=5.0)
+    gaps = [b["at"] - a["at"] for a, b in itertools.pairwise([{"at": 0.0}, *found])]
+    assert min(gaps) > 0
+    assert statistics.fmean(gaps) == pytest.approx(0.2, rel=0.05)
+    for times in (0.5, 1.0, 2.0):  # exponential: P(gap > t) = exp(-rate t)
+        assert sum(g > times / 5 for g in gaps) / 4000 == pytest.approx(math.exp(-times), abs=0.03)
+    counts = [0] * int(found[-1]["at"])
+    for job in found:
+        if job["at"] < len(counts):
+            counts[int(job["at"])] += 1
+    assert statistics.variance(counts) / statistics.fmean(counts) == pytest.approx(1, abs=0.2)
+
+
+def test_a_trace_is_mixed_and_the_same_for_everybody():
+    found = serving.trace(QUESTIONS, 2000, 3, ARGS, rate=None)
+    assert found == serving.trace(QUESTIONS, 2000, 3, ARGS, rate=None)
+    assert found != serving.trace(QUESTIONS, 2000, 4, ARGS, rate=None)
+    assert all(job["at"] == 0.0 for job in found)
+    assert sum(job["picture"] is not None for job in found) / 2000 == pytest.approx(0.75, abs=0.04)
+    assert {job["new_tokens"] for job in found} == set(range(4, 49))
+    assert all(job["picture"] in (None, f"{job['text'].split()[1]}.png") for job in found)
+
+
+def test_a_closed_loop_keeps_every_client_at_work():
+    at_work, seen, order = set(), [], []
+
+    async def answer(job):
+        at_work.add(job)
+        order.append(job)
+        seen.append(len(at_work))
+        await asyncio.sleep(0.001 * job.new_tokens)
+        job.token("")
+        at_work.remove(job)
+
+    sent = jobs(*(1 + i % 4 for i in range(20)))
+    start = asyncio.run(offer(answer, sent, clients=3))
+    assert max(seen) == 3 and seen[2:] == [3] * 18  # the next is sent when one is answered, and never earlier
+    assert order == sent
+    assert all(start <= job.asked < job.tokens[0] for job in sent)
+    ends = sorted(job.tokens[0] for job in sent)
+    for number, job in enumerate(sent[3:]):
+        assert sum(end <= job.asked for end in ends) > number
+
+
+def test_an_open_loop_sends_on_time_whatever_becomes_of_the_others():
+    async def answer(job):
+        job.token("")
+        await asyncio.sleep(0.05)  # longer than all arrivals
+
+    sent = jobs(1, 1, 1, at=(0.0, 0.01, 0.02))
+    start = asyncio.run(offer(answer, sent))
+    assert [job.asked - start for job in sent] == pytest.approx([0.0, 0.01, 0.02])  # as planned, delays count as waits
+    assert all(0 <= job.tokens[0] - job.asked < 0.03 for job in sent)
+
+
+def test_a_static_batch_lasts_until_its_longest_answer():
+    sizes, ends = [], []
+
+    class Steps(Batches):
+        def batch(self, batch, tells):
+            sizes.append([job.new_tokens for job in batch])
+            for _ in range(max(sizes[-1])):
+                self.step(batch, tells, range(len(batch)))
+                time.sleep(0.002)
+            ends.append(time.perf_counter())
+
+    engine = Steps(slots=2)
+    sent = jobs(1, 5, 2)
+    asyncio.run(offer(engine.answer, sent, clients=3))
+    assert sizes == [[1, 5], [2]]
+    assert [job.said for job in sent] == [[0], [1] * 5, [0] * 2]  # and no token that nobody asked for
+    assert sent[2].tokens[0] > ends[0] > sent[0].tokens[-1]
+
+
+def run_of(*spans, held=None):
+    """Requests (asked, tokens...)."""
+    found = [{"asked": a, "tokens": list(tokens), "queued": 0.5, "text": f"{tokens[0]}"} for a, *tokens in spans]
+    data = {"jobs": found} | ({"held": held} if held else {})
+    return serving.Run(data, sum(len(tokens) for _, *tokens in spans))
+
+
+def test_figures_of_a_run():
+    run = run_of((0.0, 1.0, 2.0, 4.0), (0.0, 3.0, 5.0), held=[(1.0, 10), (3.0, 30), (4.0, 20)])
+    slow = run_of((0.0, 2.0, 4.0, 8.0), (0.0, 6.0, 10.0), held=[(2.0, 40)])
+    found = serving.figures([run, slow], [run, run])
+    assert found["requests_per_s"] == pytest.approx({"median": 0.3, "q1": 0.25, "q3": 0.35, "n": 2})
+    assert found["tokens_per_s"]["median"] == pytest.approx((5 / 5 + 5 / 10) / 2)
+    assert found["speedup"]["median"] == pytest.approx((1 + 0.5) / 2)
+    assert found["same_text"] == 0.5
+    assert found["first"]["p50"] == statistics.median([1, 3, 2, 6])
+    assert found["between"]["p50"] == statistics.median([1, 2, 2, 2, 4, 4])
+    assert found["decoding"]["median"] == pytest.approx((3 + 2) / 5) and found["most_decoding"] == 2
+    assert found["admitted"]["median"] == pytest.approx(((3.5 + 4.5) / 5 + (7.5 + 9.5) / 10) / 2)
+    assert found["kv_bytes"]["median"] == pytest.approx(((2 * 10 + 1 * 30 + 1 * 20) / 5 + 8 * 40 / 10) / 2)
+    assert found["most_kv_bytes"] == 40
+    assert "kv_bytes" not in serving.figures([run_of((0.0, 1.0, 2.0))], [run_of((0.0, 1.0, 2.0))])
+
+
+def test_spans_that_touch_do_not_overlap():
+    assert serving.most_at_once([(0, 1), (1, 2), (2, 3)]) == 1
+    assert serving.most_at_once([(0, 3), (1, 2), (1, 4), (3, 5)]) == 3
+    assert serving.most_at_once([]) == 0
+
+
+def test_serving_measures_what_it_can_and_says_what_it_cannot(tmp_path):
+    checkpoint = tiny.save(tmp_path / "tiny")
+    sizes = ["--clients", "1", "3", "--rates", "50", "--requests", "4", "--new-tokens", "2", "5", "--slots", "3"]
+    more = ["--max-len", "128", "--kv-memory", "1", "--engines", "release", "transformers", "--seconds", "0"]
+    serving.main(["--model", checkpoint, *sizes, *more, "--least", "2", "--out", str(tmp_path)])
+    data = json.loads((tmp_path / "serving.json").read_text())
+    assert data["missing"] == {serving.RELEASE: "--release is not given"}
+    ours = ["KeepAll", "VTW (1)", "VTW (1)+FastV"]
+    cases = {(c["load"], c["engine"]): c for c in data["cases"]}
+    loads = ("1 clients", "3 clients", "50/s")
+    assert set(cases) == {(load, name) for load in loads for name in [*ours, serving.TRANSFORMERS]}
+    for (load, name), c in cases.items():
+        assert c["requests"] == (9 if load == "3 clients" else 4)
+        for part in ("requests_per_s", "tokens_per_s", "speedup", "decoding"):
+            check_spread(c[part])
+        assert 0 < c["first"]["p50"] <= c["first"]["p95"] <= c["first"]["p99"]
+        assert c["most_decoding"] <= 3 and (load != "1 clients" or c["most_decoding"] == 1)
+        assert ("kv_bytes" in c) == (name in ours)
+        if name in ("KeepAll", serving.TRANSFORMERS):
+            assert c["same_text"] == 1.0
+    assert cases["1 clients", "VTW (1)"]["most_kv_bytes"] < cases["1 clients", "KeepAll"]["most_kv_bytes"]
+    assert [c["engine"] for c in data["equal_memory"]] == ours
+    assert "not measured" in serving.tables(data)[0].rows[-1][1]
+    assert (tmp_path / "serving.png").stat().st_size > 2000
