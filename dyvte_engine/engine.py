@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -223,9 +223,11 @@ class Engine:
             raise InvalidArgumentError(f"request.priority is {request.priority!r}; accepted: an integer")
         if not isinstance(request.options, Mapping):
             raise InvalidArgumentError(f"request.options is a {type(request.options).__name__}; accepted: a mapping")
+        _check_hooks(request, self.model.shape.vocab_size)
         config = self._config(request.generation_config, dict(request.options))
         inputs = self._tokenize(request.prompt, request.images, request.videos, request.video_fps, request.chat)
-        return self._sequences(inputs, request.policy, [request.seed], config, request.priority)
+        hooks = request.processors, request.logprobs
+        return self._sequences(inputs, request.policy, [request.seed], config, request.priority, *hooks)
 
     def generate(
         self,
@@ -312,6 +314,8 @@ class Engine:
         seed: int | Sequence[int],
         config: Any,
         priority: int = 0,
+        processors: Sequence[Callable[[Any, Any], Any]] = (),
+        logprobs: int | None = None,
     ) -> list[sequence.Sequence]:
         """What the scheduler takes, all checked. Nothing has been computed yet."""
         seeds = sequence_seeds(seed, len(inputs))
@@ -327,13 +331,14 @@ class Engine:
                     index,
                     prompt,
                     bound,
-                    Sampler(config, prompt.input_ids, one_seed, ends, self.config.device),
+                    Sampler(config, prompt.input_ids, one_seed, ends, self.config.device, processors),
                     StopRules(config, tokenizer, ends, n, budget),
                     budget,
                     tokenizer,
                     int(self.model.visual(torch.tensor(prompt.input_ids, device="cpu")).sum()),
                     (passes * flops[0], passes * flops[1]),
                     priority,
+                    logprobs,
                 )
             )
         return out
@@ -461,6 +466,12 @@ class Engine:
             raise PromptError(f"{given}; accepted: together at most max_len {self.max_len}")
         return wanted
 
+    @property
+    def load(self) -> dict[str, int]:
+        """Requests `waiting`, `prefilling` and `running`; K/V pages `pages` and of these `pages_promised`."""
+        pool = self.pool
+        return dict(self._scheduler.counts, pages=pool.n_pages, pages_promised=pool.n_pages - pool.claimable)
+
     def check_integrity(self) -> None:
         """Every page of the K/V pool is free or held once, and all promises add up, while no request is under way.
 
@@ -470,6 +481,14 @@ class Engine:
         with self.runner.lock:
             if not self._scheduler.has_work:
                 self.runner.check_integrity()
+
+
+def _check_hooks(request: Request, vocab_size: int) -> None:
+    given, top = request.processors, request.logprobs
+    if not isinstance(given, (list, tuple)) or not all(map(callable, given)):
+        raise InvalidArgumentError(f"request.processors is {given!r}; accepted: a list of callables (ids, scores)")
+    if top is not None and not (is_whole(top) and 0 <= top <= vocab_size):
+        raise InvalidArgumentError(f"request.logprobs is {top!r}; accepted: None, or 0 to {vocab_size} (vocabulary)")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ..models import PreparedPrompt
 from .kv_cache import KVCache
 from .prefill import Prefill
 from .runner import Runner
+from .sampling import token_logprobs
 from .sequence import Sequence
 
 
@@ -270,11 +271,13 @@ class Scheduler:
         """f32 [B, vocab] -> int64 [B]."""
         tokens = logits.argmax(-1)
         for i, s in enumerate(self._sequences):
-            if not s.sampler.plain:
-                try:
+            try:
+                if not s.sampler.plain:
                     tokens[i] = s.sampler(logits[i], s.ids)
-                except Exception as error:
-                    s.fail(error)
+                if s.logprobs is not None:
+                    s.newest_logprobs = token_logprobs(logits[i], tokens[i], s.logprobs)
+            except Exception as error:
+                s.fail(error)
         return tokens
 
     def _emit(self, sequence: Sequence) -> None:

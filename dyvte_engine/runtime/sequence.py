@@ -8,7 +8,7 @@ from typing import Any
 from ..flops import paper_flops, true_flops
 from ..models import Decoder, TokenizedPrompt
 from ..policies import VisualTokenPolicy
-from ..requests import GenerationResult, GenerationStats, Handle, StreamChunk
+from ..requests import GenerationResult, GenerationStats, Handle, StreamChunk, TokenLogprobs
 from .kv_cache import KVCache
 from .prefill import Prefilled
 from .sampling import Sampler, StopRules
@@ -18,7 +18,7 @@ class Sequence:
     """A prompt, its answer so far, and the handle that its tokens go to.
 
     `index` is its number in the call; `policy` is bound to the model; `picture_flops` are those of the vision tower,
-    under the policy and without one.
+    under the policy and without one. `logprobs`: how many most likely tokens to name at every place, if any.
     """
 
     def __init__(
@@ -33,10 +33,12 @@ class Sequence:
         visual_tokens: int,
         picture_flops: tuple[float, float],
         priority: int = 0,
+        logprobs: int | None = None,
     ):
         self.index, self.prompt, self.policy, self.priority = index, prompt, policy, priority
         self.max_new_tokens, self.visual_tokens = max_new_tokens, visual_tokens
         self.sampler, self._stops, self._tokenizer, self._picture_flops = sampler, stops, tokenizer, picture_flops
+        self.logprobs, self.newest_logprobs = logprobs, None if logprobs is None else TokenLogprobs(0.0)
         self.handle: Handle | None = None
         self.ids, self.new = list(prompt.input_ids), list[int]()
         self.finish_reason: str | None = None
@@ -100,7 +102,7 @@ class Sequence:
         assert self.handle is not None
         text = self._new_text()
         result = None if self.finish_reason is None else self._result(self.finish_reason)
-        self.handle.put(StreamChunk(self.index, self.new[-1], text, result))
+        self.handle.put(StreamChunk(self.index, self.new[-1], text, result, self.newest_logprobs))
 
     def _new_text(self) -> str:
         """What the newest token adds; an unfinished multi-byte character waits for its rest."""
