@@ -428,6 +428,12 @@ class Engine:
         if positions.min() < 0 or positions.max() >= self.max_len or not ascends:
             raise InvalidArgumentError(f"position_ids must ascend within 0 to {self.max_len - 1} (max_len - 1)")
 
+    def tokenize(
+        self, prompts: Any, images: Any = None, *, videos: Any = None, video_fps: float = 2.0, chat: bool = True
+    ) -> list[list[int]]:
+        """The token ids of each prompt as the model reads it, visual ones included; arguments as in `generate`."""
+        return [prompt.input_ids for prompt in self._tokenize(prompts, images, videos, video_fps, chat)]
+
     def _tokenize(self, prompts: Any, images: Any, videos: Any, video_fps: float, chat: bool) -> list[TokenizedPrompt]:
         batch, pictures, clips = as_batch(prompts, images, videos)
         texts = []

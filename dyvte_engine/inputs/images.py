@@ -40,7 +40,8 @@ _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 def load_image(source: Any, place: str = "picture") -> Image.Image:
     """A path, a `data:` URL, a file's bytes or a PIL picture -> a decoded RGB picture.
 
-    It is turned upright by its EXIF orientation. Transparent pixels become white, as transformers' processors have them. `place` names the picture in errors.
+    It is turned upright by its EXIF orientation. Transparent pixels become white, as transformers' processors have
+    them. `place` names the picture in errors.
 
     Raises:
         ImageError: not found, no regular file, none of FORMATS, damaged, of more than 8 bits for a channel, or empty,
