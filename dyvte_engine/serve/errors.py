@@ -105,6 +105,10 @@ def from_validation(errors: list[Any]) -> ApiError:
         reason = "not supported" if error["type"] == "extra_forbidden" else error["msg"]
         if error["type"] == "json_invalid":
             place, reason = "body", "no JSON"
+        elif error["type"] == "value_error":  # of this project's own checks, which begin with the argument
+            reason = reason.removeprefix("Value error, ")
+            if place == "body":
+                place, reason = reason.split(" ", 1)
         seen.setdefault(place, reason)
     text = "; ".join(f"{place}: {reason}" for place, reason in seen.items())
     return ApiError(400, text[:_LONGEST], next(iter(seen), None))

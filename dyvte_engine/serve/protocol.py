@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Int = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(strict=True)]
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no text") from None
+    return text
+
+
+Text = Annotated[str, Field(strict=True), AfterValidator(_unicode)]
 
 
 class _Body(BaseModel):
@@ -68,7 +78,7 @@ class ResponseFormat(_Body):
     @model_validator(mode="after")
     def _schema_where_needed(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with type 'json_schema'")
+            raise ValueError("json_schema goes with type 'json_schema', and only with that")
         return self
 
 
@@ -138,5 +148,5 @@ class TokenizeRequest(_Body):
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages")
+            raise ValueError("prompt or messages must be given, not both")
         return self
