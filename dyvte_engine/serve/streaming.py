@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, as_api_error, dumps
 
+log = logging.getLogger("dyvte_engine.serve")
 T = TypeVar("T")
 
 
@@ -78,4 +80,7 @@ async def _lines(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
         async for event in events:
             yield f"data: {dumps(event)}\n\n".encode()
     except Exception as error:
-        yield f"data: {dumps(as_api_error(error).body())}\n\n".encode()
+        refused = as_api_error(error)
+        if refused.status_code >= 500:
+            log.error("a stream ends: %s", refused.detail, exc_info=error)
+        yield f"data: {dumps(refused.body())}\n\n".encode()
