@@ -19,6 +19,12 @@ def _unicode(text: str) -> str:
     return text
 
 
+def _temperature(value: float) -> float:
+    if 0 < value < 1e-6:  # logits divided by it would be infinite
+        raise ValueError("0 is greedy; accepted above it: 1e-6 to 10")
+    return value
+
+
 Text = Annotated[str, Field(strict=True), AfterValidator(_unicode)]
 
 
@@ -91,13 +97,13 @@ class _Generation(_Body):
     policy: Text | None = None
     max_tokens: Annotated[Int, Field(ge=1)] | None = None
     min_tokens: Annotated[Int, Field(ge=0)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=10)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=10), AfterValidator(_temperature)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Int, Field(ge=-1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     stop: Text | list[Text] | None = None
     ignore_eos: Flag = False

@@ -89,6 +89,12 @@ def test_options_are_the_engine_s(app, engine, given, wanted):
     assert got == engine.generate(QUESTION, PICTURE, seed=3, **{"max_new_tokens": 8, "do_sample": False} | wanted).text
 
 
+def test_options_at_their_ends_are_answered(app):
+    ends = dict(temperature=1e-6, repetition_penalty=0.01, presence_penalty=2, frequency_penalty=-2, top_p=5e-324)
+    for fields in (ends, ends | {"temperature": 10, "repetition_penalty": 100, "min_p": 1, "top_k": 10**9}):
+        assert app.chat(**fields, logit_bias={"5": 100, "6": -100}).status_code == 200
+
+
 def test_frequency_penalty_changes_what_repeats(app):
     plain = app.complete(max_tokens=6, logprobs=0).json()["choices"][0]["logprobs"]["tokens"]
     varied = app.complete(max_tokens=6, logprobs=0, frequency_penalty=2, presence_penalty=2).json()
@@ -188,6 +194,8 @@ REFUSED = [
     {"nonsense": 1},
     {"temperature": -1},
     {"temperature": "1"},
+    {"temperature": 1e-300},
+    {"repetition_penalty": 5e-324},
     {"top_p": 0},
     {"n": 0},
     {"n": 9},
