@@ -154,8 +154,9 @@ class Scheduler:
     @property
     def counts(self) -> dict[str, int]:
         """Requests that wait, that are prefilled, and that are decoded."""
-        group = 0 if self._group is None else len(self._group.sequences)
-        return dict(waiting=len(self._waiting), prefilling=group, running=len(self._sequences))
+        group = self._group  # the thread that runs steps may end it meanwhile
+        prefilling = 0 if group is None else len(group.sequences)
+        return dict(waiting=len(self._waiting), prefilling=prefilling, running=len(self._sequences))
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Queue them together. They must fit into the empty pool."""

@@ -79,8 +79,18 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 async def models(request: Request) -> Response:
     """The model, and the policies that requests may name."""
+    return JsonResponse({"object": "list", "data": [_model(_service(request))]})
+
+
+async def one_model(name: str, request: Request) -> Response:
+    """The same, for one name."""
     service = _service(request)
-    model = dict(
+    service.check_model(name)
+    return JsonResponse(_model(service))
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return dict(
         id=service.options.model_name,
         object="model",
         created=_STARTED,
@@ -88,7 +98,6 @@ async def models(request: Request) -> Response:
         max_model_len=service.engine.max_len,
         policies=service.policy_names,
     )
-    return JsonResponse({"object": "list", "data": [model]})
 
 
 async def health(request: Request) -> Response:
@@ -134,6 +143,7 @@ _ROUTES: list[tuple[str, Any, str]] = [
     ("/v1/chat/completions", chat_completions, "POST"),
     ("/v1/completions", completions, "POST"),
     ("/v1/models", models, "GET"),
+    ("/v1/models/{name:path}", one_model, "GET"),
     ("/tokenize", tokenize, "POST"),
     ("/health", health, "GET"),
     ("/metrics", metrics, "GET"),

@@ -98,7 +98,7 @@ def _requests(service: Service, body: Body, media: Media | None) -> list[Request
     options = sampling.options_of(body, base, engine.max_len)
     prompts = _chat_prompt(service, body, media) if isinstance(body, ChatRequest) else _texts(service, body)
     count, seed = body.n * len(prompts), sampling.seed_of(body)
-    grammars = service.grammars.processors(body.response_format, count)
+    grammars = service.grammars.processors(body, count)
     return [
         Request(
             prompts[i // body.n],

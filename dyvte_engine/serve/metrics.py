@@ -59,7 +59,9 @@ class Metrics:
             "visual_rows_saved": "visual rows times layers that exits and pruning saved",
         }
         self._counts = {name: self._counter(name, text) for name, text in counts.items()}
-        self._success = self._counter("request_success", "answers that came to their end", "finished_reason")
+        self._success = self._counter(
+            "request_success", "answers by how they ended; abort: the client went away", "finished_reason"
+        )
         self._refused = self._counter("request_errors", "requests that ended in an error", "status")
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -70,6 +72,11 @@ class Metrics:
 
     def error(self, status: int) -> None:
         self._refused.labels(self._model, str(status)).inc()
+
+    def aborted(self, answers: int) -> None:
+        """So many were cancelled before their end."""
+        if answers:
+            self._success.labels(self._model, "abort").inc(answers)
 
     def answered(self, answer: Answer, seconds: float) -> None:
         """An answer is complete; `seconds` since its submission."""

@@ -88,6 +88,20 @@ class ResponseFormat(_Body):
         return self
 
 
+class StructuredOutputs(_Body):
+    """vLLM's notation. Exactly one of them."""
+
+    choice: Annotated[list[Text], Field(min_length=1, max_length=256)] | None = None
+    regex: Text | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="json")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> StructuredOutputs:
+        if sum(given is not None for given in (self.choice, self.regex, self.json_schema)) != 1:
+            raise ValueError("exactly one of choice, regex and json must be given")
+        return self
+
+
 class StreamOptions(_Body):
     include_usage: Flag = False
 
@@ -112,13 +126,15 @@ class _Generation(_Body):
     stream: Flag = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    priority: Annotated[Literal[0], Field()] = 0
+    structured_outputs: StructuredOutputs | None = None
     user: Text | None = None  # who asks, for the client's own records
 
     @model_validator(mode="after")
-    def _stream_options_where_used(self) -> _Generation:
+    def _fit_together(self) -> _Generation:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("response_format and structured_outputs are given; accepted: one of the two")
         return self
 
 
@@ -141,8 +157,8 @@ class ChatRequest(_Generation):
 class CompletionRequest(_Generation):
     prompt: Text | Annotated[list[Text], Field(min_length=1)]
     logprobs: Annotated[Int, Field(ge=0)] | None = None
-    echo: Annotated[Literal[False], Field()] = False
-    best_of: Annotated[Literal[1], Field()] = 1
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
 
 
 class TokenizeRequest(_Body):

@@ -179,4 +179,5 @@ class Call:
             self._closed = True
             open_handles = [handle for handle in self._handles if not handle.done]
         self._service.leave(self._choices)
+        self._service.metrics.aborted(len(open_handles))
         await self._service.cancel(open_handles)

@@ -57,6 +57,9 @@ def test_sixteen_at_once(address, engine):
 def test_completions_and_models(client):
     assert client.completions.create(model="nano", prompt="what is", max_tokens=2, logprobs=1).choices[0].text
     assert [model.id for model in client.models.list()] == ["nano"]
+    assert client.models.retrieve("nano").id == "nano"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("a/b")
 
 
 def test_parse_with_a_schema(client):

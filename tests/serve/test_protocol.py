@@ -179,6 +179,21 @@ def test_json_schema_and_json_object(app):
     assert plain == "The rectangle is blue."
 
 
+def test_choices_and_expressions(app):
+    pytest.importorskip("llguidance")
+    for form, accepted in (
+        ({"choice": ["a (b)", "c|d"]}, ("a (b)", "c|d")),
+        ({"regex": "[0-9]{3}"}, tuple(f"{i:03}" for i in range(1000))),
+        ({"json": {"const": 7}}, ("7",)),
+    ):
+        choice = app.chat(structured_outputs=form, max_tokens=20).json()["choices"][0]
+        assert choice["message"]["content"] in accepted and choice["finish_reason"] == "stop"
+    for form in ({}, {"choice": ["a"], "regex": "a"}, {"regex": "("}, {"grammar": "x"}, {"choice": []}):
+        assert app.chat(structured_outputs=form).status_code == 400
+    both = app.chat(structured_outputs={"regex": "a"}, response_format={"type": "text"})
+    assert both.status_code == 400
+
+
 @pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"$ref": "http://elsewhere/x.json"}, {"pattern": "("}])
 def test_schemas_that_are_not_accepted_are_refused(app, schema):
     refused = app.chat(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "string"} | schema}})

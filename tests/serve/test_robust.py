@@ -43,6 +43,8 @@ def test_a_client_that_goes_away_frees_what_it_held(engine, stream):
         until(lambda: idle(engine))
         assert time.monotonic() - gone < 2
         until(lambda: app.state.service._pending == 0)
+        aborted = 'request_success_total{finished_reason="abort",model_name="nano"} 2.0'
+        assert aborted in httpx.get(f"{address}/metrics").text
     engine.check_integrity()
 
 
