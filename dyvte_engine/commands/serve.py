@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,38 +44,19 @@ def serve(
     drop_early_kv: Annotated[bool, typer.Option(help="Also drop the early layers' visual K/V.")] = False,
 ) -> None:
     """Serve a model over HTTP with OpenAI's interface (docs/serving.md)."""
-    media: dict[str, Any] = dict(images=max_images, videos=max_videos, frames=max_frames, pixels=max_pixels)
-    media.update(bytes=max_media_mib * 2**20)
-    size: dict[str, Any] = dict(dtype=dtype, device=device, attn_backend=attn_backend, drop_early_kv=drop_early_kv)
-    size.update(max_batch=max_batch, max_len=max_len)
-    names: dict[str, Any] = dict(model_name=served_model_name or _name(model), api_keys=tuple(api_key or ()))
-    bounds = dict(max_queue=max_queue, max_choices=max_n, body_bytes=max_media_mib * 2**20 * 3 // 2)
-    app = _app(model, policy, allow_policy or [], size, dict(media, domains=tuple(allow_domain or ())), names | bounds)
-    from ..serve.run import serve as listen
-
-    listen(app, host, port, drain_seconds, max_connections)
-
-
-def _name(model: str) -> str:
-    """Of a folder only its last part: the rest is nobody's business."""
-    return Path(model).resolve().name if os.path.isdir(model) else model
-
-
-def _app(model: str, policy: str, allowed: list[str], size: Any, media: Any, options: Any) -> Any:
-    """The app, with the model loaded. Raises SourceError where the extra is not installed."""
+    media = dict(images=max_images, videos=max_videos, frames=max_frames, pixels=max_pixels)
+    size = dict(max_batch=max_batch, max_len=max_len, dtype=dtype, device=device, attn_backend=attn_backend)
+    options: dict[str, Any] = dict(max_queue=max_queue, max_choices=max_n, api_keys=tuple(api_key or ()))
+    options.update(body_bytes=max_media_mib * 2**20 * 3 // 2)
+    if served_model_name is not None:
+        options.update(model_name=served_model_name)
     try:
-        from ..serve.app import create_app
-        from ..serve.options import MediaLimits, ServeOptions
+        from ..serve.build import build
+        from ..serve.run import serve as listen
     except ModuleNotFoundError as e:
         raise SourceError(f"{e.name} is not installed; pip install 'dyvte-engine[serve]'") from e
-    from ..engine import Engine
-    from ..policies.auto import policy_for
-
     quiet()
     with loading(model):
-        chosen = policy_for(policy, model)
-        named = {text: policy_for(text, model) for text in dict.fromkeys(["keep-all", *allowed])}
-        engine = Engine.from_pretrained(model, chosen, **size)
-        return create_app(
-            engine, ServeOptions(policies={policy: chosen, **named}, media=MediaLimits(**media), **options)
-        )
+        limits = dict(media, bytes=max_media_mib * 2**20, domains=tuple(allow_domain or ()))
+        app = build(model, policy, allow_policy or [], dict(size, drop_early_kv=drop_early_kv), limits, options)
+    listen(app, host, port, drain_seconds, max_connections)

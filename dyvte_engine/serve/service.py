@@ -51,16 +51,18 @@ class Service:
         self._pending = 0
 
     async def warm_up(self) -> None:
-        """From here on requests are taken."""
+        """`warm_up_here` in a thread; an error is logged, and no request is taken."""
         try:
-            await self.in_thread(self._warm_up)
-            self.ready = True
+            await self.in_thread(self.warm_up_here)
         except Exception:
             log.exception("the warm-up failed; no request is taken")
 
-    def _warm_up(self) -> None:
-        self.engine.warm_up()
-        self.engine.generate("a", chat=False, max_new_tokens=2)
+    def warm_up_here(self) -> None:
+        """From here on requests are taken. Nothing to do the second time."""
+        if not self.ready:
+            self.engine.warm_up()
+            self.engine.generate("a", chat=False, max_new_tokens=2)
+            self.ready = True
 
     def close(self) -> None:
         """Its threads end."""
