@@ -16,7 +16,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     policy: Annotated[str, typer.Option(help="When visual tokens leave, unless a request says otherwise.")] = "auto",
     allow_policy: Annotated[
-        list[str] | None, typer.Option(help="A further policy that requests may name; may be repeated.")
+        list[str] | None, typer.Option(help="NOTATION or NAME=NOTATION that requests may name; may be repeated.")
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="The name for requests; default MODEL's.")] = None,
     api_key: Annotated[

@@ -124,8 +124,12 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     service.check_model(body.model)
     check_length([body.prompt or "", *texts_of(body.messages or [])], service.options.max_text_characters)
     media = Media.of(body.messages or [], service.options.media, service.fetcher)
-    await media.fetch(service.fetcher)
-    tokens = await service.in_thread(_tokens, service, body, media)
+    service.enter(1)
+    try:
+        await media.fetch(service.fetcher)
+        tokens = await service.in_thread(_tokens, service, body, media)
+    finally:
+        service.leave(1)
     return JsonResponse({"count": len(tokens), "max_model_len": service.engine.max_len, "tokens": tokens})
 
 

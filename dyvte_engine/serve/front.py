@@ -29,6 +29,7 @@ class Front:
     def __init__(self, app: ASGIApp, options: ServeOptions, failed: Callable[[int], None]):
         self._app, self._options, self._failed = app, options, failed
         self._keys = [key.encode() for key in options.api_keys]
+        self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,7 +39,7 @@ class Front:
         given = headers.get("x-request-id", "")
         state = scope.setdefault("state", {})
         state["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        status = [0]
+        status, held = [0], [0]
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -48,13 +49,14 @@ class Front:
 
         try:
             self._check_key(scope["path"], headers)
-            await self._app(scope, self._bounded(headers, receive), answer)
+            await self._app(scope, self._bounded(headers, receive, held), answer)
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("request %s", state["request_id"])
             if not status[0]:
                 await as_api_error(error).response()(scope, receive, answer)
         finally:
+            self._held -= held[0]
             if status[0] >= 400:
                 self._failed(status[0])
             _write(scope, status[0], time.perf_counter() - began)
@@ -69,15 +71,18 @@ class Front:
             refusal = {"www-authenticate": "Bearer"}
             raise ApiError(401, "no valid API key in Authorization: Bearer", None, "invalid_api_key", refusal)
 
-    def _bounded(self, headers: Headers, receive: Receive) -> Receive:
-        """`receive` that ends a body which is too large, by its announcement or by what came, or too slow."""
+    def _bounded(self, headers: Headers, receive: Receive, held: list[int]) -> Receive:
+        """`receive` that ends a body which is too large, by its announcement or by what came, or too slow.
+
+        `held` counts its bytes, which all bodies share a bound on.
+        """
         most, seconds = self._options.body_bytes, self._options.body_seconds
         too_large = ApiError(413, f"the body is larger than {most:,} bytes", None, "body_too_large")
         announced = headers.get("content-length", "0")
-        came, complete, end = 0, False, time.monotonic() + seconds
+        complete, end = False, time.monotonic() + seconds
 
         async def bounded() -> Message:
-            nonlocal came, complete
+            nonlocal complete
             if complete:
                 return await receive()
             if announced.isdigit() and int(announced[:20]) > most:
@@ -86,10 +91,14 @@ class Front:
                 message = await asyncio.wait_for(receive(), max(end - time.monotonic(), 0.001))
             except asyncio.TimeoutError:
                 raise ApiError(408, f"the body did not come within {seconds:g} s") from None
-            came += len(message.get("body", b""))
+            came = len(message.get("body", b""))
+            held[0] += came
+            self._held += came
             complete = not message.get("more_body", False)
-            if came > most:
+            if held[0] > most:
                 raise too_large
+            if self._held > self._options.bodies_bytes:
+                raise ApiError(503, "too many bytes are under way; try again", headers={"retry-after": "1"})
             return message
 
         return bounded

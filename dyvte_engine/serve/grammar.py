@@ -43,6 +43,9 @@ class Grammars:
         if asked is None:
             return []
         place, kind, given = asked
+        if body.ignore_eos or body.min_tokens:  # what has its form is at its end, and nothing may follow
+            name = "ignore_eos" if body.ignore_eos else "min_tokens"
+            raise ApiError(400, f"{name} and {place} are given; accepted: one of the two", name)
         try:
             from llguidance import LLMatcher
         except ImportError:
@@ -86,14 +89,18 @@ class Constraint:
         new = [] if self._seen is None else ids[0, self._seen :].tolist()
         self._seen = ids.shape[1]
         if new and not self._matcher.consume_tokens(new):
-            raise InvalidArgumentError(f"{self._place}: {self._matcher.get_error()}")
+            raise self._broken()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: scores.shape[1]].astype(bool)
         mask = torch.zeros(scores.shape[1], dtype=torch.bool, device="cpu")
         mask[: len(allowed)] = torch.from_numpy(allowed)
         if not mask.any():
-            raise InvalidArgumentError(f"{self._place}: no token continues it; {self._matcher.get_error()}")
+            raise self._broken()
         return scores.masked_fill(~mask.to(scores.device), float("-inf"))
+
+    def _broken(self) -> InvalidArgumentError:
+        reason = (self._matcher.get_error() or "no token continues it").splitlines()[0]
+        return InvalidArgumentError(f"{self._place} cannot be kept to: {reason[:300]}")
 
 
 def _asked(body: ChatRequest | CompletionRequest) -> tuple[str, str, Any] | None:

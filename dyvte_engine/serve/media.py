@@ -19,6 +19,8 @@ from .protocol import ImagePart, Message, TextPart
 
 _DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.IGNORECASE)
 
+_ANIMATED = ("GIF", "PNG", "WEBP")
+
 
 @dataclass
 class Media:
@@ -95,8 +97,9 @@ def _from_base64(url: str, place: str) -> bytes:
 
 def _measure(data: bytes, place: str, kind: str) -> tuple[int, int, int]:
     """Width, height and frames by the file's headers; nothing is decoded."""
+    accepted = FORMATS if kind == "image" else _ANIMATED
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
+        with Image.open(BytesIO(data), formats=accepted) as image:
             return *image.size, getattr(image, "n_frames", 1) if kind == "video" else 1
     except Exception:  # whatever PIL's readers raise on damaged headers
-        raise ImageError(f"{place} is not a readable picture; accepted: {', '.join(FORMATS)}") from None
+        raise ImageError(f"{place} is not a readable {kind}; accepted: {', '.join(accepted)}") from None

@@ -34,11 +34,12 @@ class ServeOptions:
     Attributes:
         model_name: that requests name and answers carry.
         api_keys: one of them must come as `Authorization: Bearer KEY`, except for /health; none: no key is asked for.
-        policies: what requests may write in `policy`, with what it stands for.
+        policies: what requests may write in `policy`, and what it means.
         max_queue: answers that may wait beyond the engine's max_batch; more get 429.
         max_choices: `n` times prompts of one request.
         max_text_characters: of all messages or prompts together.
         body_bytes, body_seconds: the size of a request's body, and the time in which it must have come.
+        bodies_bytes: of all requests' bodies together that are under way; more get 503.
         stall_seconds: a stream whose reader takes nothing for so long is closed.
         threads: that decode pictures and tokenize.
     """
@@ -56,5 +57,6 @@ class ServeOptions:
     max_text_characters: int = 500_000
     body_bytes: int = 36 * 2**20
     body_seconds: float = 60.0
+    bodies_bytes: int = 512 * 2**20
     stall_seconds: float = 60.0
     threads: int = 2

@@ -85,7 +85,7 @@ class Service:
             raise ApiError(404, text, "model", "model_not_found")
 
     def policy(self, text: str | None) -> VisualTokenPolicy:
-        """What a request's `policy` stands for. Raises ApiError for what the operator does not allow."""
+        """What a request's `policy` means. Raises ApiError for what the operator does not allow."""
         if text is None:
             return self.engine.policy
         found = self._policies.get(_spaceless(text))

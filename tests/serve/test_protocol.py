@@ -190,6 +190,8 @@ def test_choices_and_expressions(app):
         assert choice["message"]["content"] in accepted and choice["finish_reason"] == "stop"
     for form in ({}, {"choice": ["a"], "regex": "a"}, {"regex": "("}, {"grammar": "x"}, {"choice": []}):
         assert app.chat(structured_outputs=form).status_code == 400
+    for longer in ({"ignore_eos": True}, {"min_tokens": 3}):
+        assert app.chat(structured_outputs={"regex": "a"}, **longer).status_code == 400
     both = app.chat(structured_outputs={"regex": "a"}, response_format={"type": "text"})
     assert both.status_code == 400
 

@@ -90,6 +90,8 @@ def test_the_queue_is_bounded(engine):
     assert refused.headers["retry-after"] and refused.json()["error"]["type"] == "rate_limit_error"
     assert app.complete().status_code == 200
     assert app.complete(prompt=["x"] * 6).status_code == 429
+    app.service._pending = 5
+    assert app("POST", "/tokenize", json={"prompt": "x"}).status_code == 429
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), CacheError("pages"), MemoryError()])

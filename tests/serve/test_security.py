@@ -11,8 +11,11 @@ import httpcore
 import pytest
 
 from dyvte_engine import ImageError
+from dyvte_engine.serve.build import build
 from dyvte_engine.serve.errors import ApiError, public_text
 from dyvte_engine.serve.fetch import Fetcher, ForbiddenAddressError, GuardedBackend, is_global
+from dyvte_engine.serve.front import Front
+from dyvte_engine.serve.media import Media
 from dyvte_engine.serve.options import MediaLimits, ServeOptions
 from tests import tiny
 
@@ -225,6 +228,47 @@ def test_frames_are_bounded_by_what_the_file_says(app, monkeypatch):
     assert refused.status_code == 400  # nothing in a request sets the frames
 
 
+def gif_that_grows(width: int, height: int) -> bytes:
+    """A screen of one pixel, a frame of it, and a second frame of this size."""
+
+    def frame(w, h):
+        return b"\x2c\0\0\0\0" + struct.pack("<HH", w, h) + b"\0\x02\x02\x4c\x01\0"
+
+    head = b"GIF89a" + struct.pack("<HH", 1, 1) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
+    return head + frame(1, 1) + frame(width, height) + b"\x3b"
+
+
+def test_frames_that_outgrow_the_first_are_not_decoded(monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # put back at the end
+    build("nano", "keep-all", engine=dict(device="cpu", max_batch=1), media=dict(pixels=10**6))
+    media = Media(MediaLimits(), [("place", "video", data_url(gif_that_grows(1001, 1001), "image/gif"))], [b""])
+    with pytest.raises(ImageError, match=r"too large|exceeds limit|bomb"):
+        media.decode()
+
+
+def test_videos_are_animated_pictures_only(app):
+    tiff = data_url(encoded(noise(8, 8), "TIFF"), "image/tiff")
+    refused = app.chat(messages=[{"role": "user", "content": [{"type": "video_url", "video_url": {"url": tiff}}]}])
+    assert refused.status_code == 422 and "GIF, PNG, WEBP" in refused.text
+
+
+def test_policies_of_files_have_names(monkeypatch, tmp_path):
+    from dyvte_engine import NANO_HEADS, InvalidArgumentError
+
+    monkeypatch.setattr("dyvte_engine.serve.build.Image", type("Image", (), {}))
+    size = dict(device="cpu", max_batch=1)
+    with pytest.raises(InvalidArgumentError, match="NAME="):
+        build("nano", allow_policy=[f"dynamic:{NANO_HEADS}"], engine=size)
+    made = build(str(NANO_HEADS.parent), f"dynamic:{NANO_HEADS}", [f"early=dynamic:{NANO_HEADS},0.5"], size)
+    service = made.state.service
+    assert service.policy_names == ["default", "keep-all", "early"] and service.options.model_name == "nano"
+    with pytest.raises(ApiError) as error:
+        service.policy("fixed:1")
+    assert "/" not in error.value.detail
+
+
 def test_media_bytes_are_bounded_together(engine):
     app = Asgi(engine, ServeOptions(media=MediaLimits(bytes=9000)))
     one = encoded(noise(50, 50))
@@ -247,6 +291,25 @@ def test_a_body_is_refused_before_it_is_read(engine):
     chunked = app("POST", "/v1/chat/completions", content=body())
     assert chunked.status_code == 413 and chunked.json()["error"]["code"] == "body_too_large"
     assert app.chat(messages=[{"role": "user", "content": "hi"}]).status_code == 200
+
+
+def test_bodies_are_bounded_together(engine):
+    app = Asgi(engine, ServeOptions(bodies_bytes=1500))
+    front = next(m for m in [app.app.build_middleware_stack()] if m)
+    while not isinstance(front, Front):
+        front = front.app
+    front._held = 1400  # another's
+    status = []
+
+    async def receive():
+        return dict(type="http.request", body=b"x" * 200, more_body=False)
+
+    async def send(message):
+        status.append(message.get("status"))
+
+    scope = dict(type="http", method="POST", path="/tokenize", headers=[], query_string=b"", client=None)
+    asyncio.run(front(scope, receive, send))
+    assert status[0] == 503 and front._held == 1400
 
 
 def test_a_body_that_does_not_come_is_given_up(engine):
@@ -380,6 +443,12 @@ def test_cors_and_documentation_pages_are_off(app):
     )
     assert answer.status_code == 405 and not any(h.startswith("access-control") for h in answer.headers)
     assert app("GET", "/docs").status_code == 404 and app("GET", "/redoc").status_code == 404
+
+
+def test_a_page_elsewhere_cannot_ask_by_a_form(app):
+    """Browsers send text/plain to other sites without asking them first."""
+    answer = app("POST", "/v1/completions", content=json.dumps({"prompt": "x"}), headers={"content-type": "text/plain"})
+    assert answer.status_code == 400
 
 
 def test_request_ids_of_clients_are_taken_only_where_harmless(app):
