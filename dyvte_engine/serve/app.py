@@ -41,9 +41,8 @@ def create_app(engine: Engine, options: ServeOptions | None = None) -> FastAPI:
         warming.cancel()
         service.close()
 
-    app = FastAPI(
-        title="dyvte-engine", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, debug=False
-    )
+    off: Any = dict(docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)  # the last is new; older ones have none
+    app = FastAPI(title="dyvte-engine", version=__version__, lifespan=lifespan, **off)
     app.state.service = service
     app.add_middleware(Front, options=options, failed=service.metrics.error)
     for kind in (HTTPException, DyvteError, RequestValidationError):
@@ -142,6 +141,7 @@ def _tokens(service: Service, body: TokenizeRequest, media: Media) -> list[int]:
     return service.engine.tokenize(conversation(body.messages, media.decode()))[0]
 
 
+_NO_TELEMETRY = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 _STARTED = int(time.time())
 _ROUTES: list[tuple[str, Any, str]] = [
     ("/v1/chat/completions", chat_completions, "POST"),

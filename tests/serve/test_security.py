@@ -451,6 +451,17 @@ def test_a_page_elsewhere_cannot_ask_by_a_form(app):
     assert answer.status_code == 400
 
 
+def test_nothing_is_exported_even_where_the_environment_says_so(engine, monkeypatch):
+    import fastapi
+
+    if not hasattr(fastapi, "telemetry"):
+        pytest.skip("this FastAPI has no telemetry")
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    monkeypatch.setattr("fastapi.telemetry._asgi._unconfigured", lambda provider: False)
+    made = Asgi(engine).app
+    assert not made._native_telemetry.enabled() and not made._telemetry["auto_configure"]
+
+
 def test_request_ids_of_clients_are_taken_only_where_harmless(app):
     assert app("GET", "/version", headers={"x-request-id": "a-1.b_2"}).headers["x-request-id"] == "a-1.b_2"
     for odd in ("x" * 65, 'a"b', "a b", "a\tb"):
