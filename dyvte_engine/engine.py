@@ -226,7 +226,7 @@ class Engine:
         _check_hooks(request, self.model.shape.vocab_size)
         config = self._config(request.generation_config, dict(request.options))
         inputs = self._tokenize(request.prompt, request.images, request.videos, request.video_fps, request.chat)
-        hooks = request.processors, request.logprobs
+        hooks = request.processors, request.stop_text, request.logprobs
         return self._sequences(inputs, request.policy, [request.seed], config, request.priority, *hooks)
 
     def generate(
@@ -315,6 +315,7 @@ class Engine:
         config: Any,
         priority: int = 0,
         processors: Sequence[Callable[[Any, Any], Any]] = (),
+        stop_text: Sequence[str] = (),
         logprobs: int | None = None,
     ) -> list[sequence.Sequence]:
         """What the scheduler takes, all checked. Nothing has been computed yet."""
@@ -338,6 +339,7 @@ class Engine:
                     int(self.model.visual(torch.tensor(prompt.input_ids, device="cpu")).sum()),
                     (passes * flops[0], passes * flops[1]),
                     priority,
+                    stop_text,
                     logprobs,
                 )
             )
@@ -490,9 +492,11 @@ class Engine:
 
 
 def _check_hooks(request: Request, vocab_size: int) -> None:
-    given, top = request.processors, request.logprobs
+    given, stops, top = request.processors, request.stop_text, request.logprobs
     if not isinstance(given, (list, tuple)) or not all(map(callable, given)):
         raise InvalidArgumentError(f"request.processors is {given!r}; accepted: a list of callables (ids, scores)")
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) and s for s in stops):
+        raise InvalidArgumentError(f"request.stop_text is {stops!r}; accepted: a list of strings, none empty")
     if top is not None and not (is_whole(top) and 0 <= top <= vocab_size):
         raise InvalidArgumentError(f"request.logprobs is {top!r}; accepted: None, or 0 to {vocab_size} (vocabulary)")
 

@@ -30,6 +30,9 @@ class Request:
         processors: further logits processors, called as transformers' are: (ids int64 [1, n], scores f32 [1, vocab]) ->
             scores. They come after the penalties and before temperature and the like. One with a state must be this
             request's own.
+        stop_text: texts that end the answer with the token after which its text holds one of them. Unlike the option
+            `stop_strings`, they need no table of the vocabulary (seconds for 150,000 tokens), and never begin in the
+            prompt.
         logprobs: every chunk says the log-probability of its token and of so many most likely ones.
     """
 
@@ -44,6 +47,7 @@ class Request:
     generation_config: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
     processors: Sequence[Callable[[Any, Any], Any]] = ()
+    stop_text: Sequence[str] = ()
     logprobs: int | None = None
 
 

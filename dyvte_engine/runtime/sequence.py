@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import abc
 from typing import Any
 
 from ..flops import paper_flops, true_flops
@@ -33,6 +34,7 @@ class Sequence:
         visual_tokens: int,
         picture_flops: tuple[float, float],
         priority: int = 0,
+        stop_text: abc.Sequence[str] = (),
         logprobs: int | None = None,
     ):
         self.index, self.prompt, self.policy, self.priority = index, prompt, policy, priority
@@ -42,6 +44,7 @@ class Sequence:
         self.handle: Handle | None = None
         self.ids, self.new = list(prompt.input_ids), list[int]()
         self.finish_reason: str | None = None
+        self._stop_text, self._decoded = stop_text, ""  # the text of all of `new`
         self._text = ""
         self._asked_at = time.perf_counter() - prompt.seconds
         self._begun_at = self._first_at = self._last_at = 0.0
@@ -95,7 +98,10 @@ class Sequence:
         self._first_at = self._first_at or self._last_at
         self.ids.append(token)
         self.new.append(token)
+        self._decoded = ""
         self.finish_reason = self._stops.reason(self.ids, self.new)
+        if self.finish_reason is None and any(stop in self._decode() for stop in self._stop_text):
+            self.finish_reason = "stop_string"
 
     def emit(self) -> None:
         """Hand the newest token on, with the text it adds and, if it is the last, the result."""
@@ -106,11 +112,15 @@ class Sequence:
 
     def _new_text(self) -> str:
         """What the newest token adds; an unfinished multi-byte character waits for its rest."""
-        text = self._tokenizer.decode(self.new, skip_special_tokens=True)
+        text = self._decode()
         if text.endswith("\ufffd") and self.finish_reason is None:
             return ""
         added, self._text = text[len(self._text) :], text
         return added
+
+    def _decode(self) -> str:
+        self._decoded = self._decoded or self._tokenizer.decode(self.new, skip_special_tokens=True)
+        return self._decoded
 
     def _result(self, finish_reason: str) -> GenerationResult:
         decode_s = self._last_at - self._first_at

@@ -18,7 +18,7 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 _NAMES = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
-    "stop_strings": "stop",
+    "request.stop_text": "stop",
     "sequence_bias": "logit_bias",
     "prompts": "messages",
     "request.logprobs": "logprobs",

@@ -108,6 +108,7 @@ def _requests(service: Service, body: Body, media: Media | None) -> list[Request
             seed=seed + i,
             options=options,
             processors=[*sampling.penalties(body), *grammars[i : i + 1]],
+            stop_text=sampling.stops_of(body),
             logprobs=sampling.top_logprobs(body),
         )
         for i in range(count)

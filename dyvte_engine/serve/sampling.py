@@ -46,7 +46,6 @@ def options_of(body: ChatRequest | CompletionRequest, base: Any, max_len: int) -
         max_length=max_len if longest is None and base.max_new_tokens is None else None,
         min_new_tokens=body.min_tokens,
         repetition_penalty=body.repetition_penalty,
-        stop_strings=stops_of(body) or None,
         eos_token_id=[] if body.ignore_eos else None,
         sequence_bias=_biases(body.logit_bias) or None,
         **_draws(body, base),

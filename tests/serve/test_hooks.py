@@ -82,9 +82,11 @@ def test_without_logprobs_chunks_have_none(pair):
     assert chunk.logprobs is None
 
 
-@pytest.mark.parametrize(
-    "fields", [{"logprobs": -1}, {"logprobs": 10**6}, {"logprobs": True}, {"processors": [1]}, {"processors": len}]
-)
+WRONG = [{"logprobs": -1}, {"logprobs": 10**6}, {"logprobs": True}, {"processors": [1]}, {"processors": len}]
+WRONG += [{"stop_text": [""]}, {"stop_text": "x"}, {"stop_text": [1]}]
+
+
+@pytest.mark.parametrize("fields", WRONG)
 def test_hooks_of_another_kind_are_refused(pair, fields):
     with pytest.raises(InvalidArgumentError, match=f"request.{next(iter(fields))}"):
         pair[0].submit(Request("w1", chat=False, **fields))
@@ -114,6 +116,20 @@ def test_penalties_are_openai_s_formula():
     assert penalty(ids, scores)[0].tolist() == [0, 0, 0, 0, -0.75, 0]
     ids = torch.tensor([[1, 2, 2, 4, 4, 5]])
     assert penalty(ids, scores)[0].tolist() == [0, 0, 0, 0, -1.0, -0.75]
+
+
+def test_stop_text_ends_with_the_token_that_completes_it(monkeypatch):
+    engine = Engine.from_pretrained("nano", device="cpu", max_batch=2)
+    question = "what color is the rectangle? Answer in a sentence."
+    whole = engine.generate(question, PICTURE)
+    monkeypatch.setattr(transformers, "StopStringCriteria", lambda *a: pytest.fail("a table of the vocabulary"))
+    for stop in ("gle", "rectangle is", "is bl", "The", "."):
+        got = engine.submit(Request(question, PICTURE, stop_text=["never", stop])).result()
+        n = next(i for i in range(1, 9) if stop in engine.model.processor.tokenizer.decode(whole.token_ids[:i]))
+        assert got.token_ids == whole.token_ids[:n] and got.finish_reason == "stop_string"
+        assert got.text == engine.model.processor.tokenizer.decode(whole.token_ids[:n])
+    for stop in ("rectangle?", "</s>"):  # of the prompt; of the end token, which is no text
+        assert engine.submit(Request(question, PICTURE, stop_text=[stop])).result().finish_reason == "stop"
 
 
 def test_load_counts_requests_and_pages(pair):
