@@ -47,7 +47,7 @@ async def respond(service: Service, body: Body, request: fastapi.Request) -> Res
             events = _events(body, call, shape, deltas, len(prompts), request)
             return EventStream(events, call.close, service.options.stall_seconds)
         await unless_gone(request, _drain(deltas))
-        figures = usage([*call.answers], len(prompts))
+        figures = usage(call.answers, len(prompts))
         _note(request, body, figures)
         content = await service.in_thread(shape.whole, call.answers, figures)
     except BaseException:

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import io
 import json
+import socket
 import threading
 import time
 
@@ -94,6 +95,12 @@ def listening(engine, options: ServeOptions | None = None):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def until(true, seconds: float = 20) -> None:

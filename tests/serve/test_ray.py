@@ -15,7 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from dyvte_engine.serve.ray import Arguments, build_app
 
-from .common import QUESTION, asked, chat_body
+from .common import QUESTION, asked, chat_body, free_port
 
 CONFIG = Path(__file__).parents[2] / "docs" / "ray.yaml"
 
@@ -31,12 +31,13 @@ def test_the_configuration_in_the_documentation_is_one():
 
 @pytest.fixture(scope="module")
 def address():
+    port = free_port()
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": 8321})
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(
         build_app(Arguments(policy="keep-all", allow_policy=["auto"], engine={"device": "cpu"}, api_keys=["word"]))
     )
-    yield "http://127.0.0.1:8321"
+    yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
 

@@ -18,7 +18,7 @@ import uvicorn
 from dyvte_engine import CacheError
 from dyvte_engine.serve.options import ServeOptions
 
-from .common import Asgi, asked, chat_body, listening, until
+from .common import Asgi, asked, chat_body, free_port, listening, until
 
 LONG = dict(model="nano", prompt="what is", max_tokens=1500, ignore_eos=True)
 
@@ -192,9 +192,7 @@ def test_a_second_signal_ends_it(engine):
 @pytest.fixture
 def process():
     """The command itself, with its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "-m",
