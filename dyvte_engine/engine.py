@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -231,9 +231,11 @@ class Engine:
             raise InvalidArgumentError(f"request.priority is {request.priority!r}; accepted: an integer")
         if not isinstance(request.options, Mapping):
             raise InvalidArgumentError(f"request.options is a {type(request.options).__name__}; accepted: a mapping")
+        _check_hooks(request, self.model.shape.vocab_size)
         config = self._config(request.generation_config, dict(request.options))
         inputs = self._tokenize(request.prompt, request.images, request.videos, request.video_fps, request.chat)
-        return self._sequences(inputs, request.policy, [request.seed], config, request.priority)
+        hooks = request.processors, request.stop_text, request.logprobs
+        return self._sequences(inputs, request.policy, [request.seed], config, request.priority, *hooks)
 
     def generate(
         self,
@@ -321,6 +323,9 @@ class Engine:
         seed: int | Sequence[int],
         config: Any,
         priority: int = 0,
+        processors: Sequence[Callable[[Any, Any], Any]] = (),
+        stop_text: Sequence[str] = (),
+        logprobs: int | None = None,
     ) -> list[sequence.Sequence]:
         """What the scheduler takes, all checked. Nothing has been computed yet."""
         seeds = sequence_seeds(seed, len(inputs))
@@ -336,13 +341,15 @@ class Engine:
                     index,
                     prompt,
                     bound,
-                    Sampler(config, prompt.input_ids, one_seed, ends, self.config.device),
+                    Sampler(config, prompt.input_ids, one_seed, ends, self.config.device, processors),
                     StopRules(config, tokenizer, ends, n, budget),
                     budget,
                     tokenizer,
                     int(self.model.visual(torch.tensor(prompt.input_ids, device="cpu")).sum()),
                     (passes * flops[0], passes * flops[1]),
                     priority,
+                    stop_text,
+                    logprobs,
                 )
             )
         return out
@@ -432,6 +439,12 @@ class Engine:
         if positions.min() < 0 or positions.max() >= self.max_len or not ascends:
             raise InvalidArgumentError(f"position_ids must ascend within 0 to {self.max_len - 1} (max_len - 1)")
 
+    def tokenize(
+        self, prompts: Any, images: Any = None, *, videos: Any = None, video_fps: float = 2.0, chat: bool = True
+    ) -> list[list[int]]:
+        """The token ids of each prompt as the model reads it, visual ones included; arguments as in `generate`."""
+        return [prompt.input_ids for prompt in self._tokenize(prompts, images, videos, video_fps, chat)]
+
     def _tokenize(self, prompts: Any, images: Any, videos: Any, video_fps: float, chat: bool) -> list[TokenizedPrompt]:
         batch, pictures, clips = as_batch(prompts, images, videos)
         texts = []
@@ -470,6 +483,12 @@ class Engine:
             raise PromptError(f"{given}; accepted: together at most max_len {self.max_len}")
         return wanted
 
+    @property
+    def load(self) -> dict[str, int]:
+        """Requests `waiting`, `prefilling` and `running`; K/V pages `pages` and of these `pages_promised`."""
+        pool = self.pool
+        return dict(self._scheduler.counts, pages=pool.n_pages, pages_promised=pool.n_pages - pool.claimable)
+
     def check_integrity(self) -> None:
         """Every page of the K/V pool is free or held once, and all promises add up, while no request is under way.
 
@@ -479,6 +498,16 @@ class Engine:
         with self.runner.lock:
             if not self._scheduler.has_work:
                 self.runner.check_integrity()
+
+
+def _check_hooks(request: Request, vocab_size: int) -> None:
+    given, stops, top = request.processors, request.stop_text, request.logprobs
+    if not isinstance(given, (list, tuple)) or not all(map(callable, given)):
+        raise InvalidArgumentError(f"request.processors is {given!r}; accepted: a list of callables (ids, scores)")
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) and s for s in stops):
+        raise InvalidArgumentError(f"request.stop_text is {stops!r}; accepted: a list of strings, none empty")
+    if top is not None and not (is_whole(top) and 0 <= top <= vocab_size):
+        raise InvalidArgumentError(f"request.logprobs is {top!r}; accepted: None, or 0 to {vocab_size} (vocabulary)")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,13 @@ class Request:
         seed: of its samples.
         priority: requests of a higher one are begun first; among equals the first to come.
         options: sampling and stop options, as the keywords of `Engine.generate`.
+        processors: further logits processors, called as transformers' are: (ids int64 [1, n], scores f32 [1, vocab]) ->
+            scores. They come after the penalties and before temperature and the like. One with a state must be this
+            request's own.
+        stop_text: texts that end the answer with the token after which its text holds one of them. Unlike the option
+            `stop_strings`, they need no table of the vocabulary (seconds for 150,000 tokens), and never begin in the
+            prompt.
+        logprobs: every chunk says the log-probability of its token and of so many most likely ones.
     """
 
     prompt: Any
@@ -39,6 +46,9 @@ class Request:
     priority: int = 0
     generation_config: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    processors: Sequence[Callable[[Any, Any], Any]] = ()
+    stop_text: Sequence[str] = ()
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,19 @@ class GenerationResult:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities (natural) at one place of an answer, by the model's logits as they are: no penalty, no mask.
+
+    Attributes:
+        logprob: of the token that was chosen.
+        top: token ids and log-probabilities of the most likely ones, best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class StreamChunk:
     """One token of prompt `index`: the text it adds (may be empty) and, with the last one, the whole `result`."""
 
@@ -92,6 +115,7 @@ class StreamChunk:
     token_id: int
     text: str
     result: GenerationResult | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class Handle:

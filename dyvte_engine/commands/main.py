@@ -1,4 +1,4 @@
-"""`dyvte-engine generate | doctor`."""
+"""`dyvte-engine`: the commands, and `generate` and `doctor` themselves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .convert import convert
 from .evaluation import evaluate, sweep
 from .guard import CLOSED, guarded
 from .output import err, loading, quiet
+from .serve import serve
 from .training import add_commands
 
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command("eval")(evaluate)
 app.command()(sweep)
 app.command()(convert)
+app.command()(serve)
 add_commands(app)
 add_analysis(app)
 

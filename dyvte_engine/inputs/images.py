@@ -33,14 +33,15 @@ programs, are never asked."""
 
 _DATA_URL = re.compile(r"data:(image/[\w.+-]+);base64,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=-]+")
-_ACCEPTED = "accepted: a path or a PIL image, or a data:image/...;base64, URL"
+_ACCEPTED = "accepted: a path or a PIL image, a data:image/...;base64, URL, or a file's bytes"
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def load_image(source: Any, place: str = "picture") -> Image.Image:
-    """A path, a `data:` URL or a PIL picture -> a decoded RGB picture, turned upright by its EXIF orientation.
+    """A path, a `data:` URL, a file's bytes or a PIL picture -> a decoded RGB picture.
 
-    Transparent pixels become white, as transformers' processors have them. `place` names the picture in errors.
+    It is turned upright by its EXIF orientation. Transparent pixels become white, as transformers' processors have
+    them. `place` names the picture in errors.
 
     Raises:
         ImageError: not found, no regular file, none of FORMATS, damaged, of more than 8 bits for a channel, or empty,
@@ -48,8 +49,9 @@ def load_image(source: Any, place: str = "picture") -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _rgb(source, place)
-    if isinstance(source, (str, Path)):
-        shown = "" if isinstance(source, str) and _DATA_URL.match(source) else f" ({source})"
+    if isinstance(source, (str, Path, bytes)):
+        named = not isinstance(source, bytes) and not _DATA_URL.match(str(source))
+        shown = f" ({source!s})" if named else ""
         with _open(source, place) as image:
             return _rgb(image, place + shown)
     raise ImageError(f"{place} is a {type(source).__name__}; {_ACCEPTED}")
@@ -97,15 +99,17 @@ def is_video(source: Any) -> bool:
     """Whether this is one video as `load_video` takes it, and not a list of them."""
     if isinstance(source, (list, tuple)):
         return len(source) > 0 and all(isinstance(frame, Image.Image) for frame in source)
-    return isinstance(source, (str, Path)) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 4)
+    return isinstance(source, (str, Path, bytes)) or (
+        isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 4
+    )
 
 
 def load_video(source: Any, place: str = "video") -> np.ndarray:
     """One video -> its frames, uint8 [T, H, W, 3].
 
-    source: a list of PIL pictures of one size, an array or tensor uint8 [T, H, W, 3], or the path (or `data:` URL) of
-        an animated picture (GIF, WebP, APNG), or the path of a folder of frames, in the order of their names. Nothing
-        else is decoded. `place` names the video in errors.
+    source: a list of PIL pictures of one size, an array or tensor uint8 [T, H, W, 3], or the path, `data:` URL
+        or bytes of an animated picture (GIF, WebP, APNG), or the path of a folder of frames, in the order of their
+        names. Nothing else is decoded. `place` names the video in errors.
 
     Raises:
         ImageError: not found, not one of these, no frames, frames of several sizes, or more than MAX_FRAMES or
@@ -118,7 +122,7 @@ def load_video(source: Any, place: str = "video") -> np.ndarray:
         raise ImageError(f"{place} is a {type(source).__name__}; accepted: {accepted}")
     frames: list[np.ndarray] = []
     size, total = None, 0
-    for i, frame in enumerate(_frames(source, place) if isinstance(source, (str, Path)) else source):
+    for i, frame in enumerate(_frames(source, place) if isinstance(source, (str, Path, bytes)) else source):
         total += frame.width * frame.height
         _check_video(i + 1, total, place)
         size = size or frame.size
@@ -146,9 +150,9 @@ def _check_video(frames: int, pixels: int, place: str) -> None:
         raise ImageError(f"{place} has {pixels:,} pixels or more; accepted: {MAX_VIDEO_PIXELS:,} in all frames")
 
 
-def _frames(source: str | Path, place: str) -> Iterator[Image.Image]:
+def _frames(source: str | Path | bytes, place: str) -> Iterator[Image.Image]:
     """Not decoded yet, so that a refusal costs nothing."""
-    if os.path.isdir(source):
+    if not isinstance(source, bytes) and os.path.isdir(source):
         formats = Image.registered_extensions()
         files = sorted(f for f in Path(source).iterdir() if formats.get(f.suffix.lower()) in FORMATS)
         for file in files:
@@ -176,10 +180,12 @@ def _decoded(frames: Iterator[Image.Image], place: str) -> Iterator[Image.Image]
         yield frame
 
 
-def _open(source: str | Path, place: str) -> Image.Image:
+def _open(source: str | Path | bytes, place: str) -> Image.Image:
     """The picture with its header read, nothing decoded yet."""
-    name = str(source)
-    data = _from_data_url(name, place) if isinstance(source, str) else None
+    name = "" if isinstance(source, bytes) else str(source)
+    data = BytesIO(source) if isinstance(source, bytes) else None
+    if isinstance(source, str):
+        data = _from_data_url(name, place)
     if data is None and not os.path.isfile(source):  # a FIFO or a device might never end
         raise ImageError(f"{place}: {_no_file(name)}")
     try:

@@ -1,7 +1,8 @@
-"""The policy "auto": the exit heads that came with a model."""
+"""The policies "auto" and "dynamic:auto": the exit heads that came with a model."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..assets import resolve_model
@@ -17,12 +18,14 @@ def heads_of(model: str | Path) -> Path:
 
 
 def policy_for(text: str, model: str | Path) -> VisualTokenPolicy:
-    """A policy from its notation; "auto" is the exit heads in the model's folder, else keep-all.
+    """A policy from its notation, with "auto" for the exit heads in the model's folder.
+
+    "auto" alone is keep-all where there are none; "dynamic:auto,target_agreement=0.99" needs them.
 
     Raises:
         InvalidArgumentError, HeadsError: as `parse` and `DynamicExit.from_file`.
     """
-    if text != "auto":
-        return parse(text)
     heads = heads_of(model)
+    if text != "auto":
+        return parse(re.sub(r"(?<![^+\s])dynamic:\s*auto(?=\s*(,|\+|$))", lambda _: f"dynamic:{heads}", text))
     return DynamicExit.from_file(heads) if heads.is_file() else KeepAll()

@@ -12,9 +12,19 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError
 from ..kernels.transfer import to_device
+from ..requests import TokenLogprobs
 from .options import check_seed, merge_config, sequence_seeds
 
-__all__ = ["Sampler", "StopRules", "answer_limit", "check_seed", "end_tokens", "merge_config", "sequence_seeds"]
+__all__ = [
+    "Sampler",
+    "StopRules",
+    "answer_limit",
+    "check_seed",
+    "end_tokens",
+    "merge_config",
+    "sequence_seeds",
+    "token_logprobs",
+]
 
 _Asked = tuple[str, Any, Callable[[], Any]]  # an option, whether it is on, its processor
 
@@ -48,6 +58,7 @@ class Sampler:
         seed: of this sequence's draws; nothing else has a part in them.
         eos: the end tokens.
         device: of the logits.
+        processors: of the request, put where transformers puts those that its caller gives.
 
     Attributes:
         plain: the argmax of the logits is the answer.
@@ -63,9 +74,10 @@ class Sampler:
         seed: int,
         eos: Sequence[int],
         device: torch.device,
+        processors: Sequence[Callable[[Any, Any], Any]] = (),
     ):
         self._ids = to_device(prompt_ids, device, torch.int64)
-        self._chain = _processors(config, self._ids, eos)
+        self._chain = _processors(config, self._ids, eos, processors)
         self._stream = torch.Generator(device).manual_seed(check_seed(seed)) if config.do_sample else None
         self.plain = not self._chain and self._stream is None
 
@@ -83,6 +95,13 @@ class Sampler:
         new = to_device(ids[len(self._ids) :], logits.device, torch.int64)
         self._ids = torch.cat((self._ids, new))
         return self._chain(self._ids[None], logits[None].clone())[0]
+
+
+def token_logprobs(logits: Tensor, token: Tensor, top: int) -> TokenLogprobs:
+    """Of one place: logits f32 [vocab], the chosen token int64 [], and how many of the most likely ones to name."""
+    logprobs = logits.float().log_softmax(-1)
+    best = logprobs.topk(min(top, len(logprobs)))
+    return TokenLogprobs(float(logprobs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
 
 class StopRules:
@@ -139,24 +158,29 @@ class _Watermark(transformers.LogitsProcessor):  # type: ignore[misc]
         return self._processor(input_ids, scores)
 
 
-def _processors(config: Any, prompt: Tensor, eos: Sequence[int]) -> Any:
-    """transformers' chain in transformers' order, holding only what the config turns on."""
-    asked = _penalties(config, prompt, eos)
-    if config.do_sample:
-        asked += _warpers(config, prompt.device)
+def _processors(config: Any, prompt: Tensor, eos: Sequence[int], given: Sequence[Callable[[Any, Any], Any]]) -> Any:
+    """transformers' chain in transformers' order, holding only what the config turns on and what is given."""
+    chain = transformers.LogitsProcessorList(_made(config, _penalties(config, prompt, eos)))
+    chain.extend(given)
+    chain.extend(_made(config, _warpers(config, prompt.device) if config.do_sample else []))
     c, t = config, transformers
-    asked += [
+    last: list[_Asked] = [
         ("watermarking_config", c.watermarking_config, lambda: _Watermark(c.watermarking_config)),
         ("renormalize_logits", c.renormalize_logits, t.LogitNormalization),
     ]
-    chain = t.LogitsProcessorList()
+    chain.extend(_made(config, last))
+    return chain
+
+
+def _made(config: Any, asked: list[_Asked]) -> list[Any]:
+    made = []
     for name, on, make in asked:
         try:
             if on:
-                chain.append(make())
+                made.append(make())
         except (TypeError, ValueError) as e:
             raise InvalidArgumentError(f"{name} is {getattr(config, name)!r}: {e}") from e
-    return chain
+    return made
 
 
 def _penalties(c: Any, prompt: Tensor, eos: Sequence[int]) -> list[_Asked]:

@@ -22,6 +22,7 @@ from ..models import PreparedPrompt
 from .kv_cache import KVCache
 from .prefill import Prefill
 from .runner import Runner
+from .sampling import token_logprobs
 from .sequence import Sequence
 
 
@@ -156,8 +157,9 @@ class Scheduler:
     @property
     def counts(self) -> dict[str, int]:
         """Requests that wait, that are prefilled, and that are decoded."""
-        group = 0 if self._group is None else len(self._group.sequences)
-        return dict(waiting=len(self._waiting), prefilling=group, running=len(self._sequences))
+        group = self._group  # the thread that runs steps may end it meanwhile
+        prefilling = 0 if group is None else len(group.sequences)
+        return dict(waiting=len(self._waiting), prefilling=prefilling, running=len(self._sequences))
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Queue them together. They must fit into the empty pool."""
@@ -280,11 +282,13 @@ class Scheduler:
         best, tokens = logits.max(-1)  # NaN is above all
         tokens = torch.where(best.isfinite(), tokens, -1)
         for i, s in enumerate(self._sequences):
-            if not s.sampler.plain:
-                try:
+            try:
+                if not s.sampler.plain:
                     tokens[i] = torch.where(tokens[i] < 0, -1, s.sampler(logits[i].nan_to_num(), s.ids))
-                except Exception as error:
-                    s.fail(error)
+                if s.logprobs is not None:
+                    s.newest_logprobs = token_logprobs(logits[i], tokens[i].clamp(0), s.logprobs)
+            except Exception as error:
+                s.fail(error)
         return tokens
 
     def _emit(self, sequence: Sequence) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import abc
 from typing import Any
 
 from ..flops import paper_flops, true_flops
 from ..models import Decoder, TokenizedPrompt
 from ..policies import VisualTokenPolicy
-from ..requests import GenerationResult, GenerationStats, Handle, StreamChunk
+from ..requests import GenerationResult, GenerationStats, Handle, StreamChunk, TokenLogprobs
 from .kv_cache import KVCache
 from .prefill import Prefilled
 from .sampling import Sampler, StopRules
@@ -18,7 +19,7 @@ class Sequence:
     """A prompt, its answer so far, and the handle that its tokens go to.
 
     `index` is its number in the call; `policy` is bound to the model; `picture_flops` are those of the vision tower,
-    under the policy and without one.
+    under the policy and without one. `logprobs`: how many most likely tokens to name at every place, if any.
     """
 
     def __init__(
@@ -33,13 +34,17 @@ class Sequence:
         visual_tokens: int,
         picture_flops: tuple[float, float],
         priority: int = 0,
+        stop_text: abc.Sequence[str] = (),
+        logprobs: int | None = None,
     ):
         self.index, self.prompt, self.policy, self.priority = index, prompt, policy, priority
         self.max_new_tokens, self.visual_tokens = max_new_tokens, visual_tokens
         self.sampler, self._stops, self._tokenizer, self._picture_flops = sampler, stops, tokenizer, picture_flops
+        self.logprobs, self.newest_logprobs = logprobs, None if logprobs is None else TokenLogprobs(0.0)
         self.handle: Handle | None = None
         self.ids, self.new = list(prompt.input_ids), list[int]()
         self.finish_reason: str | None = None
+        self._stop_text, self._decoded = stop_text, ""  # the text of all of `new`
         self._text = ""
         self._asked_at = time.perf_counter() - prompt.seconds
         self._begun_at = self._first_at = self._last_at = 0.0
@@ -93,22 +98,29 @@ class Sequence:
         self._first_at = self._first_at or self._last_at
         self.ids.append(token)
         self.new.append(token)
+        self._decoded = ""
         self.finish_reason = self._stops.reason(self.ids, self.new)
+        if self.finish_reason is None and any(stop in self._decode() for stop in self._stop_text):
+            self.finish_reason = "stop_string"
 
     def emit(self) -> None:
         """Hand the newest token on, with the text it adds and, if it is the last, the result."""
         assert self.handle is not None
         text = self._new_text()
         result = None if self.finish_reason is None else self._result(self.finish_reason)
-        self.handle.put(StreamChunk(self.index, self.new[-1], text, result))
+        self.handle.put(StreamChunk(self.index, self.new[-1], text, result, self.newest_logprobs))
 
     def _new_text(self) -> str:
         """What the newest token adds; an unfinished multi-byte character waits for its rest."""
-        text = self._tokenizer.decode(self.new, skip_special_tokens=True)
+        text = self._decode()
         if text.endswith("\ufffd") and self.finish_reason is None:
             return ""
         added, self._text = text[len(self._text) :], text
         return added
+
+    def _decode(self) -> str:
+        self._decoded = self._decoded or self._tokenizer.decode(self.new, skip_special_tokens=True)
+        return self._decoded
 
     def _result(self, finish_reason: str) -> GenerationResult:
         decode_s = self._last_at - self._first_at

@@ -1,0 +1,58 @@
+"""From names and numbers, as a command line or a configuration file has them, to an app with its model loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from PIL import Image
+
+from ..engine import Engine
+from ..errors import InvalidArgumentError
+from ..policies.auto import policy_for
+from .app import create_app
+from .options import MediaLimits, ServeOptions
+
+
+def build(
+    model: str,
+    policy: str = "auto",
+    allow_policy: Sequence[str] = (),
+    engine: Mapping[str, Any] | None = None,
+    media: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> FastAPI:
+    """Load the model and make the app.
+
+    Args:
+        model: a folder, hub id or "nano". Clients know it by options["model_name"], else by the folder's last part.
+        policy: a notation, with "auto" for the heads that came with the model.
+        allow_policy: such notations, or NAME=NOTATION, which one that names a file of this machine must have.
+        engine, media, options: arguments of `Engine.from_pretrained`, `MediaLimits` and `ServeOptions`.
+
+    Raises:
+        DyvteError: the model cannot be loaded, or a policy cannot run on it.
+    """
+    chosen = policy_for(policy, model)
+    own = "default" if "/" in policy else policy
+    named = {name: policy_for(text, model) for name, text in map(_named, ["keep-all", *allow_policy])}
+    loaded = Engine.from_pretrained(model, chosen, **(engine or {}))
+    name = Path(model).resolve().name if os.path.isdir(model) else model
+    given = {"model_name": name, **(options or {})}
+    limits = MediaLimits(**(media or {}))
+    # Frames of a GIF may outgrow its first one. PIL's bound is the process's, and an error from twice its value.
+    Image.MAX_IMAGE_PIXELS = limits.pixels // 2
+    return create_app(loaded, ServeOptions(policies={own: chosen, **named}, media=limits, **given))
+
+
+def _named(text: str) -> tuple[str, str]:
+    """The name for clients, and the notation. Clients must not read paths."""
+    found = re.fullmatch(r"([\w-]+)=(.+)", text)
+    name, notation = (found[1], found[2]) if found else (text, text)
+    if "/" in name:
+        raise InvalidArgumentError(f"allow_policy is {text!r}, which clients would read; accepted: NAME={text}")
+    return name, notation
