@@ -34,13 +34,66 @@ TESTS = {
     "dyvte_engine/flops.py": ("tests/eval/test_flops.py", "tests/engine/test_exit.py"),
     "dyvte_engine/engine.py": ("tests/engine",),
     "dyvte_engine/hf.py": ("tests/families/test_hf.py",),
-    "dyvte_engine/heads": ("tests/training/test_calibration.py", "tests/policies/test_rule.py", "tests/engine"),
-    "dyvte_engine/heads/calibration.py": ("tests/training/test_calibration.py", "tests/policies/test_arguments.py"),
+    "dyvte_engine/heads": ("tests/policies/test_rule.py", "tests/training/test_calibration.py"),
+    "dyvte_engine/heads/calibration.py": ("tests/policies/test_arguments.py", "tests/training/test_calibration.py"),
+    "dyvte_engine/heads/exit_head.py": (
+        "tests/policies/test_heads.py",
+        "tests/policies/test_arguments.py",
+        "tests/engine/test_errors.py",
+        "tests/training/test_train_heads.py",
+    ),
     "dyvte_engine/inputs": ("tests/inputs", "tests/engine/test_errors.py", "tests/families/test_videos.py"),
     "dyvte_engine/models/decoder.py": ("tests/engine", "tests/families/test_families.py"),
-    "dyvte_engine/models/rows.py": ("tests/engine", "tests/policies"),
-    "dyvte_engine/policies": ("tests/policies", "tests/engine/test_exit.py"),
-    "dyvte_engine/runtime": ("tests/engine/test_scheduler.py", "tests/engine", "tests/families/test_hf.py"),
+    "dyvte_engine/models/rows.py": (
+        "tests/policies/test_rows.py",
+        "tests/policies/test_methods.py",
+        "tests/engine/test_exit.py",
+    ),
+    "dyvte_engine/policies": (
+        "tests/policies/test_arguments.py",
+        "tests/policies/test_methods.py",
+        "tests/policies/test_shared.py",
+        "tests/engine/test_exit.py",
+    ),
+    "dyvte_engine/policies/dynamic.py": (
+        "tests/policies/test_rule.py",
+        "tests/policies/test_methods.py",
+        "tests/training/test_calibration.py",
+        "tests/engine/test_scheduler.py",
+        "tests/engine/test_exit.py",
+    ),
+    "dyvte_engine/runtime": (
+        "tests/engine/test_memory.py",
+        "tests/engine/test_scheduler.py",
+        "tests/engine/test_exit.py",
+        "tests/engine/test_errors.py",
+        "tests/engine",
+        "tests/families/test_hf.py",
+    ),
+    "dyvte_engine/runtime/kv_cache.py": (
+        "tests/engine/test_memory.py",
+        "tests/engine/test_scheduler.py",
+        "tests/engine/test_exit.py",
+    ),
+    "dyvte_engine/runtime/prefill.py": (
+        "tests/engine/test_memory.py",
+        "tests/engine/test_exit.py",
+        "tests/policies/test_shared.py",
+        "tests/engine/test_scheduler.py",
+    ),
+    "dyvte_engine/runtime/running.py": (
+        "tests/engine/test_memory.py",
+        "tests/engine/test_errors.py",
+        "tests/engine/test_scheduler.py",
+    ),
+    "dyvte_engine/runtime/scheduler.py": ("tests/engine/test_scheduler.py", "tests/engine/test_errors.py"),
+    "dyvte_engine/runtime/sequence.py": (
+        "tests/engine/test_memory.py",
+        "tests/engine/test_scheduler.py",
+        "tests/engine/test_keep_all.py",
+        "tests/engine/test_sampling.py",
+    ),
+    "dyvte_engine/runtime/worker.py": ("tests/engine/test_scheduler.py",),
     "dyvte_engine/training/labels.py": ("tests/training/test_labels.py", "tests/training/test_label_store.py"),
     "dyvte_engine/training/train_heads.py": ("tests/training/test_train_heads.py",),
 }
@@ -191,8 +244,10 @@ def main() -> int:
         shutil.copytree(ROOT / name, COPY / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", COPY)
     sys.dont_write_bytecode = True  # a mutant may be written within the second in which the one before it was read
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
     import torch  # noqa: F401
-    import transformers  # noqa: F401
+    import transformers.models.llava.modeling_llava  # noqa: F401
 
     left = run(wanted, args.results)
     for mutant in left:

@@ -8,6 +8,7 @@ import asyncio
 import functools
 import os
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -326,6 +327,15 @@ def test_logits_that_are_not_finite_end_their_request_alone(value, sampling, mon
     engine.check_integrity()
 
 
+@pytest.mark.parametrize("sampling", [{}, dict(do_sample=True), dict(repetition_penalty=1.2)])
+def test_the_first_word_of_the_vocabulary_is_a_word(sampling, monkeypatch):
+    engine, _ = build(page_size=4, max_batch=2)
+    logits = engine.model.decoder.logits
+    monkeypatch.setattr(engine.model.decoder, "logits", lambda hidden: logits(hidden).index_fill(1, zero, 1e4))
+    zero = torch.tensor([0])
+    assert engine.generate("w1 w2", chat=False, max_new_tokens=3, **sampling).token_ids == [0, 0, 0]
+
+
 def test_the_thread_comes_back_after_an_error(monkeypatch):
     engine, _ = build(page_size=4, max_batch=2)
     request = Request("w1 w2", chat=False, options=dict(max_new_tokens=3))
@@ -353,6 +363,79 @@ def test_a_group_does_not_stall_those_who_run_for_longer_than_a_slice():
             rows = [len(s.prompt.input_ids) for s in group.sequences]
             seen.append(len(rows) == 1 or sum(rows) <= 30)
     assert seen and all(seen)
+
+
+def queue(engine, *chosen):
+    """Their handles; nothing runs yet."""
+    return [engine._enqueue(engine._prepare_request(request_of(spec)))[0] for spec in chosen]
+
+
+def test_who_is_where_is_counted():
+    engine, _ = build(page_size=4, max_batch=4, max_stall=1000)
+    scheduler, picture = engine._scheduler, next(i for i, pictures in enumerate(IMAGES) if pictures)
+    seen = []
+    first = queue(engine, (picture, "fixed", "greedy", 0, 24))
+    seen.append(tuple(scheduler.counts.values()))
+    scheduler.step()
+    others = queue(
+        engine, (0, "keep-all", "greedy", 0, 3), (1, "keep-all", "greedy", 0, 3), (2, "fixed", "greedy", 0, 3)
+    )
+    for _ in range(2):
+        seen.append(tuple(scheduler.counts.values()))
+        scheduler.step()
+    assert list(scheduler.counts) == ["waiting", "prefilling", "running"]
+    assert seen == [(1, 0, 0), (3, 0, 1), (1, 2, 1)]
+    for handle in first + others:
+        handle.result()
+    assert set(scheduler.counts.values()) == {0}
+
+
+@pytest.mark.parametrize("gone", range(4))
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_one_cancelled_while_a_group_is_prefilled_leaves_the_others_their_prompts(gone, steps):
+    """The one who runs, or one of the group: before it is prepared, after it, and between the layers."""
+    engine, _ = build(page_size=4, max_batch=4, max_stall=120)
+    longest = max(((i, "keep-all", "greedy", 0, 24) for i in range(16)), key=lambda spec: len(answer(spec)[0]))
+    chosen = [longest, *((i, "keep-all", "greedy", 0, 3) for i in range(1, 4))]
+    handles = queue(engine, chosen[0])
+    engine._scheduler.step()
+    handles += queue(engine, *chosen[1:])
+    for _ in range(steps):
+        engine._scheduler.step()
+    held, claimed = not (handles[gone].done or engine._scheduler.counts["waiting"]), engine.pool.claimed
+    handles[gone].cancel()
+    if held:
+        assert engine.pool.claimed < claimed, "its pages are free at once"
+    for handle, spec in zip(handles, chosen, strict=True):
+        if handle is not handles[gone]:
+            assert told(handle.result()) == answer(spec)
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+
+
+@dataclass(frozen=True)
+class Stumbling(KeepAll):
+    def layers(self, num_layers):
+        return {1}
+
+    def decide(self, state):
+        raise ZeroDivisionError
+
+
+def test_a_policy_that_fails_ends_its_group_alone():
+    engine, _ = build(page_size=4, max_batch=4, max_stall=1000)
+    picture = next(i for i, pictures in enumerate(IMAGES) if pictures)
+    running = (picture, "fixed", "greedy", 0, 24)
+    first = queue(engine, running)[0]
+    engine._scheduler.step()
+    failing = Request(TEXTS[picture], IMAGES[picture], chat=False, policy=Stumbling())
+    handle = engine._enqueue(engine._prepare_request(failing))[0]
+    later = queue(engine, (1, "fixed", "greedy", 0, 3))[0]
+    with pytest.raises(ZeroDivisionError):
+        handle.result()
+    assert told(first.result()) == answer(running) and told(later.result()) == answer((1, "fixed", "greedy", 0, 3))
+    engine.check_integrity()
+    assert engine.pool.claimed == 0 and not engine._scheduler.has_work
 
 
 def test_policies_are_bound_once():

@@ -2,11 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, CLIPVisionConfig, Dinov2Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    CLIPVisionConfig,
+    Dinov2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipVisionConfig,
+)
 
 from dyvte_engine import flops
 from dyvte_engine.config import DecoderShape
@@ -143,3 +151,30 @@ def test_arguments():
         flops.leaving_flops(VICUNA_7B, 500, VISUAL, 3)
     with pytest.raises(InvalidArgumentError, match="flops"):
         flops.prompt_length(1.0, VICUNA_7B, 2.0)
+    with pytest.raises(InvalidArgumentError, match="flops"):
+        flops.prompt_length(2.0, VICUNA_7B, 2.0)
+    for leave, layer in ((-1, 3), (640, -1.5)):
+        with pytest.raises(InvalidArgumentError, match="accepted"):
+            flops.leaving_flops(VICUNA_7B, 640, leave, layer)
+
+
+def test_the_ends_of_the_ranges_are_in_them():
+    full = flops.paper_flops(VICUNA_7B, [640] * 32)
+    assert flops.leaving_flops(VICUNA_7B, 640, VISUAL, 31) == pytest.approx(full)
+    assert flops.leaving_flops(VICUNA_7B, 640, 0, 3) == pytest.approx(full)
+    assert flops.leaving_flops(VICUNA_7B, 640, 640, -1, 7.0) == 7
+
+
+def test_a_tower_with_sides_given_twice_is_one_with_squares():
+    """A picture that is not square, or a tower that names no patches, is no plain ViT: it counts as nothing."""
+    sizes = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=2)
+    square = flops.vision_flops(CLIPVisionConfig(**sizes, image_size=28, patch_size=7))
+    assert square == flops.tower_flops(17, 32, 80, 3)
+    for sides in ([28, 28], (28, 28)):
+        assert flops.vision_flops(CLIPVisionConfig(**sizes, image_size=sides, patch_size=[7, 7])) == square
+    assert flops.vision_flops(SiglipVisionConfig(**sizes, image_size=28, patch_size=7)) == flops.tower_flops(
+        16, 32, 80, 3
+    )
+    for image, patch in ([28, 14], 7), (28, None), (None, 7), ([], 7):
+        config = SimpleNamespace(**sizes, image_size=image, patch_size=patch, model_type="clip_vision_model")
+        assert flops.vision_flops(config) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import asdict, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -125,7 +125,7 @@ def test_useless_heads_never_exit() -> None:
 
 def test_target_flops() -> None:
     p_exit, agree, flops = draw(1000, seed=4)
-    curve = Calibration.measure(p_exit, agree, flops)
+    curve = Calibration.measure(p_exit, agree, flops * torch.linspace(1, 9, 1000)[:, None])  # shares, prompt by prompt
     for target in (0.95, 0.7, 0.6):
         threshold = curve.for_flops(target)
         share = [flops.gather(1, ExitRule(t).first_exits(p_exit)[:, None]).mean().item() for t in THRESHOLDS]
@@ -134,6 +134,25 @@ def test_target_flops() -> None:
         curve.for_flops(0.3)
     with pytest.raises(InvalidArgumentError, match="target_flops is 0; accepted"):
         curve.for_flops(0)
+
+
+def test_what_is_not_given_is_as_in_the_rule() -> None:
+    assert Calibration.measure(*draw(9, seed=5)).options.items() <= vars(ExitRule(0.5)).items()
+
+
+def test_what_was_measured_cannot_be_changed() -> None:
+    curve = Calibration.measure(*draw(9, seed=5))
+    with pytest.raises(FrozenInstanceError):
+        curve.delta = 0.5  # type: ignore[misc]
+
+
+def test_one_sample_or_one_layer_is_enough_to_measure() -> None:
+    for samples, layers in ((1, LAYERS), (9, 1), (1, 1)):
+        curve = Calibration.measure(*(part[:samples, -layers:] for part in draw(9, seed=5)))
+        assert curve.changed[0] == 0 and curve.flops[0] == 1
+    for samples, layers in ((0, LAYERS), (9, 0)):
+        with pytest.raises(InvalidArgumentError, match="N >= 1, L >= 1"):
+            Calibration.measure(*(part[:samples, :layers] for part in draw(9, seed=5)))
 
 
 def test_too_few_samples() -> None:
