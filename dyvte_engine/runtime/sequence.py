@@ -49,6 +49,7 @@ class Sequence:
         self._asked_at = time.perf_counter() - prompt.seconds
         self._begun_at = self._first_at = self._last_at = 0.0
         self._vision_s = 0.0
+        self._pictures_reused: int | None = None
         self._figures: dict[str, Any] = {}
 
     @property
@@ -72,16 +73,24 @@ class Sequence:
         """Its turn has come."""
         self._begun_at = time.perf_counter()
 
-    def saw_vision(self, seconds: float) -> None:
-        """So long took vision tower and projector, of all prompts prepared together."""
-        self._vision_s = self.prompt.seconds + seconds
+    def saw_vision(self, seconds: float, reused: int | None) -> None:
+        """So long took vision tower and projector, of all prompts prepared together; `reused` of its pictures."""
+        self._vision_s, self._pictures_reused = self.prompt.seconds + seconds, reused
 
-    def prefilled(self, decoder: Decoder, cache: KVCache, done: Prefilled, b: int) -> None:
-        """Figures of its prefill, sequence b of `done`, read before any sequence leaves that batch."""
+    def prefilled(self, decoder: Decoder, cache: KVCache, done: Prefilled, b: int, unshared: str | None) -> None:
+        """Figures of its prefill, sequence b of `done`, read before any sequence leaves that batch.
+
+        unshared: why its prefix was not shared.
+        """
         shape, pool, n = decoder.shape, cache.pool, len(self.prompt.input_ids)
         rows, full = [layer[b] for layer in done.rows], [n] * decoder.shape.num_layers
         under, without = self._picture_flops
+        frontier = None if done.frontiers is None else done.frontiers[b]
+        known = "no picture" if frontier is None else "miss" if frontier[0] < 0 else "hit"
         self._figures = dict(
+            prefix=unshared or known,
+            prefix_frontier=frontier,
+            rows_reused=[0] * len(rows) if done.reused is None else [layer[b] for layer in done.reused],
             exit_layer=done.exit_layers[b],
             tokens_per_layer=rows,
             prefill_tflops=paper_flops(shape, rows, under) / 1e12,
@@ -131,6 +140,7 @@ class Sequence:
             ttft_s=self._first_at - self._asked_at,
             queued_s=self._begun_at - self._asked_at - self.prompt.seconds,
             vision_s=self._vision_s,
+            pictures_reused=self._pictures_reused,
             decode_tokens_per_s=(len(self.new) - 1) / decode_s if decode_s > 0 else 0.0,
             **self._figures,
         )
