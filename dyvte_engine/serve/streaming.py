@@ -66,7 +66,14 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         async def put(**message: Any) -> None:
-            await asyncio.wait_for(send(message), self._stall_seconds)
+            sent = asyncio.ensure_future(send(message))
+            try:  # not wait_for: before Python 3.12 it may swallow a cancellation
+                done, _ = await asyncio.wait({sent}, timeout=self._stall_seconds)
+                if not done:
+                    raise TimeoutError("the client takes nothing")
+                sent.result()
+            finally:
+                sent.cancel()
 
         await put(type="http.response.start", status=200, headers=self.raw_headers)
         async with aclosing(self._events) as events:  # type: ignore[type-var]

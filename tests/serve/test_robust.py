@@ -17,6 +17,7 @@ import uvicorn
 
 from dyvte_engine import CacheError
 from dyvte_engine.serve.options import ServeOptions
+from dyvte_engine.serve.streaming import EventStream
 
 from .common import Asgi, asked, chat_body, free_port, listening, until
 
@@ -236,3 +237,39 @@ def test_sigterm_drains(process):
     records = [json.loads(line) for line in started.stderr.read().splitlines() if line.startswith("{")]
     assert records[-1]["status"] == 200 and records[-1]["completion_tokens"] == 300
     assert all(asked()[0]["content"][1]["text"] not in json.dumps(record) for record in records)
+
+
+@pytest.mark.parametrize("ticks", range(6))
+def test_a_stream_ends_whenever_the_client_goes_away(ticks):
+    """At the very moment that something was sent, too."""
+    closed, sent = [], []
+
+    async def run():
+        gone = asyncio.Event()
+
+        async def endless():
+            while True:
+                await asyncio.sleep(0)
+                yield {"event": len(sent)}
+
+        async def close():
+            closed.append(True)
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+            if len(sent) == 5:
+                asyncio.create_task(leave()).add_done_callback(lambda _: None)
+
+        async def leave():
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            gone.set()
+
+        await asyncio.wait_for(EventStream(endless(), close, 9.0)({"type": "http"}, receive, send), 2)
+
+    asyncio.run(run())
+    assert closed == [True] and len(sent) < 30
