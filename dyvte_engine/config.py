@@ -19,6 +19,7 @@ _SCALES = (  # of Granite, Gemma and kin
     "final_logit_softcapping",
 )
 _MAX_STALL = {"cpu": 1024, "cuda": 8192}  # row-layers: about a picture in the vision tower, some decoding steps
+_PICTURES = 1 << 28  # bytes: some thousand small pictures, or some fifty of a model of 7e9 weights
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt's length
 
 
@@ -92,14 +93,25 @@ class EngineConfig:
     pack_weights: bool = False
     kv_memory: int | None = None
     max_stall: int = 0  # 0: as many as suits the device
+    picture_cache: int | str = "auto"  # bytes
 
     def __post_init__(self) -> None:
         if self.pack_weights and self.device.type != "cpu":
             raise InvalidArgumentError(f"pack_weights is True on {self.device}; accepted: False, it is for CPUs")
         if self.max_stall == 0:
             object.__setattr__(self, "max_stall", _MAX_STALL[self.device.type])
+        _set_budget(self, "picture_cache", _PICTURES)
         for name in ("max_batch", "max_len", "page_size", "kv_memory", "max_stall"):
             value = getattr(self, name)
             optional = name in ("max_len", "kv_memory") and value is None
             if not optional and (type(value) is not int or not 1 <= value < 1 << 48):
                 raise InvalidArgumentError(f"{name} is {value!r}; accepted: an integer of at least 1")
+
+
+def _set_budget(config: EngineConfig, name: str, auto: int) -> None:
+    """Bytes of a cache, decided."""
+    value = getattr(config, name)
+    if value == "auto":
+        object.__setattr__(config, name, auto)
+    elif type(value) is not int or not 0 <= value < 1 << 48:
+        raise InvalidArgumentError(f"{name} is {value!r}; accepted: 'auto', bytes, or 0 for none")

@@ -81,6 +81,7 @@ class Engine:
         pack_weights: bool | str = "auto",
         kv_memory: int | None = None,
         max_stall: int = 0,
+        picture_cache: int | str = "auto",
         trust_remote_code: bool = False,
     ) -> Engine:
         """Load a checkpoint (docs/families.md): a folder, a hub id, or "nano", the model that comes with the package.
@@ -104,6 +105,8 @@ class Engine:
                 requests wait until it can promise them all they may need.
             max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens
                 (at least one layer or one picture); 0 is 1024 on a CPU, 8192 on CUDA.
+            picture_cache: bytes for the rows that vision tower and projector made of pictures; later requests take
+                them from there (docs/again.md). "auto" is 256 MiB, 0 none.
             pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout the matrix units read
                 (faster prompts); "auto": where all weights take at most a quarter of the machine's memory.
 
@@ -122,6 +125,7 @@ class Engine:
             warm_up=warm_up,
             kv_memory=kv_memory,
             max_stall=max_stall,
+            picture_cache=picture_cache,
         )
         loaded = load_model(resolve_model(model), config.dtype, config.device, max_len, trust_remote_code)
         return cls(loaded, _packed(config, pack_weights, loaded), policy)
@@ -145,6 +149,7 @@ class Engine:
         pack_weights: bool | str = "auto",
         kv_memory: int | None = None,
         max_stall: int = 0,
+        picture_cache: int | str = "auto",
     ) -> Engine:
         """A model of a given size with random weights, made on the device; nothing is downloaded.
 
@@ -174,6 +179,7 @@ class Engine:
             warm_up=warm_up,
             kv_memory=kv_memory,
             max_stall=max_stall,
+            picture_cache=picture_cache,
         )
         name, hf_config = (config, preset(config)) if isinstance(config, str) else ("random", config)
         hf_model = random_model(hf_config, seed, options.dtype, options.device)
@@ -446,7 +452,7 @@ class Engine:
         """Each prompt at the decoder's entry, for `prefill_prepared`; arguments as in `generate`."""
         inputs, size, bound = self._tokenize(prompts, images, None, 2.0, chat), self.config.max_batch, self.bind(policy)
         with self.runner.lock:
-            parts = [self.model.prepare(inputs[i : i + size], bound) for i in range(0, len(inputs), size)]
+            parts = [self.runner.pictures.prepare(inputs[i : i + size], bound)[0] for i in range(0, len(inputs), size)]
         return [prompt for part in parts for prompt in part]
 
     def prefill_prepared(

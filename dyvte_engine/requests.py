@@ -52,6 +52,8 @@ class GenerationStats:
         tokens_per_layer: prompt rows that each layer computed.
         ttft_s: seconds from the call to this prompt's first token (waiting, processor, vision, prefill, sampling).
         queued_s: the part of it before its turn came; vision_s: in processor, vision tower and projector.
+        pictures_reused: how many pictures and videos the vision tower did not see again; None where they cannot be
+            shared (docs/again.md).
         decode_tokens_per_s: this sequence's tokens after the first, over the time they took; 0 for one token.
         prefill_tflops: the paper's count (docs/method.md, 4), vision tower included; `_keep_all` without any exit.
         prefill_tflops_true: grouped-query projections and causal attention counted as they are, LM head included.
@@ -65,6 +67,7 @@ class GenerationStats:
     ttft_s: float
     queued_s: float
     vision_s: float
+    pictures_reused: int | None
     decode_tokens_per_s: float
     prefill_tflops: float
     prefill_tflops_keep_all: float

@@ -21,6 +21,7 @@ from ..models.tower_graphs import MOST
 from ..policies import VisualTokenPolicy
 from .decode import DecodeGraphs
 from .kv_cache import KVCache, PagePool
+from .picture_cache import PictureCache
 from .prefill import Prefill, Watch
 from .running import Running
 from .text_graphs import BUCKETS, TextGraphs
@@ -32,6 +33,7 @@ class Runner:
     def __init__(self, model: VisionLanguageModel, config: EngineConfig):
         self.model, self.config, self.lock = model, config, DeviceLock(config.device)
         self.max_len = model.decoder.max_len
+        self.pictures = PictureCache(model, int(config.picture_cache))
         with self.lock:
             self._set_up(config)
 

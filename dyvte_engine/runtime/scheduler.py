@@ -61,15 +61,15 @@ class _Group:
         now = self.sequences[done : done + 1] if self._one_by_one else self.sequences[done:]
         started = time.perf_counter()
         try:
-            prepared = self._runner.model.prepare([s.prompt for s in now], now[0].policy)
+            prepared, reused = self._runner.pictures.prepare([s.prompt for s in now], now[0].policy)
         except Exception as error:
             if len(now) == 1:
                 self.lose(now[0], error)
             self._one_by_one = True
             return
         seconds = time.perf_counter() - started
-        for s, p in zip(now, prepared, strict=True):
-            s.saw_vision(seconds)
+        for s, p, pictures in zip(now, prepared, reused, strict=True):
+            s.saw_vision(seconds, pictures)
             self._prepared.append(p)
             beyond = self._beyond(s, p)
             if beyond is not None:

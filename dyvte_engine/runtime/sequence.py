@@ -44,6 +44,7 @@ class Sequence:
         self._asked_at = time.perf_counter() - prompt.seconds
         self._begun_at = self._first_at = self._last_at = 0.0
         self._vision_s = 0.0
+        self._pictures_reused: int | None = None
         self._figures: dict[str, Any] = {}
 
     @property
@@ -67,9 +68,9 @@ class Sequence:
         """Its turn has come."""
         self._begun_at = time.perf_counter()
 
-    def saw_vision(self, seconds: float) -> None:
-        """So long took vision tower and projector, of all prompts prepared together."""
-        self._vision_s = self.prompt.seconds + seconds
+    def saw_vision(self, seconds: float, reused: int | None) -> None:
+        """So long took vision tower and projector, of all prompts prepared together; `reused` of its pictures."""
+        self._vision_s, self._pictures_reused = self.prompt.seconds + seconds, reused
 
     def prefilled(self, decoder: Decoder, cache: KVCache, done: Prefilled, b: int) -> None:
         """Figures of its prefill, sequence b of `done`, read before any sequence leaves that batch."""
@@ -119,6 +120,7 @@ class Sequence:
             ttft_s=self._first_at - self._asked_at,
             queued_s=self._begun_at - self._asked_at - self.prompt.seconds,
             vision_s=self._vision_s,
+            pictures_reused=self._pictures_reused,
             decode_tokens_per_s=(len(self.new) - 1) / decode_s if decode_s > 0 else 0.0,
             **self._figures,
         )

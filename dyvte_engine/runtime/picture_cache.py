@@ -1,0 +1,152 @@
+"""Pictures that vision tower and projector have seen are kept as the rows they became, for every later request.
+
+A picture is known by what the processor made of it (each tensor's name, shape, dtype and bytes), never by a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
+from ..models.rows import runs
+from ..policies import VisualTokenPolicy
+
+
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """What the tower is asked for at once: a picture alone, with nothing but its placeholders around it.
+
+    Where a prompt's pictures cannot be taken apart: all of them.
+    """
+
+    prompt: TokenizedPrompt
+    digest: bytes
+
+
+class PictureCache:
+    """Prepares prompts for `model`, and keeps the rows of their pictures: at most `budget` bytes, latest used.
+
+    The caller holds the device's lock.
+    """
+
+    def __init__(self, model: VisionLanguageModel, budget: int):
+        self._model, self.budget = model, budget
+        self.bytes_held = 0
+        self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()  # [n, d] each
+
+    @torch.inference_mode()
+    def prepare(
+        self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy
+    ) -> tuple[list[PreparedPrompt], list[int | None]]:
+        """As `VisionLanguageModel.prepare`, and how many pictures and videos of each prompt the tower did not see.
+
+        None where nothing is shared: positions of several axes come from transformers' code with the whole prompt, and
+        a policy that needs Python inside the tower has no key.
+        """
+        inside = policy.tower_key if policy.acts_in_tower else ()
+        units = [_units(self._model, p) for p in prompts]
+        together = policy.acts_in_tower and any(len(own) < p.n_images for own, p in zip(units, prompts, strict=True))
+        if self.budget == 0 or self._model.family.axes > 1 or inside is None or together:
+            return self._model.prepare(prompts, policy), [None] * len(prompts)
+        found: dict[Hashable, Tensor] = {}
+        new: dict[Hashable, TokenizedPrompt] = {}
+        for unit in (u for own in units for u in own):
+            key: Hashable = (unit.digest, inside)
+            if key in self._rows:
+                self._rows.move_to_end(key)
+                found[key] = self._rows[key]
+            else:
+                new[key] = unit.prompt
+        seen = self._model.prepare(list(new.values()), policy) if new else []
+        for key, rows in zip(new, (s.inputs_embeds for s in seen), strict=True):
+            found[key] = rows
+            self._keep(key, rows)
+        out = [
+            _assembled(self._model, prompt, [found[u.digest, inside] for u in own])
+            for prompt, own in zip(prompts, units, strict=True)
+        ]
+        reused = [sum(_pictures(u.prompt) for u in own if (u.digest, inside) not in new) for own in units]
+        return out, list(reused)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._rows.clear()
+        self.bytes_held = 0
+
+    def _keep(self, key: Hashable, rows: Tensor) -> None:
+        if rows.nbytes > self.budget:
+            return
+        self._rows[key] = rows
+        self.bytes_held += rows.nbytes
+        while self.bytes_held > self.budget:
+            self.bytes_held -= self._rows.popitem(last=False)[1].nbytes
+
+
+def digest_of(inputs: dict[str, Tensor]) -> bytes:
+    """Equal for equal names, shapes, dtypes and bytes, and for nothing else."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(inputs.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _pictures(prompt: TokenizedPrompt) -> int:
+    """Pictures and videos in it; videos count as one."""
+    return prompt.n_images + any(name.startswith("pixel_values_videos") for name in prompt.inputs)
+
+
+def _units(model: VisionLanguageModel, prompt: TokenizedPrompt) -> list[_Unit]:
+    """In the order of their placeholders."""
+    given = {name: t for name, t in prompt.inputs.items() if name in model.family.inputs}
+    if not given:
+        return []
+    ids = torch.tensor(prompt.input_ids, device="cpu")
+    visual = model.visual(ids.to(model.device)).cpu()
+    n, sizes = prompt.n_images, runs(visual)
+    if model.family.same_rows and n:
+        sizes = [int(visual.sum()) // n] * n
+    apart = model.family.before_decoder and n == len(sizes) and all(len(t) == n for t in given.values())
+    if not apart:
+        return [_Unit(TokenizedPrompt(ids[visual].tolist(), given, n), digest_of(given))]
+    out = []
+    for i, part in enumerate(ids[visual].split(sizes)):
+        alone = {name: _trimmed(t[i : i + 1]) for name, t in given.items()}
+        out.append(_Unit(TokenizedPrompt(part.tolist(), alone, 1), digest_of(alone)))
+    return out
+
+
+def _trimmed(tensor: Tensor) -> Tensor:
+    """Tiles [1, T, C, H, W] without those at the end that are all zero: they fill up what another picture has more."""
+    if tensor.dim() != 5:
+        return tensor
+    some = tensor[0].flatten(1).any(dim=1).nonzero()
+    return tensor[:, : int(some[-1]) + 1] if len(some) else tensor
+
+
+def _assembled(model: VisionLanguageModel, prompt: TokenizedPrompt, units: Sequence[Tensor]) -> PreparedPrompt:
+    """The prompt at the decoder's entry; `units`: rows [n, d] of its pictures, perhaps fewer than placeholders."""
+    ids = torch.tensor(prompt.input_ids, device=model.device)
+    visual = model.visual(ids).cpu()
+    places = visual.nonzero()[:, 0]
+    if sum(map(len, units)) < len(places):  # in the tower, which leaves equally many of each picture
+        kept = places.view(len(units), -1)[:, : len(units[0])].flatten()
+        stays = ~visual
+        stays[kept] = True
+        ids, visual = ids[stays.to(ids.device)], visual[stays]
+    text = visual.logical_not().to(ids.device)
+    embeds = model.decoder.embed(torch.where(text, ids, 0))
+    if units:
+        embeds[~text] = torch.cat(list(units))
+    return PreparedPrompt(
+        inputs_embeds=embeds,
+        visual=visual,
+        positions=torch.arange(len(visual), dtype=torch.int32, device=ids.device),
+        pictures=[len(rows) for rows in units] if model.family.same_rows and units else runs(visual),
+    )
