@@ -20,6 +20,7 @@ _SCALES = (  # of Granite, Gemma and kin
 )
 _MAX_STALL = {"cpu": 1024, "cuda": 8192}  # row-layers: about a picture in the vision tower, some decoding steps
 _PICTURES = 1 << 28  # bytes: some thousand small pictures, or some fifty of a model of 7e9 weights
+_PREFIXES = {"cpu": 1 << 30, "cuda": 0}
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt's length
 
 
@@ -94,6 +95,7 @@ class EngineConfig:
     kv_memory: int | None = None
     max_stall: int = 0  # 0: as many as suits the device
     picture_cache: int | str = "auto"  # bytes
+    prefix_cache: int | str = "auto"
 
     def __post_init__(self) -> None:
         if self.pack_weights and self.device.type != "cpu":
@@ -101,6 +103,7 @@ class EngineConfig:
         if self.max_stall == 0:
             object.__setattr__(self, "max_stall", _MAX_STALL[self.device.type])
         _set_budget(self, "picture_cache", _PICTURES)
+        _set_budget(self, "prefix_cache", _PREFIXES[self.device.type])
         for name in ("max_batch", "max_len", "page_size", "kv_memory", "max_stall"):
             value = getattr(self, name)
             optional = name in ("max_len", "kv_memory") and value is None

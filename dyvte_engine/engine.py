@@ -82,6 +82,7 @@ class Engine:
         kv_memory: int | None = None,
         max_stall: int = 0,
         picture_cache: int | str = "auto",
+        prefix_cache: int | str = "auto",
         trust_remote_code: bool = False,
     ) -> Engine:
         """Load a checkpoint (docs/families.md): a folder, a hub id, or "nano", the model that comes with the package.
@@ -107,6 +108,8 @@ class Engine:
                 (at least one layer or one picture); 0 is 1024 on a CPU, 8192 on CUDA.
             picture_cache: bytes for the rows that vision tower and projector made of pictures; later requests take
                 them from there (docs/again.md). "auto" is 256 MiB, 0 none.
+            prefix_cache: bytes for what prompts are up to their last visual token, layer by layer; another question
+                about the same pictures computes only its own text. "auto" is 1 GiB on a CPU, none on CUDA.
             pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout the matrix units read
                 (faster prompts); "auto": where all weights take at most a quarter of the machine's memory.
 
@@ -126,6 +129,7 @@ class Engine:
             kv_memory=kv_memory,
             max_stall=max_stall,
             picture_cache=picture_cache,
+            prefix_cache=prefix_cache,
         )
         loaded = load_model(resolve_model(model), config.dtype, config.device, max_len, trust_remote_code)
         return cls(loaded, _packed(config, pack_weights, loaded), policy)
@@ -150,6 +154,7 @@ class Engine:
         kv_memory: int | None = None,
         max_stall: int = 0,
         picture_cache: int | str = "auto",
+        prefix_cache: int | str = "auto",
     ) -> Engine:
         """A model of a given size with random weights, made on the device; nothing is downloaded.
 
@@ -180,6 +185,7 @@ class Engine:
             kv_memory=kv_memory,
             max_stall=max_stall,
             picture_cache=picture_cache,
+            prefix_cache=prefix_cache,
         )
         name, hf_config = (config, preset(config)) if isinstance(config, str) else ("random", config)
         hf_model = random_model(hf_config, seed, options.dtype, options.device)
@@ -452,8 +458,8 @@ class Engine:
         """Each prompt at the decoder's entry, for `prefill_prepared`; arguments as in `generate`."""
         inputs, size, bound = self._tokenize(prompts, images, None, 2.0, chat), self.config.max_batch, self.bind(policy)
         with self.runner.lock:
-            parts = [self.runner.pictures.prepare(inputs[i : i + size], bound)[0] for i in range(0, len(inputs), size)]
-        return [prompt for part in parts for prompt in part]
+            parts = [self.runner.pictures.prepare(inputs[i : i + size], bound) for i in range(0, len(inputs), size)]
+        return [seen.prompt for part in parts for seen in part]
 
     def prefill_prepared(
         self,

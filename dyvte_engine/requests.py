@@ -49,13 +49,18 @@ class GenerationStats:
         exit_layer: layer after which the last visual token left (-1: before the first); None if some stayed or there
             were none.
         visual_tokens: of the prompt, before any policy.
-        tokens_per_layer: prompt rows that each layer computed.
+        tokens_per_layer: prompt rows that each layer has; rows_reused: how many of them it did not compute, because
+            another question about these pictures was there before or is computed together with this one.
+        prefix: whether what comes before the question was known: "hit", "miss", "no picture", or why it is not looked
+            for: "off", "policy" (it takes some visual tokens out, or looks at the question), "drop_early_kv".
+        prefix_frontier: last layer that the visual tokens of this prefix were known in before and after; -1: in none.
         ttft_s: seconds from the call to this prompt's first token (waiting, processor, vision, prefill, sampling).
         queued_s: the part of it before its turn came; vision_s: in processor, vision tower and projector.
         pictures_reused: how many pictures and videos the vision tower did not see again; None where they cannot be
             shared (docs/again.md).
         decode_tokens_per_s: this sequence's tokens after the first, over the time they took; 0 for one token.
-        prefill_tflops: the paper's count (docs/method.md, 4), vision tower included; `_keep_all` without any exit.
+        prefill_tflops: the paper's count (docs/method.md, 4), vision tower included, as if nothing were reused;
+            `_keep_all` without any exit.
         prefill_tflops_true: grouped-query projections and causal attention counted as they are, LM head included.
     """
 
@@ -64,6 +69,9 @@ class GenerationStats:
     text_tokens: int
     new_tokens: int
     tokens_per_layer: list[int]
+    rows_reused: list[int]
+    prefix: str
+    prefix_frontier: tuple[int, int] | None
     ttft_s: float
     queued_s: float
     vision_s: float

@@ -29,6 +29,19 @@ class _Unit:
     digest: bytes
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A prepared prompt.
+
+    reused: how many of its pictures and videos the tower did not see again; None where nothing is shared.
+    digest: what its pictures are known by, in their order.
+    """
+
+    prompt: PreparedPrompt
+    reused: int | None
+    digest: bytes
+
+
 class PictureCache:
     """Prepares prompts for `model`, and keeps the rows of their pictures: at most `budget` bytes, latest used.
 
@@ -41,19 +54,18 @@ class PictureCache:
         self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()  # [n, d] each
 
     @torch.inference_mode()
-    def prepare(
-        self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy
-    ) -> tuple[list[PreparedPrompt], list[int | None]]:
-        """As `VisionLanguageModel.prepare`, and how many pictures and videos of each prompt the tower did not see.
+    def prepare(self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy) -> list[Seen]:
+        """As `VisionLanguageModel.prepare`.
 
-        None where nothing is shared: positions of several axes come from transformers' code with the whole prompt, and
-        a policy that needs Python inside the tower has no key.
+        Nothing is shared where positions have several axes, which come from transformers' code with the whole prompt,
+        and under a policy that needs Python inside the tower, which has no key.
         """
         inside = policy.tower_key if policy.acts_in_tower else ()
         units = [_units(self._model, p) for p in prompts]
         together = policy.acts_in_tower and any(len(own) < p.n_images for own, p in zip(units, prompts, strict=True))
         if self.budget == 0 or self._model.family.axes > 1 or inside is None or together:
-            return self._model.prepare(prompts, policy), [None] * len(prompts)
+            prepared = self._model.prepare(prompts, policy)
+            return [Seen(p, None, _digest(own)) for p, own in zip(prepared, units, strict=True)]
         found: dict[Hashable, Tensor] = {}
         new: dict[Hashable, TokenizedPrompt] = {}
         for unit in (u for own in units for u in own):
@@ -67,12 +79,12 @@ class PictureCache:
         for key, rows in zip(new, (s.inputs_embeds for s in seen), strict=True):
             found[key] = rows
             self._keep(key, rows)
-        out = [
-            _assembled(self._model, prompt, [found[u.digest, inside] for u in own])
-            for prompt, own in zip(prompts, units, strict=True)
-        ]
-        reused = [sum(_pictures(u.prompt) for u in own if (u.digest, inside) not in new) for own in units]
-        return out, list(reused)
+        out = []
+        for prompt, own in zip(prompts, units, strict=True):
+            reused = sum(_pictures(u.prompt) for u in own if (u.digest, inside) not in new)
+            assembled = _assembled(self._model, prompt, [found[u.digest, inside] for u in own])
+            out.append(Seen(assembled, reused, _digest(own)))
+        return out
 
     def clear(self) -> None:
         """Forget all of them."""
@@ -95,6 +107,10 @@ def digest_of(inputs: dict[str, Tensor]) -> bytes:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+def _digest(units: Sequence[_Unit]) -> bytes:
+    return b"".join(unit.digest for unit in units)
 
 
 def _pictures(prompt: TokenizedPrompt) -> int:

@@ -33,12 +33,16 @@ class Prefilled:
         hidden: [B, d], the last row of each sequence after the final norm.
         exit_layers: layer after which the last visual token left (-1: before the first), None if some stayed or there
             were none.
-        rows: [L][B], rows each layer computed.
+        rows: [L][B], rows that each layer has of a prompt.
+        reused: [L][B], how many of them it did not compute; None: it computed all.
+        frontiers: of each sequence the last layer that its prefix was known to before and after; None without one.
     """
 
     hidden: Tensor
     exit_layers: list[int | None]
     rows: list[list[int]]
+    reused: list[list[int]] | None = None
+    frontiers: list[tuple[int, int] | None] | None = None
 
 
 class Prefill:
@@ -185,6 +189,9 @@ class Prefill:
         if self._drop_early_kv:
             self._compact_early_layers()
         return Prefilled(last, self._exit_layers, counts)
+
+    def close(self) -> None:
+        """It holds nothing but its cache."""
 
     def _compact_early_layers(self) -> None:
         """Every layer keeps the rows that were left at the end."""

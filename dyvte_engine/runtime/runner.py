@@ -23,7 +23,9 @@ from .decode import DecodeGraphs
 from .kv_cache import KVCache, PagePool
 from .picture_cache import PictureCache
 from .prefill import Prefill, Watch
+from .prefix import Prefix, PrefixStore, key_of, shares
 from .running import Running
+from .shared_prefill import SharedPrefill
 from .text_graphs import BUCKETS, TextGraphs
 
 
@@ -34,6 +36,7 @@ class Runner:
         self.model, self.config, self.lock = model, config, DeviceLock(config.device)
         self.max_len = model.decoder.max_len
         self.pictures = PictureCache(model, int(config.picture_cache))
+        self.prefixes = PrefixStore(int(config.prefix_cache))
         with self.lock:
             self._set_up(config)
 
@@ -90,6 +93,33 @@ class Runner:
             watch,
             self.text_graphs,
         )
+
+    def unshared(self, policy: VisualTokenPolicy) -> str | None:
+        """Why prefixes are not shared under this policy; None where they are."""
+        if self.prefixes.budget == 0:
+            return "off"
+        if self.config.drop_early_kv:
+            return "drop_early_kv"
+        return None if shares(policy) else "policy"
+
+    def shared_prefill(
+        self,
+        cache: KVCache,
+        prompts: Sequence[PreparedPrompt],
+        policy: VisualTokenPolicy,
+        ids: Sequence[Sequence[int]],
+        pictures: Sequence[bytes],
+    ) -> SharedPrefill:
+        """As `prefill`, where nothing speaks against it (`unshared`); each prompt's ids and its pictures' digest."""
+        decoder, rows = self.model.decoder, _rows(prompts, self.model.decoder.cos_sin)
+        prefixes: list[Prefix | None] = []
+        for prompt, own, seen, tail in zip(prompts, ids, pictures, rows.n_tail, strict=True):
+            end = len(own) - tail
+            visual, key = prompt.visual[:end], key_of(own[:end], seen)
+            layers, device = self.pool.num_layers, self.config.device
+            prefixes.append(self.prefixes.take(key, visual, layers, device) if end else None)
+        embeds = torch.cat([p.inputs_embeds for p in prompts])
+        return SharedPrefill(decoder, self._attention, cache, embeds, rows, policy, prefixes, self.prefixes)
 
     @torch.inference_mode()
     def run(

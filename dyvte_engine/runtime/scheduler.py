@@ -20,9 +20,11 @@ from ..errors import CacheError, ModelError, PromptError, RequestCancelledError
 from ..kernels.transfer import to_device
 from ..models import PreparedPrompt
 from .kv_cache import KVCache
+from .picture_cache import Seen
 from .prefill import Prefill
 from .runner import Runner
 from .sequence import Sequence
+from .shared_prefill import SharedPrefill
 
 
 class _Group:
@@ -34,9 +36,9 @@ class _Group:
     def __init__(self, runner: Runner, sequences: list[Sequence]):
         self._runner, self.sequences = runner, sequences
         self.errors: dict[int, BaseException] = {}
-        self._prepared: list[PreparedPrompt] = []
+        self._prepared: list[Seen] = []
         self._one_by_one = False
-        self._prefill: Prefill | None = None
+        self._prefill: Prefill | SharedPrefill | None = None
         self._cache: KVCache | None = None
         self.promised = [worst_pages(runner, s) for s in sequences]
         for s, pages in zip(sequences, self.promised, strict=True):
@@ -61,17 +63,17 @@ class _Group:
         now = self.sequences[done : done + 1] if self._one_by_one else self.sequences[done:]
         started = time.perf_counter()
         try:
-            prepared, reused = self._runner.pictures.prepare([s.prompt for s in now], now[0].policy)
+            prepared = self._runner.pictures.prepare([s.prompt for s in now], now[0].policy)
         except Exception as error:
             if len(now) == 1:
                 self.lose(now[0], error)
             self._one_by_one = True
             return
         seconds = time.perf_counter() - started
-        for s, p, pictures in zip(now, prepared, reused, strict=True):
-            s.saw_vision(seconds, pictures)
-            self._prepared.append(p)
-            beyond = self._beyond(s, p)
+        for s, seen in zip(now, prepared, strict=True):
+            s.saw_vision(seconds, seen.reused)
+            self._prepared.append(seen)
+            beyond = self._beyond(s, seen.prompt)
             if beyond is not None:
                 self.lose(s, beyond)
 
@@ -92,7 +94,12 @@ class _Group:
             self._runner.pool.claim(-pages)
             self._cache.claim(b, pages)
         self.promised = []
-        self._prefill = self._runner.prefill(self._cache, self._prepared, self.sequences[0].policy)
+        runner, policy, prompts = self._runner, self.sequences[0].policy, [seen.prompt for seen in self._prepared]
+        if runner.unshared(policy) is not None:
+            self._prefill = runner.prefill(self._cache, prompts, policy)
+            return
+        ids, pictures = [s.prompt.input_ids for s in self.sequences], [seen.digest for seen in self._prepared]
+        self._prefill = runner.shared_prefill(self._cache, prompts, policy, ids, pictures)
 
     def lose(self, sequence: Sequence, error: BaseException) -> None:
         """The sequence falls out and frees what it held; its rows are computed to the end if they are under way."""
@@ -117,7 +124,7 @@ class _Group:
         left = [b for b in range(len(self.sequences)) if b not in self.errors]
         for b in left:
             s = self.sequences[b]
-            s.prefilled(self._runner.model.decoder, cache, done, b)
+            s.prefilled(self._runner.model.decoder, cache, done, b, self._runner.unshared(s.policy))
             rows = cache.host_lens[:, b] + s.max_new_tokens - 1
             cache.claim(b, sum(map(pool.pages, rows.tolist())))
         hidden = done.hidden
@@ -130,6 +137,8 @@ class _Group:
         """Give everything back."""
         self._runner.pool.claim(-sum(self.promised))
         self.promised = []
+        if self._prefill is not None:
+            self._prefill.close()
         if self._cache is not None:
             self._cache.close()
 

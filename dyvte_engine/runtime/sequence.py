@@ -72,12 +72,20 @@ class Sequence:
         """So long took vision tower and projector, of all prompts prepared together; `reused` of its pictures."""
         self._vision_s, self._pictures_reused = self.prompt.seconds + seconds, reused
 
-    def prefilled(self, decoder: Decoder, cache: KVCache, done: Prefilled, b: int) -> None:
-        """Figures of its prefill, sequence b of `done`, read before any sequence leaves that batch."""
+    def prefilled(self, decoder: Decoder, cache: KVCache, done: Prefilled, b: int, unshared: str | None) -> None:
+        """Figures of its prefill, sequence b of `done`, read before any sequence leaves that batch.
+
+        unshared: why its prefix was not shared.
+        """
         shape, pool, n = decoder.shape, cache.pool, len(self.prompt.input_ids)
         rows, full = [layer[b] for layer in done.rows], [n] * decoder.shape.num_layers
         under, without = self._picture_flops
+        frontier = None if done.frontiers is None else done.frontiers[b]
+        known = "no picture" if frontier is None else "miss" if frontier[0] < 0 else "hit"
         self._figures = dict(
+            prefix=unshared or known,
+            prefix_frontier=frontier,
+            rows_reused=[0] * len(rows) if done.reused is None else [layer[b] for layer in done.reused],
             exit_layer=done.exit_layers[b],
             tokens_per_layer=rows,
             prefill_tflops=paper_flops(shape, rows, under) / 1e12,

@@ -133,14 +133,14 @@ def test_its_bytes_are_bounded_and_the_latest_used_stay():
 
     def ask(*numbers):
         text = " ".join(["<image>"] * len(numbers)) + " w1"
-        return cache.prepare(engine.model.tokenize([text], [[PICTURES[n] for n in numbers]]), policy)[1]
+        return cache.prepare(engine.model.tokenize([text], [[PICTURES[n] for n in numbers]]), policy)[0].reused
 
-    assert ask(0, 1) == [0] and cache.bytes_held == 2 * one
-    assert ask(0) == [1] and ask(2) == [0] and cache.bytes_held == 2 * one  # 1 leaves, not 0
-    assert ask(0, 2) == [2] and ask(1) == [0]
-    assert ask(0, 1, 2, 3) == [2] and cache.bytes_held == 2 * one  # more than fit at once
+    assert ask(0, 1) == 0 and cache.bytes_held == 2 * one
+    assert ask(0) == 1 and ask(2) == 0 and cache.bytes_held == 2 * one  # 1 leaves, not 0
+    assert ask(0, 2) == 2 and ask(1) == 0
+    assert ask(0, 1, 2, 3) == 2 and cache.bytes_held == 2 * one  # more than fit at once
     small = PictureCache(engine.model, one - 1)
-    assert small.prepare(engine.model.tokenize(["<image> w1"], [[PICTURES[0]]]), policy)[1] == [0]
+    assert small.prepare(engine.model.tokenize(["<image> w1"], [[PICTURES[0]]]), policy)[0].reused == 0
     assert small.bytes_held == 0
     off, _ = build(picture_cache=0)
     assert off.generate("<image> w1", PICTURES[0], chat=False, max_new_tokens=1).stats.pictures_reused is None
@@ -164,9 +164,9 @@ def test_every_family_enters_the_decoder_as_without_it(family):
     reused = []
     for prompt in [*tokenized, *tokenized]:
         want = model.prepare([prompt], engine.policy)[0]
-        (got,), (pictures,) = engine.runner.pictures.prepare([prompt], engine.policy)
-        equal(got, want)
-        reused.append(pictures)
+        (seen,) = engine.runner.pictures.prepare([prompt], engine.policy)
+        equal(seen.prompt, want)
+        reused.append(seen.reused)
     if model.family.axes > 1:
         assert reused == [None] * 16
     else:
@@ -180,8 +180,8 @@ def test_tiles_that_fill_up_are_no_part_of_a_picture():
     cache, policy = PictureCache(model, 1 << 20), KeepAll()
     small, large = (Image.new("RGB", size, (200, 40, 90)) for size in ((28, 20), (56, 56)))
     first, both = model.tokenize(["<image> w1", "<image> w1 <image> w2"], [[small], [small, large]])
-    assert cache.prepare([first], policy)[1] == [0]
+    assert cache.prepare([first], policy)[0].reused == 0
     widest = [p.inputs["pixel_values"].shape[1] for p in (first, both)]
-    (got,), reused = cache.prepare([both], policy)
-    assert reused == [1], widest
-    equal(got, model.prepare([both], policy)[0])
+    (seen,) = cache.prepare([both], policy)
+    assert widest[0] < widest[1] and seen.reused == 1
+    equal(seen.prompt, model.prepare([both], policy)[0])

@@ -1,0 +1,402 @@
+"""The prompt's way through the layers where its beginning has been there before, or will be asked for again.
+
+As `prefill.Prefill`, for policies that take all visual tokens of a sequence out at once. What a sequence computes
+itself are the rows behind its prefix; the prefix is computed by the first that needs it deeper than it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from ..kernels.attention import AttentionFn, Lengths
+from ..kernels.transfer import to_device
+from ..models.decoder import Decoder
+from ..models.rows import Rows
+from ..policies import LayerState, VisualTokenPolicy
+from .kv_cache import KVCache
+from .prefill import Prefilled
+from .prefix import HEAD, REST, Prefix, PrefixStore
+
+
+@dataclass(eq=False)
+class _Stream:
+    """Rows that pass through the layers together: a part of a prefix, or what sequence b computes for itself.
+
+    rows: int64, their numbers among those that entered layer 0; hidden [n, d] enters the next layer, unless it is in
+    the pack.
+    """
+
+    b: int
+    rows: Tensor
+    hidden: Tensor
+    prefix: Prefix | None
+    part: int | None = None
+
+
+@dataclass(eq=False)
+class _Layout:
+    """How the streams of a pack lie: packed rows of each, and what they see before them.
+
+    cu: int32 [S+1]; tables: int64 [S], the sequence whose pages a stream fills, B for none; before: int32 [S], rows in
+    these pages before its own; segments: packed rows from and to, and how many rows of which prefix they see too.
+    counts: of each sequence, rows in its pages; ends: int64 [B], its last packed row.
+    """
+
+    rows: Tensor
+    spans: list[tuple[int, int]]
+    cu: Tensor
+    tables: Tensor
+    before: Tensor
+    segments: list[tuple[int, int, Prefix | None, int]]
+    counts: list[int]
+    row_counts: Tensor
+    ends: Tensor
+
+
+class SharedPrefill:
+    """As `Prefill`. `prefixes[b]` is the prefix of sequence b, taken from `store`; None: it has no visual token."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        attend: AttentionFn,
+        cache: KVCache,
+        inputs_embeds: Tensor,
+        rows: Rows,
+        policy: VisualTokenPolicy,
+        prefixes: Sequence[Prefix | None],
+        store: PrefixStore,
+    ):
+        self.decoder, self.cache, self.rows = decoder, cache, rows
+        self.next = 0  # layer
+        self._attention, self._policy, self._store = attend, policy, store
+        self._layers, self._embeds = decoder.shape.num_layers, inputs_embeds
+        self._ask = policy.layers(self._layers) - {self._layers - 1}  # nothing follows the last layer
+        self._memory: dict[VisualTokenPolicy, Any] = {}
+        self._prefixes: list[Prefix | None] = list(prefixes)
+        self._left: list[int | None] = [None] * len(prefixes)  # layer after which its visual tokens did
+        self._frontiers = [-1 if p is None else p.depth[REST] for p in prefixes]
+        self._reserved, self._whole, self._closed = 0, True, False
+        self._counts: list[list[int]] = []  # [L][B] rows in the pages
+        self._reused: list[list[int]] = []
+        self._own = [self._stream(b, None) for b in range(len(prefixes))]
+        self._parts: dict[tuple[int, int], _Stream] = {}
+        self._pack: list[_Stream] = []
+        self._hidden = self._x = inputs_embeds[:0]
+        self._layout, self._laid_out = self._lay_out([]), ([], self._left)
+        self.workspace: Tensor | None = None
+
+    def _stream(self, b: int, part: int | None) -> _Stream:
+        """A part of the prefix of sequence b, or the rows behind it, as they enter the next layer."""
+        prefix = self._prefixes[b]
+        first, n = sum(self.rows.lengths.host[:b]), self.rows.lengths.host[b]
+        head, all_of = (0, 0) if prefix is None else (prefix.sizes[HEAD], len(prefix))
+        start, end = (all_of, n) if part is None else ((0, head), (head, all_of))[part]
+        rows = torch.arange(first + start, first + end, device=self._embeds.device)
+        known = None if part is None or prefix is None else prefix.hidden[part]
+        return _Stream(b, rows, self._embeds[rows] if known is None else known, prefix, part)
+
+    @property
+    def done(self) -> bool:
+        return self.next == self._layers
+
+    def advance(self, row_layers: float = float("inf")) -> bool:
+        """See `Prefill.advance`."""
+        used = 0
+        while not self.done:
+            self._arrange()
+            if used and used + len(self._hidden) > row_layers:
+                break
+            used += len(self._hidden)
+            self._run_layer()
+        return self.done
+
+    def _run_layer(self) -> None:
+        layer, self._whole = self.next, False
+        self._hidden, self._x = self.decoder.layer(layer, self._hidden, self._x, self)
+        self.next += 1
+        for stream, (start, end) in zip(self._pack, self._layout.spans, strict=True):
+            if stream.prefix is not None and stream.part is not None:
+                if self.done:
+                    stream.prefix.depth[stream.part] = layer
+                else:
+                    stream.prefix.passed(layer, stream.part, self._hidden[start:end])
+        if layer in self._ask:
+            self._decide(layer)
+        self._whole = True
+
+    # --- which rows the next layer computes ---------------------------------------------------------------------------
+
+    def _arrange(self) -> None:
+        """Pack the streams of the next layer, unless they are packed already."""
+        streams = self._streams()
+        if streams != self._pack:
+            self._unpack()
+            self._pack = streams
+            self._hidden = torch.cat([s.hidden for s in streams])
+            self._x = self._normalised()
+            self.workspace = self.decoder.workspace(len(self._hidden))
+        if (streams, self._left) != self._laid_out:
+            self._layout, self._laid_out = self._lay_out(streams), (streams, list(self._left))
+
+    def _normalised(self) -> Tensor:
+        """The pack for the next layer, rounded as if it had not been interrupted: there the norm comes with a sum."""
+        if self.next == 0:
+            return self.decoder.enter(self._hidden)
+        norm = self.decoder.layers[self.next].input_norm
+        return ops.add_rms_norm_(self._hidden, torch.zeros_like(self._hidden), norm, self.decoder.eps)
+
+    def _streams(self) -> list[_Stream]:
+        """Of each prefix: what of it is needed and has not passed the next layer, and its sequences, those that still
+        see it first."""
+        out = []
+        for members in self._members():
+            prefix, b = self._prefixes[members[0]], members[0]
+            members.sort(key=lambda b: self._left[b] is not None)
+            if prefix is not None:
+                seen = self._left[members[0]] is None
+                needed = [part for part in (HEAD, REST) if prefix.depth[part] < self.next and (seen or part == HEAD)]
+                out += [self._part(b, part) for part in needed]
+            out += [self._own[b] for b in members]
+        return out
+
+    def _members(self) -> list[list[int]]:
+        """Sequences by their prefix."""
+        groups: dict[object, list[int]] = {}
+        for b, prefix in enumerate(self._prefixes):
+            groups.setdefault(b if prefix is None else prefix, []).append(b)
+        return list(groups.values())
+
+    def _part(self, b: int, part: int) -> _Stream:
+        if (b, part) not in self._parts:
+            self._parts[b, part] = self._stream(b, part)
+        return self._parts[b, part]
+
+    def _unpack(self) -> None:
+        """Every stream gets its rows back."""
+        for stream, (start, end) in zip(self._pack, self._layout.spans, strict=True):
+            stream.hidden = self._hidden[start:end].clone()
+            if stream.prefix is not None and stream.part is not None:
+                stream.prefix.hidden[stream.part] = stream.hidden
+        self._pack = []
+
+    def _sees(self, b: int) -> int:
+        """Rows of its prefix in the pages of sequence b."""
+        prefix = self._prefixes[b]
+        return 0 if prefix is None else len(prefix) if self._left[b] is None else prefix.sizes[HEAD]
+
+    def _lay_out(self, streams: list[_Stream]) -> _Layout:
+        device, none = self._embeds.device, len(self._own)
+        sizes = [len(s.rows) for s in streams]
+        spans, ends, counts, start = list[tuple[int, int]](), [0] * none, [0] * none, 0
+        segments: list[tuple[int, int, Prefix | None, int]] = []
+        for stream, n in zip(streams, sizes, strict=True):
+            spans.append((start, start + n))
+            self._add_segment(segments, stream, start, start + n)
+            start += n
+            if stream.part is None:
+                ends[stream.b], counts[stream.b] = start - 1, self._sees(stream.b) + n
+        own = [s.part is None for s in streams]
+        return _Layout(
+            torch.cat([s.rows for s in streams]) if streams else torch.arange(0, device=device),
+            spans,
+            to_device([0, *(end for _, end in spans)], device, torch.int32),
+            to_device([s.b if mine else none for s, mine in zip(streams, own, strict=True)], device, torch.int64),
+            to_device([self._sees(s.b) * mine for s, mine in zip(streams, own, strict=True)], device, torch.int32),
+            segments,
+            counts,
+            to_device(counts, device, torch.int32),
+            to_device(ends, device, torch.int64),
+        )
+
+    def _add_segment(
+        self, segments: list[tuple[int, int, Prefix | None, int]], stream: _Stream, start: int, end: int
+    ) -> None:
+        """A stream that sees exactly what the segment before it sees, and its rows, becomes a part of that segment."""
+        prefix = stream.prefix
+        if prefix is None:
+            sees = 0
+        else:
+            sees = self._sees(stream.b) if stream.part is None else stream.part * prefix.sizes[HEAD]
+        if segments and prefix is not None:
+            first, last, same, before = segments[-1]
+            if same is prefix and last == start and before + last - first == sees:
+                segments[-1] = first, end, prefix, before
+                return
+        segments.append((start, end, prefix, sees))
+
+    # --- a layer ------------------------------------------------------------------------------------------------------
+
+    def _only_last(self, layer: int) -> bool:
+        """The other rows of the last layer would feed nothing but the cache."""
+        return layer == self._layers - 1 and layer >= len(self.rows.additions)
+
+    def attend(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LayerRows`."""
+        layout, pool = self._layout, self.cache.pool
+        self._enter(layer)
+        cos_sin, numbers = self.rows.rotation_table(self.decoder.cos_sin)
+        table = self.cache.block_table[layer]
+        pages = torch.cat((table, table.new_full((1, table.shape[1]), pool.spare)))[layout.tables]
+        turned = numbers[layout.rows]
+        ops.rope_append_(q, k, v, cos_sin, turned, layout.cu, pool.k, pool.v, pages, layout.before)
+        for stream, (start, end) in zip(self._pack, layout.spans, strict=True):
+            if stream.prefix is not None and stream.part is not None:
+                stream.prefix.append(layer, stream.part, k[start:end], v[start:end])
+        self._fill_pages(layer, table)
+        if not self._only_last(layer):
+            return hidden, self._attend_segments(layer, q, k, v)
+        last = layout.ends
+        read = ops.decode_attention(q[last], pool.k, pool.v, table, layout.row_counts, self.decoder.scale)
+        return hidden[last], read
+
+    def added(self, layer: int) -> Tensor | None:
+        """See `LayerRows`."""
+        additions = self.rows.additions
+        return additions[layer][self._layout.rows] if layer < len(additions) else None
+
+    def _enter(self, layer: int) -> None:
+        """Pages for what this layer sees, and for all up to the next one after which tokens may leave."""
+        layout = self._layout
+        self._counts.append(layout.counts)
+        computed = [0] * len(layout.counts)
+        for stream in self._pack:
+            computed[stream.b] += len(stream.rows)
+        self._reused.append([max(n - own, 0) for n, own in zip(layout.counts, computed, strict=True)])
+        if layer >= self._reserved:
+            may_leave = [later for later in self._ask if later >= layer]
+            self._reserved = 1 + min(may_leave, default=self._layers - 1)
+            self.cache.reserve(range(layer, self._reserved), layout.counts)
+
+    def _fill_pages(self, layer: int, table: Tensor) -> None:
+        """Copy what each sequence sees of its prefix into its own pages."""
+        pool, size = self.cache.pool, self.cache.pool.page_size
+        for b, prefix in enumerate(self._prefixes):
+            n = self._sees(b)
+            if prefix is None or n == 0:
+                continue
+            at = torch.arange(n, device=table.device)
+            slots = table[b, at // size].long() * size + at % size
+            for pages, rows in zip((pool.k, pool.v), prefix.keys_values(layer, n), strict=True):
+                pages.flatten(0, 1).index_copy_(0, slots, rows)
+
+    def _attend_segments(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        segments, scale = self._layout.segments, self.decoder.scale
+        if not any(sees for *_, sees in segments):
+            host = [end - start for start, end, *_ in segments]
+            cu = to_device([0, *(end for _, end, *_ in segments)], q.device, torch.int32)
+            return self._attention(q, k, v, Lengths(cu, host), scale)
+        out = torch.empty_like(q)
+        for start, end, prefix, sees in segments:
+            own = slice(start, end)
+            if prefix is None or sees == 0:
+                cu = to_device([0, end - start], q.device, torch.int32)
+                out[own] = self._attention(q[own], k[own], v[own], Lengths(cu, [end - start]), scale)
+            else:
+                before_k, before_v = prefix.keys_values(layer, sees)
+                out[own] = _attend_behind(q[own], torch.cat((before_k, k[own])), torch.cat((before_v, v[own])), scale)
+        return out
+
+    # --- decisions ----------------------------------------------------------------------------------------------------
+
+    def _decide(self, layer: int) -> None:
+        """Ask the policy about every sequence that still sees its visual tokens, of which two pooled rows are shown."""
+        watching = [p is not None and left is None for p, left in zip(self._prefixes, self._left, strict=True)]
+        if not any(watching):
+            return
+        place = {s.b: span for s, span in zip(self._pack, self._layout.spans, strict=True) if s.part is None}
+        shown, visual, tails = [], [], []
+        for b, prefix in enumerate(self._prefixes):
+            own = self._hidden[slice(*place[b])]
+            tails.append(self.rows.n_tail[b])
+            if prefix is not None and watching[b]:
+                shown.append(prefix.pooled[layer])
+                visual += [True, True]
+            shown.append(own)
+            visual += [False] * len(own)
+        decision = self._policy.decide(self._state(layer, shown, visual, [2 * w for w in watching], tails, place))
+        for b, keep in enumerate(decision() if callable(decision) else decision):
+            if watching[b] and keep is not None:
+                self._leave(b, layer, self._hidden[slice(*place[b])])
+
+    def _state(
+        self,
+        layer: int,
+        shown: list[Tensor],
+        visual: list[bool],
+        n_visual: list[int],
+        tails: list[int],
+        place: dict[int, tuple[int, int]],
+    ) -> LayerState:
+        hidden, device = torch.cat(shown), self._embeds.device
+        host = [place[b][1] - place[b][0] + n for b, n in enumerate(n_visual)]
+        cu = [sum(host[:b]) for b in range(len(host) + 1)]
+        every = torch.arange(len(hidden), device=device)
+        rows = Rows(
+            positions=every.to(torch.int32),
+            visual=to_device(visual, device, torch.bool),
+            source=every,
+            lengths=Lengths(to_device(cu, device, torch.int32), host),
+            n_visual=n_visual,
+            n_entered=n_visual,
+            n_tail=tails,
+        )
+        none = hidden.new_empty(0, 0, 0)
+        return LayerState(layer, self.decoder, hidden, none, none, rows, self._memory)
+
+    def _leave(self, b: int, layer: int, own: Tensor) -> None:
+        """From here on the sequence computes its text between visual tokens itself: it no longer sees them."""
+        self._left[b] = layer
+        prefix = self._prefixes[b]
+        assert prefix is not None
+        if len(prefix.between):
+            first = sum(self.rows.lengths.host[:b]) + prefix.sizes[HEAD]
+            rows = torch.cat((first + prefix.between, self._own[b].rows))
+            self._own[b] = _Stream(b, rows, torch.cat((prefix.texts[layer], own)), prefix)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> Prefilled:
+        """When it is done: the cache gets its lengths."""
+        last = self._x if self._only_last(self._layers - 1) else self._x[self._layout.ends]
+        device = self._embeds.device
+        rows = [to_device(counts, device, torch.int32) for counts in self._counts]
+        positions = self.rows.next_positions.expand(self._layers, -1)
+        self.cache.set_lens(rows, self._counts, positions)
+        frontiers = [
+            None if p is None else (before, p.depth[REST])
+            for before, p in zip(self._frontiers, self._prefixes, strict=True)
+        ]
+        self.close()
+        return Prefilled(last, self._left, self._counts, self._reused, frontiers)
+
+    def close(self) -> None:
+        """Give the prefixes back, at whatever layer they are."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.done:
+            for stream in self._pack:
+                if stream.prefix is not None and stream.part is not None:
+                    stream.prefix.hidden[stream.part] = None  # nothing follows
+            self._pack = []
+        elif self._whole:
+            self._unpack()
+        self._store.give_back([p for p in self._prefixes if p is not None], self._whole)
+
+
+def _attend_behind(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [n, Hq, D] of the last n rows; k and v [m, Hkv, D] of all: [n, Hq, D]."""
+    n, m = len(q), len(k)
+    mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    q, k, v = (t[None].transpose(1, 2) for t in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)

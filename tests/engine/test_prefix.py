@@ -1,0 +1,280 @@
+"""Another question about the same pictures: computed is its text, and the answer is a fresh engine's."""
+
+import functools
+import random
+
+import pytest
+import torch
+
+from dyvte_engine import DynamicExit, FastV, FixedExit, InvalidArgumentError, KeepAll
+from dyvte_engine.kernels import ops
+from dyvte_engine.runtime.prefix import REST, PrefixStore
+from tests import tiny
+from tests.engine.conftest import build
+from tests.engine.test_exit import random_heads
+
+STATES = ("mean_visual", "last_visual", "mean_text", "last_text")
+LAYERS, ROWS = 4, tiny.VISUAL_TOKENS
+PICTURES = [tiny.picture(random.Random(seed)) for seed in range(4)]
+BEGINNINGS = [  # up to the last picture: plain, with text before, with text between, two at once, three
+    ("<image>", PICTURES[:1]),
+    ("w1 w2 <image>", PICTURES[1:2]),
+    ("w3 <image> w4 w5 w6 <image>", PICTURES[:2]),
+    ("w1 <image> <image>", PICTURES[2:4]),
+    ("<image> w9 <image> w8 <image>", PICTURES[1:4]),
+]
+QUESTIONS = ["w7", "w11 w12 w13", "w50 w51 w52 w53 w54 w55", "w60 w61"]
+
+
+@functools.cache
+def policies():
+    return {
+        "keep-all": KeepAll(),
+        **{f"fixed {n}": FixedExit(n) for n in range(LAYERS)},
+        "text": DynamicExit(random_heads(0), 0.5),
+        "visual mean": DynamicExit(random_heads(1, ("mean_visual", "last_text")), 0.5),
+        "visual last": DynamicExit(random_heads(2, ("last_visual", "mean_text")), 0.5),
+        "all states": DynamicExit(random_heads(3, STATES, rms_eps=1e-5), 0.5, hysteresis=2),
+    }
+
+
+@functools.cache
+def fresh():
+    return build(prefix_cache=0, picture_cache=0, max_len=192)[0]
+
+
+@functools.cache
+def told(beginning, question, policy, n=5):
+    text, pictures = BEGINNINGS[beginning]
+    given = f"{text} {QUESTIONS[question]}"
+    result = fresh().generate(given, pictures, chat=False, max_new_tokens=n, policy=policies()[policy])
+    return figures(result)
+
+
+def figures(result):
+    return result.token_ids, result.stats.exit_layer, result.stats.tokens_per_layer, result.stats.kv_bytes
+
+
+def ask(engine, beginning, question, policy, n=5):
+    text, pictures = BEGINNINGS[beginning]
+    given = f"{text} {QUESTIONS[question]}"
+    result = engine.generate(given, pictures, chat=False, max_new_tokens=n, policy=policies()[policy])
+    assert figures(result) == told(beginning, question, policy, n), (beginning, question, policy)
+    return result.stats
+
+
+@pytest.mark.parametrize("beginning", range(len(BEGINNINGS)))
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_every_policy_in_any_order(beginning, order):
+    engine, _ = build(max_len=192)
+    names = sorted(policies())
+    random.Random(order).shuffle(names)
+    for i, name in enumerate(names):
+        stats = ask(engine, beginning, i % len(QUESTIONS), name)
+        assert stats.prefix == ("miss" if i == 0 else "hit")
+    engine.check_integrity()
+    assert engine.pool.claimed == 0 and len(engine.runner.prefixes) == 1
+
+
+def test_the_exits_differ_so_that_the_tests_see_something():
+    exits = {told(b, q, name)[1] for b in range(5) for q in range(4) for name in policies()}
+    assert exits == {None, 0, 1, 2} or exits == {None, 0, 1, 2, 3}
+    assert len({tuple(told(b, q, "keep-all")[0]) for b in range(5) for q in range(4)}) > 12
+
+
+@pytest.mark.parametrize(("first", "second"), [("fixed 0", "fixed 2"), ("fixed 2", "fixed 0"), ("fixed 1", "keep-all")])
+def test_the_frontier_moves_as_deep_as_somebody_needs(first, second):
+    engine, _ = build(max_len=192)
+    depth = {"fixed 0": 0, "fixed 1": 1, "fixed 2": 2, "keep-all": 3}
+    a, b = ask(engine, 2, 1, first), ask(engine, 2, 2, second)
+    assert a.prefix_frontier == (-1, depth[first]) and a.rows_reused == [0] * LAYERS
+    assert b.prefix_frontier == (depth[first], max(depth[first], depth[second]))
+    visual, between, head = 2 * ROWS, 3, 1
+    known = min(depth[first], depth[second])
+    for layer in range(LAYERS):
+        # Text before the pictures has gone through all layers; text between them depends on the exit.
+        want = head + visual + between if layer <= known else head
+        assert b.rows_reused[layer] == want, layer
+
+
+def test_questions_asked_together_compute_their_prefix_once():
+    engine, _ = build(max_len=192)
+    text, pictures = BEGINNINGS[2]
+    prompts = [f"{text} {q}" for q in QUESTIONS] + ["w1 w2 w3", f"{BEGINNINGS[1][0]} {QUESTIONS[0]}"]
+    images = [pictures] * 4 + [None, BEGINNINGS[1][1]]
+    for name in ("fixed 1", "text", "all states", "keep-all", "fixed 0"):
+        got = engine.generate(prompts, images, chat=False, max_new_tokens=5, policy=policies()[name])
+        want = fresh().generate(prompts, images, chat=False, max_new_tokens=5, policy=policies()[name])
+        assert [figures(r) for r in got] == [figures(r) for r in want]
+        if name == "fixed 1":
+            assert [r.stats.prefix for r in got] == ["miss"] * 4 + ["no picture", "miss"]
+            assert [r.stats.rows_reused[0] for r in got] == [0] + 3 * [1 + 2 * ROWS + 3] + [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("decoder", "vision"), [("llama-gqa", "clip"), ("qwen2", "clip"), ("qwen3", "siglip")])
+def test_logits_error_is_at_most_twice_torchs(decoder, vision, dtype):
+    """Of a question behind a known prefix, and of one that takes it deeper, against the same weights in float64."""
+    engine, low = build(decoder, vision, dtype, prefix_cache=1 << 24)
+    exact = tiny.model(decoder, vision).to(dtype).double()
+    ours, theirs = [], []
+    for text, pictures in BEGINNINGS:
+        for question, policy in zip(QUESTIONS, ("fixed:0", "fixed:2", "none", "none")):
+            given = f"{text} {question}"
+            embeds, visual, _ = tiny.embed(low, engine.model.processor, given, pictures)
+            if policy == "none":
+                hidden, bound = tiny.see_all(len(embeds)), engine.bind(KeepAll())
+            else:
+                bound, layer = engine.bind(policy), int(policy[-1])
+                hidden = functools.partial(gone, visual, layer)
+            want = tiny.masked_logits(exact, embeds.double(), hidden)[-1]
+            ours.append(logits(engine, given, pictures, bound).double() - want)
+            theirs.append(tiny.masked_logits(low, embeds, hidden)[-1].double() - want)
+    assert len(engine.runner.prefixes) == len(BEGINNINGS)
+    assert torch.stack(ours).norm() <= 2 * torch.stack(theirs).norm()
+
+
+def gone(visual, exit_layer, layer):
+    """After the exit text rows do not see visual ones."""
+    return (~visual[:, None] & visual[None]) & (layer > exit_layer)
+
+
+@torch.inference_mode()
+def logits(engine, text, pictures, policy):
+    runner, prompt = engine.runner, engine.model.tokenize([text], [pictures])[0]
+    with runner.lock:
+        (seen,) = runner.pictures.prepare([prompt], policy)
+        cache = runner.cache(1, 1)
+        prefill = runner.shared_prefill(cache, [seen.prompt], policy, [prompt.input_ids], [seen.digest])
+        while not prefill.advance(1):
+            pass
+        out = engine.model.decoder.logits(prefill.finish().hidden)[0]
+        cache.close()
+    return out
+
+
+def test_nothing_known_is_bit_for_bit_the_plain_prefill():
+    engine, _ = build(max_len=192)
+    for text, pictures in BEGINNINGS:
+        engine.runner.prefixes.clear()
+        given = f"{text} {QUESTIONS[2]}"
+        for name in ("keep-all", "fixed 1"):
+            engine.runner.prefixes.clear()
+            bound = engine.bind(policies()[name])
+            with engine.prefill_prepared(engine.prepare(given, pictures, chat=False), bound) as running:
+                assert torch.equal(running.logits[0], logits(engine, given, pictures, bound))
+
+
+def test_other_pictures_or_words_before_are_another_prefix():
+    engine, _ = build(max_len=192)
+    for text, picture in (("<image>", 0), ("<image>", 1), ("w1 <image>", 0), ("w2 <image>", 0), ("<image> <image>", 0)):
+        pictures = [PICTURES[picture]] * text.count("<image>")
+        stats = engine.generate(f"{text} w3", pictures, chat=False, max_new_tokens=2).stats
+        assert stats.prefix == "miss"
+    assert len(engine.runner.prefixes) == 5
+
+
+def test_bytes_are_bounded_and_what_left_comes_again():
+    sized, _ = build(max_len=192)
+    ask(sized, 2, 0, "keep-all")
+    one = sized.runner.prefixes.bytes_held
+    engine, _ = build(max_len=192, prefix_cache=2 * one)
+    rng = random.Random(5)
+    for _ in range(40):
+        ask(engine, rng.randrange(5), rng.randrange(4), rng.choice(sorted(policies())))
+        assert engine.runner.prefixes.bytes_held <= 2 * one
+    assert len(engine.runner.prefixes) >= 1
+    tight, _ = build(max_len=192, prefix_cache=1)
+    assert [ask(tight, 2, q, "keep-all").prefix for q in range(3)] == ["miss"] * 3
+    assert tight.runner.prefixes.bytes_held == 0
+
+
+def test_one_in_use_does_not_leave():
+    store = PrefixStore(0)
+    visual = torch.tensor([False, True])
+    a, b = (store.take(key, visual, 2, torch.device("cpu")) for key in "ab")
+    assert store.take("a", visual, 2, torch.device("cpu")) is a
+    for prefix in (a, b):
+        for part in (0, REST):
+            prefix.append(0, part, *torch.ones(2, 1, 1, 4))
+    store.give_back([a, b], whole=True)
+    assert len(store) == 1 and store.bytes_held == a.nbytes > 0
+    store.give_back([a], whole=True)
+    assert len(store) == 0 and store.bytes_held == 0
+
+
+def test_what_cannot_share_says_so():
+    text, pictures = "<image> w1 w2", PICTURES[:1]
+    say = {}
+    for name, options in (("off", dict(prefix_cache=0)), ("drop_early_kv", dict(drop_early_kv=True)), ("", {})):
+        engine, _ = build(max_len=192, **options)
+        for policy in (KeepAll(), FastV(1, 0.5), FixedExit(-1), DynamicExit(random_heads(0), 0.5, keep=2)):
+            stats = engine.generate(text, pictures, chat=False, max_new_tokens=2, policy=policy).stats
+            say[name, type(policy).__name__] = stats.prefix
+            assert stats.prefix_frontier is None or name == ""
+    assert {reason for (name, _), reason in say.items() if name} == {"off", "drop_early_kv"}
+    assert [say["", p] for p in ("KeepAll", "FastV", "FixedExit", "DynamicExit")] == ["miss", *["policy"] * 3]
+    stats = engine.generate("w1 w2", chat=False, max_new_tokens=2).stats
+    assert stats.prefix == "no picture" and stats.prefix_frontier is None
+
+
+def test_a_prompt_that_ends_in_a_picture():
+    """Its last row is what the next token is predicted from: it is computed anew."""
+    engine, _ = build(max_len=192)
+    for text, pictures in (("w1 <image>", PICTURES[:1]), ("<image> w2 <image>", PICTURES[:2])):
+        for policy in ("fixed:1", "none", "fixed:0"):
+            bound = KeepAll() if policy == "none" else policy
+            options = dict(chat=False, max_new_tokens=4, policy=bound)
+            got, want = (e.generate(text, pictures, **options) for e in (engine, fresh()))
+            assert figures(got) == figures(want)
+        assert got.stats.prefix == "hit"
+
+
+def test_a_layer_that_fails_half_way_leaves_no_broken_prefix(monkeypatch):
+    engine, _ = build(max_len=192)
+    ask(engine, 2, 0, "fixed 0")
+    calls, add = [], ops.silu_mul
+
+    def failing(x):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return add(x)
+
+    monkeypatch.setattr(ops, "silu_mul", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ask(engine, 2, 1, "keep-all")
+    monkeypatch.undo()
+    engine.check_integrity()
+    assert len(engine.runner.prefixes) == 0 and engine.pool.claimed == 0
+    assert ask(engine, 2, 1, "keep-all").prefix == "miss"
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_who_is_cancelled_half_way_leaves_what_was_computed(layers):
+    engine, _ = build(max_len=192, max_stall=1)
+    scheduler = engine._scheduler
+    running = begin(engine, "w1 w2 w3", None, 40)
+    for _ in range(4):
+        scheduler.step()
+    text, pictures = BEGINNINGS[2]
+    half = begin(engine, f"{text} w9", pictures, 4)
+    for _ in range(2 + layers):
+        scheduler.step()
+    assert scheduler._group is not None
+    half.cancel()
+    stats = ask(engine, 2, 1, "fixed 2")
+    assert stats.prefix_frontier == (layers - 1, 2)
+    assert len(running.result().token_ids) > 0
+    ask(engine, 2, 3, "keep-all")
+
+
+def begin(engine, text, pictures, n):
+    config, inputs = engine._config(None, dict(max_new_tokens=n)), engine._tokenize(text, pictures, None, 2.0, False)
+    return engine._enqueue(engine._sequences(inputs, None, 0, config))[0]
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, False, "all", None])
+def test_what_it_takes(value):
+    with pytest.raises(InvalidArgumentError, match="prefix_cache"):
+        build(prefix_cache=value)
