@@ -89,7 +89,8 @@ class SharedPrefill:
         self._parts: dict[tuple[int, int], _Stream] = {}
         self._pack: list[_Stream] = []
         self._hidden = self._x = inputs_embeds[:0]
-        self._layout, self._laid_out = self._lay_out([]), ([], self._left)
+        self._layout = self._lay_out([])
+        self._laid_out: tuple[list[_Stream], list[int | None]] = [], []
         self.workspace: Tensor | None = None
 
     def _stream(self, b: int, part: int | None) -> _Stream:

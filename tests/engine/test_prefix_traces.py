@@ -1,0 +1,168 @@
+"""Random traces of questions about few pictures through one tight engine: known prefixes come, deepen, leave and return.
+
+`DYVTE_TRACES=2000` asks for more of them.
+"""
+
+import functools
+import os
+import random
+import threading
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from dyvte_engine import FastV, Request, RequestCancelledError, ToMe
+from tests.engine.conftest import build
+from tests.engine.test_prefix import BEGINNINGS, QUESTIONS, policies
+
+POLICIES = {**policies(), "before": "fixed:-1", "fastv": FastV(1, 0.5), "in the tower": ToMe(0.5)}
+TRACES = int(os.environ.get("DYVTE_TRACES", 25))
+BUDGET = 60_000  # bytes: about three of these prefixes, or one and a half to the last layer
+specs = st.tuples(
+    st.integers(0, len(BEGINNINGS)),
+    st.integers(0, len(QUESTIONS) - 1),
+    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from([1, 3, 9]),
+)
+
+
+def request_of(spec, priority=0):
+    beginning, question, policy, n = spec
+    text, pictures = [*BEGINNINGS, ("w1", None)][beginning]
+    options = dict(max_new_tokens=n)
+    prompt = f"{text} {QUESTIONS[question]}"
+    return Request(prompt, pictures, chat=False, policy=POLICIES[policy], priority=priority, options=options)
+
+
+@functools.cache
+def engines():
+    """One whose pool, slices and caches are small, and one that answers each request alone and keeps nothing."""
+    memory = 4 * 48 * 2 * 4 * 2 * 2 * 16 * 4 // 2
+    small = dict(page_size=4, max_batch=3, max_stall=40, max_len=192, kv_memory=memory)
+    tight, _ = build(prefix_cache=BUDGET, picture_cache=3 * 16 * 64 * 4, **small)
+    alone, _ = build(prefix_cache=0, picture_cache=0, page_size=4, max_batch=1, max_len=192)
+    return tight, alone
+
+
+@functools.cache
+def answer(spec):
+    r = request_of(spec)
+    return told(engines()[1].generate(r.prompt, r.images, chat=False, policy=r.policy, **r.options))
+
+
+def told(result):
+    stats = result.stats
+    return result.token_ids, result.text, result.finish_reason, stats.exit_layer, stats.tokens_per_layer
+
+
+class Traces(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.engine = engines()[0]
+        self.scheduler, self.prefixes = self.engine._scheduler, self.engine.runner.prefixes
+        self.handles = []
+
+    @rule(spec=specs, priority=st.integers(-1, 1))
+    def submit(self, spec, priority):
+        sequences = self.engine._prepare_request(request_of(spec, priority))
+        self.handles.append((spec, self.engine._enqueue(sequences)[0]))
+
+    @rule(steps=st.integers(1, 12))
+    def step(self, steps):
+        for _ in range(steps):
+            self.scheduler.step()
+
+    @rule(which=st.integers(0, 99))
+    def cancel(self, which):
+        if self.handles:
+            self.handles[which % len(self.handles)][1].cancel()
+
+    @rule()
+    def forget(self):
+        with self.engine.runner.lock:
+            self.prefixes.clear()
+
+    @invariant()
+    def everything_adds_up(self):
+        with self.engine.runner.lock:
+            group = self.scheduler._group
+            self.engine.runner.check_integrity(sum(group.promised) if group else 0)
+            entries = list(self.prefixes._entries.values())
+            in_use = [
+                p for p in (group._prefill._prefixes if hasattr(group and group._prefill, "_prefixes") else ()) if p
+            ]
+            assert sum(p.users for p in entries) == len(in_use) and all(p in entries for p in in_use)
+            assert in_use or self.prefixes.bytes_held <= BUDGET
+
+    def teardown(self):
+        while self.scheduler.has_work:
+            self.scheduler.step()
+        self.engine.check_integrity()
+        assert self.engine.pool.bytes_held == self.engine.pool.claimed == 0
+        assert self.prefixes.bytes_held <= BUDGET
+        for spec, handle in self.handles:
+            if handle._error is None:
+                assert told(handle.result(0)) == answer(spec), spec
+            else:
+                assert isinstance(handle._error, RequestCancelledError)
+
+
+TestTraces = Traces.TestCase
+TestTraces.settings = settings(
+    max_examples=TRACES,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize="DYVTE_TRACES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_threads_that_ask_about_the_same_pictures():
+    engine, _ = engines()
+    rng = random.Random(4)
+    chosen = [(rng.randrange(3), i % 4, rng.choice(sorted(POLICIES)), rng.choice([1, 3, 9])) for i in range(48)]
+    for spec in chosen:
+        answer(spec)
+    right = []
+
+    def work(offset):
+        handles = [(spec, engine.submit(request_of(spec))) for spec in chosen[offset::4]]
+        right.extend(spec for spec, handle in handles if told(handle.result(60)) == answer(spec))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert sorted(right) == sorted(chosen)
+    engine.check_integrity()
+    assert engine.pool.claimed == 0 and engine.runner.prefixes.bytes_held <= BUDGET
+
+
+def test_an_interrupt_leaves_no_broken_prefix(monkeypatch):
+    """Ctrl-C in the middle of a layer that deepens a prefix."""
+    engine, _ = engines()
+    first, second = (2, 0, "fixed 0", 3), (2, 1, "keep-all", 3)
+    for spec in (first, second):
+        r = request_of(spec)
+        options = dict(chat=False, policy=r.policy, **r.options)
+        if spec is second:
+            real, calls = engine.model.decoder.layer, []
+
+            def layer(number, *rest, real=real, calls=calls):
+                calls.append(number)
+                out = real(number, *rest)
+                if number == 1:
+                    raise KeyboardInterrupt
+                return out
+
+            monkeypatch.setattr(engine.model.decoder, "layer", layer)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(r.prompt, r.images, **options)
+            monkeypatch.undo()
+            engine.check_integrity()
+            assert engine.pool.claimed == 0 and calls == [0, 1]
+        assert told(engine.generate(r.prompt, r.images, **options)) == answer(spec)
