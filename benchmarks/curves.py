@@ -124,7 +124,9 @@ def times_of(
 
 def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
     data = header("curves", args, argv)
-    engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, max_batch=args.batch)
+    engine = Engine.from_pretrained(
+        args.model, dtype=args.dtype, device=args.device, max_batch=args.batch, picture_cache=0, prefix_cache=0
+    )
     forms = known_forms(engine.model)
     chosen = {t.name: t.within(forms)[0].samples for t in load_tasks(args.tasks, args.seed, args.n)}
     data["samples"] = {name: len(samples) for name, samples in chosen.items()}

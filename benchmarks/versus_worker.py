@@ -21,7 +21,9 @@ class Dyvte:
         from dyvte_engine.policies import parse
 
         dtype, policy = option.split(" ", 1)
-        self.engine = Engine.from_pretrained(folder, dtype=dtype, device="cpu", policy=parse(policy), max_batch=1)
+        self.engine = Engine.from_pretrained(
+            folder, dtype=dtype, device="cpu", policy=parse(policy), max_batch=1, picture_cache=0, prefix_cache=0
+        )
 
     def run(self, picture, text, new_tokens, ends):
         options = {} if ends else {"eos_token_id": []}

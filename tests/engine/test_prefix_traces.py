@@ -1,4 +1,4 @@
-"""Random traces of questions about few pictures through one tight engine: known prefixes come, deepen, leave and return.
+"""Random traces of questions about few pictures through a tight engine: known prefixes come, deepen, leave, return.
 
 `DYVTE_TRACES=2000` asks for more of them.
 """
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dyvte_engine import FastV, Request, RequestCancelledError, ToMe
+from dyvte_engine.runtime.shared_prefill import SharedPrefill
 from tests.engine.conftest import build
 from tests.engine.test_prefix import BEGINNINGS, QUESTIONS, policies
 
@@ -90,9 +91,8 @@ class Traces(RuleBasedStateMachine):
             group = self.scheduler._group
             self.engine.runner.check_integrity(sum(group.promised) if group else 0)
             entries = list(self.prefixes._entries.values())
-            in_use = [
-                p for p in (group._prefill._prefixes if hasattr(group and group._prefill, "_prefixes") else ()) if p
-            ]
+            shared = group is not None and isinstance(group._prefill, SharedPrefill)
+            in_use = [p for p in group._prefill._prefixes if p is not None] if shared else []
             assert sum(p.users for p in entries) == len(in_use) and all(p in entries for p in in_use)
             assert in_use or self.prefixes.bytes_held <= BUDGET
 

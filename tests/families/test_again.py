@@ -1,4 +1,4 @@
-"""Further questions about the same pictures, of every family: exits and tokens are those of an engine that knows none."""
+"""Further questions about the same pictures, of every family: exits and tokens as of an engine that knows none."""
 
 import random
 
