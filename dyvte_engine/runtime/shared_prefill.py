@@ -43,12 +43,16 @@ class _Stream:
 class _Layout:
     """How the streams of a pack lie: packed rows of each, and what they see before them.
 
+    rows: int64 [N], their numbers among those that entered layer 0; turns: int32 [N], in the table of rotations.
     cu: int32 [S+1]; tables: int64 [S], the sequence whose pages a stream fills, B for none; before: int32 [S], rows in
     these pages before its own; segments: packed rows from and to, and how many rows of which prefix they see too.
     counts: of each sequence, rows in its pages; ends: int64 [B], its last packed row.
+    copied: of each sequence that sees rows of its prefix their number, and int64 the page (in its table) and the row
+    there of each.
     """
 
     rows: Tensor
+    turns: Tensor
     spans: list[tuple[int, int]]
     cu: Tensor
     tables: Tensor
@@ -57,6 +61,7 @@ class _Layout:
     counts: list[int]
     row_counts: Tensor
     ends: Tensor
+    copied: list[tuple[int, Prefix, int, Tensor, Tensor]]
 
 
 class SharedPrefill:
@@ -89,6 +94,7 @@ class SharedPrefill:
         self._parts: dict[tuple[int, int], _Stream] = {}
         self._pack: list[_Stream] = []
         self._hidden = self._x = inputs_embeds[:0]
+        self._cos_sin, self._turns = rows.rotation_table(decoder.cos_sin)
         self._layout = self._lay_out([])
         self._laid_out: tuple[list[_Stream], list[int | None]] = [], []
         self.workspace: Tensor | None = None
@@ -204,8 +210,10 @@ class SharedPrefill:
             if stream.part is None:
                 ends[stream.b], counts[stream.b] = start - 1, self._sees(stream.b) + n
         own = [s.part is None for s in streams]
+        rows = torch.cat([s.rows for s in streams]) if streams else torch.arange(0, device=device)
         return _Layout(
-            torch.cat([s.rows for s in streams]) if streams else torch.arange(0, device=device),
+            rows,
+            self._turns[rows],
             spans,
             to_device([0, *(end for _, end in spans)], device, torch.int32),
             to_device([s.b if mine else none for s, mine in zip(streams, own, strict=True)], device, torch.int64),
@@ -214,7 +222,18 @@ class SharedPrefill:
             counts,
             to_device(counts, device, torch.int32),
             to_device(ends, device, torch.int64),
+            self._copied(),
         )
+
+    def _copied(self) -> list[tuple[int, Prefix, int, Tensor, Tensor]]:
+        """See `_Layout`."""
+        out, size = [], self.cache.pool.page_size
+        for b, prefix in enumerate(self._prefixes):
+            n = self._sees(b)
+            if prefix is not None and n > 0:
+                at = torch.arange(n, device=self._embeds.device)
+                out.append((b, prefix, n, at // size, at % size))
+        return out
 
     def _add_segment(
         self, segments: list[tuple[int, int, Prefix | None, int]], stream: _Stream, start: int, end: int
@@ -242,11 +261,9 @@ class SharedPrefill:
         """See `LayerRows`."""
         layout, pool = self._layout, self.cache.pool
         self._enter(layer)
-        cos_sin, numbers = self.rows.rotation_table(self.decoder.cos_sin)
         table = self.cache.block_table[layer]
         pages = torch.cat((table, table.new_full((1, table.shape[1]), pool.spare)))[layout.tables]
-        turned = numbers[layout.rows]
-        ops.rope_append_(q, k, v, cos_sin, turned, layout.cu, pool.k, pool.v, pages, layout.before)
+        ops.rope_append_(q, k, v, self._cos_sin, layout.turns, layout.cu, pool.k, pool.v, pages, layout.before)
         for stream, (start, end) in zip(self._pack, layout.spans, strict=True):
             if stream.prefix is not None and stream.part is not None:
                 stream.prefix.append(layer, stream.part, k[start:end], v[start:end])
@@ -277,13 +294,9 @@ class SharedPrefill:
 
     def _fill_pages(self, layer: int, table: Tensor) -> None:
         """Copy what each sequence sees of its prefix into its own pages."""
-        pool, size = self.cache.pool, self.cache.pool.page_size
-        for b, prefix in enumerate(self._prefixes):
-            n = self._sees(b)
-            if prefix is None or n == 0:
-                continue
-            at = torch.arange(n, device=table.device)
-            slots = table[b, at // size].long() * size + at % size
+        pool = self.cache.pool
+        for b, prefix, n, page, row in self._layout.copied:
+            slots = table[b, page].long() * pool.page_size + row
             for pages, rows in zip((pool.k, pool.v), prefix.keys_values(layer, n), strict=True):
                 pages.flatten(0, 1).index_copy_(0, slots, rows)
 
