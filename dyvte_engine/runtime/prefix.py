@@ -66,13 +66,15 @@ class Prefix:
         assert pair is not None and len(pair[0]) >= rows
         return pair[0][:rows], pair[1][:rows]
 
-    def append(self, layer: int, part: int, k: Tensor, v: Tensor) -> None:
-        """Copy a part's K and V of this layer; the first part must be there before the second."""
-        if part == HEAD or self.sizes[HEAD] == 0:
+    def append(self, layer: int, known: int, k: Tensor, v: Tensor) -> None:
+        """Copy K and V [n, Hkv, D] of this layer, of the rows behind the first `known`."""
+        if len(k) == 0:
+            return
+        if known == 0:
             self.kv[layer] = k.clone(), v.clone()
         else:
-            head_k, head_v = self.keys_values(layer, self.sizes[HEAD])
-            self.kv[layer] = torch.cat((head_k, k)), torch.cat((head_v, v))
+            before_k, before_v = self.keys_values(layer, known)
+            self.kv[layer] = torch.cat((before_k, k)), torch.cat((before_v, v))
 
     def passed(self, layer: int, part: int, hidden: Tensor) -> None:
         """A part has passed this layer; hidden [rows, d] leaves it, and is read, not kept."""

@@ -40,28 +40,40 @@ class _Stream:
 
 
 @dataclass(eq=False)
+class _Segment:
+    """Packed rows `start` to `end`, which follow one another in sequence b behind its first `sees` rows, known ones.
+
+    Those up to `middle` belong to the prefix, the others to the sequence alone.
+    """
+
+    b: int
+    prefix: Prefix | None
+    sees: int
+    start: int
+    middle: int
+    end: int
+
+
+@dataclass(eq=False)
 class _Layout:
-    """How the streams of a pack lie: packed rows of each, and what they see before them.
+    """How a pack lies.
 
     rows: int64 [N], their numbers among those that entered layer 0; turns: int32 [N], in the table of rotations.
-    cu: int32 [S+1]; tables: int64 [S], the sequence whose pages a stream fills, B for none; before: int32 [S], rows in
-    these pages before its own; segments: packed rows from and to, and how many rows of which prefix they see too.
+    spans: packed rows of each stream. segments: one for each sequence, and for them cu: int32 [B+1], order: int64 [B],
+    the sequences, and before: int32 [B], what they see.
     counts: of each sequence, rows in its pages; ends: int64 [B], its last packed row.
-    copied: of each sequence that sees rows of its prefix their number, and int64 the page (in its table) and the row
-    there of each.
     """
 
     rows: Tensor
     turns: Tensor
     spans: list[tuple[int, int]]
+    segments: list[_Segment]
     cu: Tensor
-    tables: Tensor
+    order: Tensor
     before: Tensor
-    segments: list[tuple[int, int, Prefix | None, int]]
     counts: list[int]
     row_counts: Tensor
     ends: Tensor
-    copied: list[tuple[int, Prefix, int, Tensor, Tensor]]
 
 
 class SharedPrefill:
@@ -160,8 +172,10 @@ class SharedPrefill:
         return ops.add_rms_norm_(self._hidden, torch.zeros_like(self._hidden), norm, self.decoder.eps)
 
     def _streams(self) -> list[_Stream]:
-        """Of each prefix: what of it is needed and has not passed the next layer, and its sequences, those that still
-        see it first."""
+        """Of each prefix: what of it is needed and has not passed the next layer, then its sequences.
+
+        First those that still see it all: the parts come right before a sequence that sees them.
+        """
         out = []
         for members in self._members():
             prefix, b = self._prefixes[members[0]], members[0]
@@ -200,56 +214,30 @@ class SharedPrefill:
 
     def _lay_out(self, streams: list[_Stream]) -> _Layout:
         device, none = self._embeds.device, len(self._own)
-        sizes = [len(s.rows) for s in streams]
-        spans, ends, counts, start = list[tuple[int, int]](), [0] * none, [0] * none, 0
-        segments: list[tuple[int, int, Prefix | None, int]] = []
-        for stream, n in zip(streams, sizes, strict=True):
-            spans.append((start, start + n))
-            self._add_segment(segments, stream, start, start + n)
-            start += n
-            if stream.part is None:
-                ends[stream.b], counts[stream.b] = start - 1, self._sees(stream.b) + n
-        own = [s.part is None for s in streams]
+        spans, segments, start, end = list[tuple[int, int]](), list[_Segment](), 0, 0
+        for stream in streams:
+            spans.append((end, end + len(stream.rows)))
+            middle, end = end, end + len(stream.rows)
+            if stream.part is None:  # the parts before it, and what it computes itself
+                sees = self._sees(stream.b) - (middle - start)
+                segments.append(_Segment(stream.b, stream.prefix, sees, start, middle, end))
+                start = end
+        counts, ends = [0] * none, [0] * none
+        for segment in segments:
+            counts[segment.b], ends[segment.b] = segment.sees + segment.end - segment.start, segment.end - 1
         rows = torch.cat([s.rows for s in streams]) if streams else torch.arange(0, device=device)
         return _Layout(
             rows,
             self._turns[rows],
             spans,
-            to_device([0, *(end for _, end in spans)], device, torch.int32),
-            to_device([s.b if mine else none for s, mine in zip(streams, own, strict=True)], device, torch.int64),
-            to_device([self._sees(s.b) * mine for s, mine in zip(streams, own, strict=True)], device, torch.int32),
             segments,
+            to_device([0, *(s.end for s in segments)], device, torch.int32),
+            to_device([s.b for s in segments], device, torch.int64),
+            to_device([s.sees for s in segments], device, torch.int32),
             counts,
             to_device(counts, device, torch.int32),
             to_device(ends, device, torch.int64),
-            self._copied(),
         )
-
-    def _copied(self) -> list[tuple[int, Prefix, int, Tensor, Tensor]]:
-        """See `_Layout`."""
-        out, size = [], self.cache.pool.page_size
-        for b, prefix in enumerate(self._prefixes):
-            n = self._sees(b)
-            if prefix is not None and n > 0:
-                at = torch.arange(n, device=self._embeds.device)
-                out.append((b, prefix, n, at // size, at % size))
-        return out
-
-    def _add_segment(
-        self, segments: list[tuple[int, int, Prefix | None, int]], stream: _Stream, start: int, end: int
-    ) -> None:
-        """A stream that sees exactly what the segment before it sees, and its rows, becomes a part of that segment."""
-        prefix = stream.prefix
-        if prefix is None:
-            sees = 0
-        else:
-            sees = self._sees(stream.b) if stream.part is None else stream.part * prefix.sizes[HEAD]
-        if segments and prefix is not None:
-            first, last, same, before = segments[-1]
-            if same is prefix and last == start and before + last - first == sees:
-                segments[-1] = first, end, prefix, before
-                return
-        segments.append((start, end, prefix, sees))
 
     # --- a layer ------------------------------------------------------------------------------------------------------
 
@@ -262,12 +250,13 @@ class SharedPrefill:
         layout, pool = self._layout, self.cache.pool
         self._enter(layer)
         table = self.cache.block_table[layer]
-        pages = torch.cat((table, table.new_full((1, table.shape[1]), pool.spare)))[layout.tables]
+        pages = table[layout.order]
         ops.rope_append_(q, k, v, self._cos_sin, layout.turns, layout.cu, pool.k, pool.v, pages, layout.before)
-        for stream, (start, end) in zip(self._pack, layout.spans, strict=True):
-            if stream.prefix is not None and stream.part is not None:
-                stream.prefix.append(layer, stream.part, k[start:end], v[start:end])
-        self._fill_pages(layer, table)
+        for segment in layout.segments:
+            if segment.prefix is not None:
+                own = slice(segment.start, segment.middle)
+                segment.prefix.append(layer, segment.sees, k[own], v[own])
+                self._fill_pages(layer, segment, table)
         if not self._only_last(layer):
             return hidden, self._attend_segments(layer, q, k, v)
         last = layout.ends
@@ -292,28 +281,29 @@ class SharedPrefill:
             self._reserved = 1 + min(may_leave, default=self._layers - 1)
             self.cache.reserve(range(layer, self._reserved), layout.counts)
 
-    def _fill_pages(self, layer: int, table: Tensor) -> None:
-        """Copy what each sequence sees of its prefix into its own pages."""
-        pool = self.cache.pool
-        for b, prefix, n, page, row in self._layout.copied:
-            slots = table[b, page].long() * pool.page_size + row
-            for pages, rows in zip((pool.k, pool.v), prefix.keys_values(layer, n), strict=True):
-                pages.flatten(0, 1).index_copy_(0, slots, rows)
+    def _fill_pages(self, layer: int, segment: _Segment, table: Tensor) -> None:
+        """Copy what the segment sees of its prefix into the sequence's own pages."""
+        pool, prefix = self.cache.pool, segment.prefix
+        if prefix is None or segment.sees == 0:
+            return
+        at = torch.arange(segment.sees, device=table.device)
+        slots = table[segment.b, at // pool.page_size].long() * pool.page_size + at % pool.page_size
+        for pages, rows in zip((pool.k, pool.v), prefix.keys_values(layer, segment.sees), strict=True):
+            pages.flatten(0, 1).index_copy_(0, slots, rows)
 
     def _attend_segments(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        segments, scale = self._layout.segments, self.decoder.scale
-        if not any(sees for *_, sees in segments):
-            host = [end - start for start, end, *_ in segments]
-            cu = to_device([0, *(end for _, end, *_ in segments)], q.device, torch.int32)
-            return self._attention(q, k, v, Lengths(cu, host), scale)
+        layout, scale = self._layout, self.decoder.scale
+        if not any(s.sees for s in layout.segments):
+            return self._attention(q, k, v, Lengths(layout.cu, [s.end - s.start for s in layout.segments]), scale)
         out = torch.empty_like(q)
-        for start, end, prefix, sees in segments:
-            own = slice(start, end)
-            if prefix is None or sees == 0:
-                cu = to_device([0, end - start], q.device, torch.int32)
-                out[own] = self._attention(q[own], k[own], v[own], Lengths(cu, [end - start]), scale)
+        for segment in layout.segments:
+            own = slice(segment.start, segment.end)
+            if segment.prefix is None or segment.sees == 0:
+                n = segment.end - segment.start
+                cu = to_device([0, n], q.device, torch.int32)
+                out[own] = self._attention(q[own], k[own], v[own], Lengths(cu, [n]), scale)
             else:
-                before_k, before_v = prefix.keys_values(layer, sees)
+                before_k, before_v = segment.prefix.keys_values(layer, segment.sees)
                 out[own] = _attend_behind(q[own], torch.cat((before_k, k[own])), torch.cat((before_v, v[own])), scale)
         return out
 

@@ -8,7 +8,7 @@ import torch
 
 from dyvte_engine import DynamicExit, FastV, FixedExit, InvalidArgumentError, KeepAll
 from dyvte_engine.kernels import ops
-from dyvte_engine.runtime.prefix import REST, PrefixStore
+from dyvte_engine.runtime.prefix import PrefixStore
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
@@ -195,8 +195,8 @@ def test_one_in_use_does_not_leave():
     a, b = (store.take(key, visual, 2, torch.device("cpu")) for key in "ab")
     assert store.take("a", visual, 2, torch.device("cpu")) is a
     for prefix in (a, b):
-        for part in (0, REST):
-            prefix.append(0, part, *torch.ones(2, 1, 1, 4))
+        for known in (0, 1):
+            prefix.append(0, known, *torch.ones(2, 1, 1, 4))
     store.give_back([a, b], whole=True)
     assert len(store) == 1 and store.bytes_held == a.nbytes > 0
     store.give_back([a], whole=True)
