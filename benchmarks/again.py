@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import workload
 from benchmarks.common import Data, header, options, rounds_within, spread
-from benchmarks.report import COLORS, Sheet, finish, milliseconds, new_figure, scaled
+from benchmarks.report import COLORS, Sheet, finish, milliseconds, new_figure, number
 from dyvte_engine import Engine, FixedExit, KeepAll, VisualTokenPolicy
 
 NOTHING, PICTURES, ALL, TEXT = "nothing kept", "pictures kept", "pictures and prefixes kept", "the text alone"
@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
     data |= {"visual_tokens": 0, "kept_bytes": {}, "cases": []}
     for policy_name, policy in policies(kept[ALL], args.model).items():
         times: dict[tuple[str, int], list[float]] = {}
-        for number in rounds_within(args.seconds, least=3, most=100):
+        for round_number in rounds_within(args.seconds, least=3, most=100):
             for engine in kept.values():
                 engine.runner.pictures.clear()
                 engine.runner.prefixes.clear()
@@ -56,34 +56,35 @@ def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
                     picture: Any = None if name == TEXT else images[0]
                     engine = kept[NOTHING if name == TEXT else name]
                     stats = engine.generate(text, picture, max_new_tokens=1, policy=policy).stats
-                    if number > 0:  # the first round sets libraries up
+                    if round_number > 0:  # the first round sets libraries up
                         times.setdefault((name, n), []).append(stats.ttft_s)
                     data["visual_tokens"] = max(data["visual_tokens"], stats.visual_tokens)
         data["kept_bytes"][policy_name] = kept[ALL].runner.prefixes.bytes_held
-        data["cases"] += [
-            {"policy": policy_name, "kept": name, "question": n + 1, "ttft": spread(seconds)}
-            for (name, n), seconds in times.items()
-        ]
+        for name in (*KEPT, TEXT):
+            each = [times[name, n] for n in range(len(texts))]
+            later = [seconds for own in each[1:] for seconds in own]
+            about = {
+                "first": spread(each[0]),
+                "later": spread(later),
+                "medians": [spread(own)["median"] for own in each],
+            }
+            data["cases"].append({"policy": policy_name, "kept": name, **about})
     return data
-
-
-def _of(data: Data, policy: str, kept: str) -> list[Data]:
-    return [c for c in data["cases"] if c["policy"] == policy and c["kept"] == kept]
 
 
 def tables(data: Data) -> list[Sheet]:
     sheets = []
     for policy in dict.fromkeys(c["policy"] for c in data["cases"]):
-        columns = {name: _of(data, policy, name) for name in (*KEPT, TEXT)}
+        cases = {c["kept"]: c for c in data["cases"] if c["policy"] == policy}
         rows = []
-        for n in range(len(columns[NOTHING])):
-            cells = [milliseconds(own[n]["ttft"]) for own in columns.values()]
-            ratio = columns[NOTHING][n]["ttft"]["median"] / columns[ALL][n]["ttft"]["median"]
-            rows.append([str(n + 1), *cells, f"{ratio:.1f}"])
-        size = scaled({"median": data["kept_bytes"][policy], "q1": 0, "q3": 0} | {"n": 1}, 1e-6).split(" ")[0]
+        for name, case in cases.items():
+            ratios = [cases[NOTHING][part]["median"] / case[part]["median"] for part in ("first", "later")]
+            rows.append([name, milliseconds(case["first"]), milliseconds(case["later"]), *map(number, ratios)])
         title = f"First token, ms, {policy}: {data['args']['model']}, {data['args']['dtype']}"
+        size = number(data["kept_bytes"][policy] / 1e6)
         note = f"median (quartiles); {data['visual_tokens']} visual tokens; the prefix takes {size} MB"
-        sheets.append(Sheet(title, ["question", *columns, "times faster than with nothing kept"], rows, note))
+        columns = ["", "question 1", f"questions 2 to {data['args']['questions']}", "times as fast, 1", "later"]
+        sheets.append(Sheet(title, columns, rows, note))
     return sheets
 
 
@@ -93,8 +94,8 @@ def figure(data: Data) -> Figure:
     fig, axes = new_figure(3.5 * len(names), 2.8, columns=len(names))
     for axis, policy in zip(axes[0], names, strict=True):
         for color, name in zip(COLORS, (*KEPT, TEXT), strict=False):
-            own = _of(data, policy, name)
-            axis.plot([c["question"] for c in own], [1e3 * c["ttft"]["median"] for c in own], color=color, label=name)
+            own = next(c["medians"] for c in data["cases"] if (c["policy"], c["kept"]) == (policy, name))
+            axis.plot(range(1, len(own) + 1), [1e3 * seconds for seconds in own], color=color, label=name)
         axis.set_title(policy, fontsize=8)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("question about the picture", fontsize=8)
@@ -107,7 +108,7 @@ def figure(data: Data) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__, "again")
     parser.add_argument("--model", default="nano", help="nano, a preset (random weights) or a checkpoint")
-    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=16, help="at least 2")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each policy")
     args = parser.parse_args(argv)
     finish(measure(args, argv), args.out, args.name, tables, figure)
