@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .assets import resolve_model
+from .chat import Chat
 from .checks import is_whole
 from .config import EngineConfig
 from .errors import DeviceError, InvalidArgumentError, PromptError
@@ -311,6 +312,22 @@ class Engine:
         config = self._config(generation_config, options)
         inputs = self._tokenize(prompts, images, videos, video_fps, chat)
         return self._drain(self._sequences(inputs, policy, seed, config))
+
+    def chat(self, system: str | None = None, **options: Any) -> Chat:
+        """A conversation, in which pictures are computed once (docs/again.md).
+
+        options: of `generate`, for every turn: policy, max_new_tokens, ...
+
+        Raises:
+            InvalidArgumentError, HeadsError, ...: the policy cannot run here.
+        """
+        return Chat(self.generate, self.stream, {**options, "policy": self.bind(options.get("policy"))}, system)
+
+    def forget(self) -> None:
+        """Drop all pictures and prefixes that are kept, as after a change of the model's weights."""
+        with self.runner.lock:
+            self.runner.pictures.clear()
+            self.runner.prefixes.clear()
 
     def _drain(self, sequences: list[sequence.Sequence]) -> Iterator[StreamChunk]:
         """The chunks of all sequences in the order they come."""
