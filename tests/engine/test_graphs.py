@@ -110,8 +110,9 @@ def test_each_device_captures_on_a_stream_of_its_own(monkeypatch):
 
 
 def with_graphs(device, policy=None, **options):
-    engine, _ = build(device=device, policy=policy, **{"page_size": 4, "cuda_graphs": False, **options})
-    plain, _ = build(device=device, policy=policy, **{"page_size": 4, "cuda_graphs": False, **options})
+    plainly = dict(page_size=4, cuda_graphs=False, picture_cache=0, prefix_cache=0)  # what was seen runs no graph
+    engine, _ = build(device=device, policy=policy, **{**plainly, **options})
+    plain, _ = build(device=device, policy=policy, **{**plainly, **options})
     capture = Captures() if device == "cpu" else capture_cuda
     graphs = DecodeGraphs(engine.model.decoder, engine.pool, engine.config.max_batch, engine.max_len, capture)
     engine.runner.graphs = engine._scheduler._running._graphs = graphs
@@ -470,7 +471,7 @@ def test_nothing_is_captured_in_a_request_after_warming_up(device):
 
 
 def test_a_tower_that_cannot_be_captured_runs_plainly():
-    engine, _ = build()
+    engine, _ = build(picture_cache=0)
     texts, images = tiny.prompts(seed=99, n=3, images=(1,))
 
     def fails(step, memory):
