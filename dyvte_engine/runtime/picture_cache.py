@@ -48,8 +48,9 @@ class PictureCache:
     The caller holds the device's lock.
     """
 
-    def __init__(self, model: VisionLanguageModel, budget: int):
-        self._model, self.budget = model, budget
+    def __init__(self, model: VisionLanguageModel, budget: int, digests: bool = False):
+        """digests: whether somebody asks for them even where no rows are kept."""
+        self._model, self.budget, self._digests = model, budget, digests
         self.bytes_held = 0
         self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()  # [n, d] each
 
@@ -61,7 +62,7 @@ class PictureCache:
         and under a policy that needs Python inside the tower, which has no key.
         """
         inside = policy.tower_key if policy.acts_in_tower else ()
-        units = [_units(self._model, p) for p in prompts]
+        units = [_units(self._model, p) if self.budget or self._digests else [] for p in prompts]
         together = policy.acts_in_tower and any(len(own) < p.n_images for own, p in zip(units, prompts, strict=True))
         if self.budget == 0 or self._model.family.axes > 1 or inside is None or together:
             prepared = self._model.prepare(prompts, policy)

@@ -49,7 +49,7 @@ class Prefix:
         self.kv: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self.texts: list[Tensor] = []
         self.pooled: list[Tensor] = []
-        self.users = 0
+        self.users = self.counted = 0  # who uses it, and its bytes as the store counts them
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -95,11 +95,8 @@ class PrefixStore:
 
     def __init__(self, budget: int):
         self.budget = budget
+        self.bytes_held = 0  # of what was given back at least once, as it was then
         self._entries: OrderedDict[Hashable, Prefix] = OrderedDict()
-
-    @property
-    def bytes_held(self) -> int:
-        return sum(prefix.nbytes for prefix in self._entries.values())
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -117,19 +114,34 @@ class PrefixStore:
         """They are not used any more by who took them. Not `whole`: a layer failed half-way, so they are forgotten."""
         for prefix in prefixes:
             prefix.users -= 1
-            if not whole:
-                self._entries = OrderedDict((k, p) for k, p in self._entries.items() if p is not prefix)
-        held = self.bytes_held
-        for key in [key for key, prefix in self._entries.items() if prefix.users == 0]:
-            if held <= self.budget:
-                break
-            held -= self._entries.pop(key).nbytes
+            if whole:
+                self.bytes_held += prefix.nbytes - prefix.counted
+                prefix.counted = prefix.nbytes
+            else:
+                self._drop([key for key, entry in self._entries.items() if entry is prefix])
+        if self.bytes_held > self.budget:
+            self._drop(self._too_much())
 
     def clear(self) -> None:
         """Forget all that nobody uses."""
-        self._entries = OrderedDict((key, prefix) for key, prefix in self._entries.items() if prefix.users)
+        self._drop([key for key, prefix in self._entries.items() if not prefix.users])
+
+    def _too_much(self) -> list[Hashable]:
+        """The least recently used that must leave; never one in use."""
+        out, over = list[Hashable](), self.bytes_held - self.budget
+        for key, prefix in self._entries.items():
+            if over <= 0:
+                break
+            if not prefix.users:
+                out.append(key)
+                over -= prefix.counted
+        return out
+
+    def _drop(self, keys: list[Hashable]) -> None:
+        for key in keys:
+            self.bytes_held -= self._entries.pop(key).counted
 
 
 def key_of(ids: Sequence[int], pictures: bytes) -> bytes:
     """Of a prefix: its token ids and what its pictures are known by (`picture_cache`)."""
-    return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes() + pictures).digest()
+    return hashlib.sha256(f"{len(ids)} ".encode() + np.asarray(ids, dtype=np.int64).tobytes() + pictures).digest()

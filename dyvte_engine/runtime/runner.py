@@ -35,7 +35,7 @@ class Runner:
     def __init__(self, model: VisionLanguageModel, config: EngineConfig):
         self.model, self.config, self.lock = model, config, DeviceLock(config.device)
         self.max_len = model.decoder.max_len
-        self.pictures = PictureCache(model, int(config.picture_cache))
+        self.pictures = PictureCache(model, int(config.picture_cache), digests=int(config.prefix_cache) > 0)
         self.prefixes = PrefixStore(int(config.prefix_cache))
         with self.lock:
             self._set_up(config)
@@ -112,13 +112,12 @@ class Runner:
     ) -> SharedPrefill:
         """As `prefill`, where nothing speaks against it (`unshared`); each prompt's ids and its pictures' digest."""
         decoder, rows = self.model.decoder, _rows(prompts, self.model.decoder.cos_sin)
-        prefixes: list[Prefix | None] = []
+        embeds, prefixes = torch.cat([p.inputs_embeds for p in prompts]), list[Prefix | None]()
         for prompt, own, seen, tail in zip(prompts, ids, pictures, rows.n_tail, strict=True):
             end = len(own) - tail
             visual, key = prompt.visual[:end], key_of(own[:end], seen)
             layers, device = self.pool.num_layers, self.config.device
             prefixes.append(self.prefixes.take(key, visual, layers, device) if end else None)
-        embeds = torch.cat([p.inputs_embeds for p in prompts])
         return SharedPrefill(decoder, self._attention, cache, embeds, rows, policy, prefixes, self.prefixes)
 
     @torch.inference_mode()
