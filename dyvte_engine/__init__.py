@@ -14,6 +14,7 @@ from .lazy import find
 if TYPE_CHECKING:
     from . import hf
     from .assets import EXAMPLES, NANO, NANO_HEADS
+    from .chat import Chat
     from .config import EngineConfig
     from .engine import Engine
     from .errors import (
