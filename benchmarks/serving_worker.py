@@ -78,6 +78,7 @@ class Dyvte:
         self.request, self.options = dyvte_engine.Request, {"do_sample": False, "eos_token_id": []}
         make = dyvte_engine.Engine.from_config if folder in PRESETS else dyvte_engine.Engine.from_pretrained
         settings = {key: options[key] for key in ("dtype", "max_len")}
+        settings |= dict(picture_cache=0, prefix_cache=0)  # rounds repeat their pictures
         whole = make(folder, device="cpu", max_batch=options["slots"], **settings)
         config = dataclasses.replace(whole.config, kv_memory=options["kv_memory"])
         self.engines = {False: whole, True: dyvte_engine.Engine(whole.model, config)}
@@ -147,6 +148,7 @@ class Release(Batches):
         from dyvte_engine.policies import parse
 
         settings = {key: options[key] for key in ("dtype", "max_len")}
+        settings |= dict(picture_cache=0, prefix_cache=0)
         policy = parse(options["policy"])
         self.engine = Engine.from_pretrained(
             folder, device="cpu", policy=policy, max_batch=options["slots"], **settings
