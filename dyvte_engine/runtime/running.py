@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError, InvalidArgumentError
-from ..kernels.transfer import DeviceLock, to_device
+from ..kernels.transfer import DeviceLock, read_later, to_device
 from ..models.decoder import Decoder
 from .decode import DecodeGraphs, decode_step
 from .kv_cache import KVCache
@@ -67,8 +67,8 @@ class Running:
             return self.logits
 
     def _measured_room(self) -> int:
-        """Steps until the first sequence reaches `max_len`, in rows or in positions. Waits for the device."""
-        used, most = max(self.cache.longest, int(self.positions.max())), self.decoder.max_len
+        """Steps until the first sequence reaches `max_len`, in rows or in positions. Waits, by an event, for what is queued."""
+        used, most = max(self.cache.longest, *read_later(self.positions)()), self.decoder.max_len
         if used >= most:
             raise CacheError(f"a sequence has {used} rows or positions; accepted: one more up to max_len {most}")
         return most - used
