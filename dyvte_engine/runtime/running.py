@@ -67,7 +67,7 @@ class Running:
             return self.logits
 
     def _measured_room(self) -> int:
-        """Steps until the first sequence reaches `max_len`, in rows or in positions. Waits, by an event, for what is queued."""
+        """Steps until the first sequence reaches `max_len`, in rows or in positions. Waits, by an event, for them."""
         used, most = max(self.cache.longest, *read_later(self.positions)()), self.decoder.max_len
         if used >= most:
             raise CacheError(f"a sequence has {used} rows or positions; accepted: one more up to max_len {most}")
