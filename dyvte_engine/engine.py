@@ -336,12 +336,12 @@ class Engine:
         chunks: deque[StreamChunk] = deque()
         handles = self._enqueue(sequences, chunks)
         with _cancelling(handles):
-            while True:
+            done = False
+            while not done:
                 self._worker.run_until(lambda: bool(chunks) or all(h.done for h in handles))
+                done = all(h.done for h in handles)  # before the chunks are looked at: another thread may add some
                 while chunks:
                     yield chunks.popleft()
-                if all(h.done for h in handles):
-                    break
             for handle in handles:
                 handle.result()  # an error of one is raised when all others have ended
 
@@ -498,6 +498,12 @@ class Engine:
         watch: Watch | None = None,
     ) -> Running:
         """As `prefill`, of what `prepare` gave: at most `max_batch` prompts. `watch` sees every layer's attention."""
+        if not 1 <= len(prompts) <= self.config.max_batch:
+            given = f"prompts holds {len(prompts)} sequences"
+            raise InvalidArgumentError(f"{given}; accepted: 1 to max_batch {self.config.max_batch}")
+        longest = max(len(p.inputs_embeds) for p in prompts)
+        if longest > self.max_len:
+            raise PromptError(f"a prompt has {longest} tokens; accepted: at most max_len {self.max_len}")
         return self.runner.run(prompts, self.bind(policy), watch)
 
     def _config(self, given: Any, options: dict[str, Any]) -> Any:

@@ -129,6 +129,10 @@ class StreamChunk:
     logprobs: TokenLogprobs | None = None
 
 
+def _nothing() -> None:
+    """Cancels what is done."""
+
+
 class Handle:
     """A request under way. Iterate over it for `StreamChunk`s, with `for` or `async for`, or wait for its `result`.
 
@@ -143,12 +147,13 @@ class Handle:
 
     def put(self, chunk: StreamChunk) -> None:
         """A token has come."""
-        self._result = chunk.result or self._result
-        self._chunks.append(chunk)
+        self._chunks.append(chunk)  # before the result: who sees that it is done finds every chunk
+        if chunk.result is not None:
+            self._result, self._cancel = chunk.result, _nothing
 
     def fail(self, error: BaseException) -> None:
         """It ends without a result."""
-        self._error = error
+        self._error, self._cancel = error, _nothing  # which held the request, its pictures and this handle
 
     @property
     def done(self) -> bool:
@@ -165,7 +170,7 @@ class Handle:
         Raises:
             TimeoutError: it has not come. RequestCancelledError, or whatever error the request met.
         """
-        if timeout is not None and not is_real(timeout):
+        if timeout is not None and not (is_real(timeout) and timeout == timeout):
             raise InvalidArgumentError(f"timeout is {timeout!r}; accepted: seconds, or None")
         if not self._worker.run_until(lambda: self.done, timeout):
             raise TimeoutError(f"no result within {timeout} s")
@@ -181,24 +186,32 @@ class Handle:
         raise self._error
 
     def __iter__(self) -> Iterator[StreamChunk]:
-        while True:
+        while not self._ended():
             self._worker.run_until(lambda: bool(self._chunks) or self.done)
-            try:
-                chunk = self._chunks.popleft()
-            except IndexError:
-                self._raise_error()
-                return
-            yield chunk
+            chunk = self._take()
+            if chunk is not None:
+                yield chunk
 
     async def __aiter__(self) -> AsyncIterator[StreamChunk]:
-        while True:
+        while not self._ended():
             await self._until(lambda: bool(self._chunks) or self.done)
-            try:
-                chunk = self._chunks.popleft()
-            except IndexError:
-                self._raise_error()
-                return
-            yield chunk
+            chunk = self._take()
+            if chunk is not None:
+                yield chunk
+
+    def _take(self) -> StreamChunk | None:
+        """The next chunk, unless another loop has it."""
+        try:
+            return self._chunks.popleft()
+        except IndexError:
+            return None
+
+    def _ended(self) -> bool:
+        """Whether no chunk is left and none will come. Raises what the request met instead of a result."""
+        if not self.done or self._chunks:  # in this order: the last chunk comes before the result
+            return False
+        self._raise_error()
+        return True
 
     async def wait(self) -> GenerationResult:
         """As `result`, for `await`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -44,19 +44,25 @@ def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
 
 
 class DeviceLock:
-    """Held by whoever uses a device, which is torch's current one meanwhile. One thread may enter it several times."""
+    """Held by whoever uses a device, which is torch's current one meanwhile. One thread may enter it several times.
+
+    Autocast is off meanwhile: it belongs to the thread, which may run steps for others.
+    """
 
     def __init__(self, device: torch.device):
         self._device, self._lock = device, threading.RLock()
-        self._entered: list[AbstractContextManager[None]] = []
+        self._entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
         self._lock.acquire()
+        around = ExitStack()
         if self._device.type == "cuda":
-            self._entered.append(on(self._device))
-            self._entered[-1].__enter__()
+            around.enter_context(on(self._device))
+        if torch.is_autocast_enabled(self._device.type):
+            around.enter_context(torch.autocast(self._device.type, enabled=False))
+        self._entered.append(around)
 
     def __exit__(self, *exc: Any) -> None:
         if self._entered:
-            self._entered.pop().__exit__(*exc)
+            self._entered.pop().close()
         self._lock.release()

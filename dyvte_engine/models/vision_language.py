@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import is_whole
 from ..config import DecoderShape
 from ..errors import ImageError, InvalidArgumentError, ModelError, PromptError, first_line
 from .decoder import Decoder
@@ -140,8 +141,15 @@ class VisionLanguageModel:
         return VisionTower.of(self.hf)
 
     def check(self, policy: VisualTokenPolicy) -> None:
-        """Raises ModelError when `policy` needs what this family does not give (the policy's own checks aside)."""
-        kind = self.hf.config.model_type
+        """Raises ModelError when `policy` needs what this family does not give (the policy's own checks aside).
+
+        And InvalidArgumentError when it wants to be asked after layers that are not there.
+        """
+        kind, last = self.hf.config.model_type, self.shape.num_layers - 1
+        asked = policy.layers(last + 1)
+        if not (isinstance(asked, (set, frozenset)) and all(is_whole(n) and -1 <= n <= last for n in asked)):
+            given = f"{type(policy).__name__}.layers({last + 1}) is {asked!r}"
+            raise InvalidArgumentError(f"{given}; accepted: a set of layers, -1 to {last}")
         if policy.acts_before_decoder and not self.family.before_decoder:
             raise ModelError(f"a {kind} model's pictures have no plain row order: policies cannot act before layer 0")
         layers = self.shape.num_layers

@@ -19,14 +19,15 @@ class PolicyCache:
     """Binds policies to `model`. Safe to use from several threads."""
 
     def __init__(self, model: Any):
-        self._model, self._lock = model, threading.Lock()
+        self._model, self._lock = model, threading.RLock()  # a policy's `bind` may come back here
         self._bound: OrderedDict[Hashable, VisualTokenPolicy] = OrderedDict()
         self._keys: dict[int, Hashable] = {}  # of the bound ones, by their id: who brings one back gets it
 
     def bound(self, policy: VisualTokenPolicy | str) -> VisualTokenPolicy:
         """The policy, or the one that a notation names, ready to run; equal policies give the same object.
 
-        Heads are read again when their file has changed, and moved again when their values have.
+        Heads are read again when their file has changed, and moved again when their values have. Policies that may
+        change, those that are no frozen dataclasses of hashable fields, are bound at every call.
 
         Raises:
             InvalidArgumentError, HeadsError, CalibrationError, ModelError: it cannot run on this model.
@@ -36,9 +37,10 @@ class PolicyCache:
             raise InvalidArgumentError(f"policy is a {given}; accepted: a VisualTokenPolicy or its notation")
         with self._lock:
             key = self._keys.get(id(policy)) or _key(policy)
+            if key is None:
+                return self._ready(policy)
             if key not in self._bound:
-                ready = (parse(policy) if isinstance(policy, str) else policy).bind(self._model)
-                self._model.check(ready)
+                ready = self._ready(policy)
                 self._bound[key], self._keys[id(ready)] = ready, key
             self._bound.move_to_end(key)
             while len(self._bound) > _MOST:
@@ -46,30 +48,37 @@ class PolicyCache:
                 self._keys.pop(id(oldest), None)
             return self._bound[key]
 
+    def _ready(self, policy: VisualTokenPolicy | str) -> VisualTokenPolicy:
+        ready = (parse(policy) if isinstance(policy, str) else policy).bind(self._model)
+        if not isinstance(ready, VisualTokenPolicy):
+            given = f"{type(policy).__name__}.bind returned a {type(ready).__name__}"
+            raise InvalidArgumentError(f"{given}; accepted: a VisualTokenPolicy")
+        self._model.check(ready)
+        return ready
 
-def _key(policy: VisualTokenPolicy | str) -> Hashable:
+
+def _key(policy: VisualTokenPolicy | str) -> Hashable | None:
+    """Equal where binding gives the same; None where nobody can tell."""
     if isinstance(policy, str):
         return policy, tuple(_stamp(file) for file in files_in(policy))
-    named = policy if type(policy).__hash__ is not None else _Same(policy)
-    return named, policy.state
+    return (policy, policy.state) if _is_value(policy) else None
 
 
-def _stamp(file: str) -> tuple[int, int] | None:
+def _is_value(policy: VisualTokenPolicy) -> bool:
+    """Whether its fields are all there is to it, and stay: a subclass without a decorator of its own may add some."""
+    own = vars(type(policy)).get("__dataclass_params__")
+    if own is None or not own.frozen or not all(map(_is_value, getattr(policy, "parts", ()))):
+        return False
+    try:
+        hash(policy)
+    except TypeError:
+        return False
+    return True
+
+
+def _stamp(file: str) -> tuple[int, ...] | None:
     try:
         found = os.stat(file)
     except OSError:  # reading it says why
         return None
-    return found.st_mtime_ns, found.st_size
-
-
-class _Same:
-    """Equal to what holds the same object; keeps it, so that its id stays its own."""
-
-    def __init__(self, held: object):
-        self._held = held
-
-    def __hash__(self) -> int:
-        return id(self._held)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other._held is self._held
+    return found.st_dev, found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size

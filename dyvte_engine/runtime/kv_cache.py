@@ -55,6 +55,13 @@ class PagePool:
                 raise CacheError(f"the K/V pool is out of pages: {free}; raise kv_memory, max_batch or max_len")
             self.claimed += n
 
+    def recount(self, held: Sequence[int], claimed: int) -> None:
+        """These pages are held, so many are claimed, and all others are free."""
+        allocator = ops.PageAllocator(self.n_pages)
+        allocator.free(sorted(set(allocator.alloc(self.n_pages)) - set(held)))
+        with self._lock:
+            self.allocator, self.claimed = allocator, claimed
+
     @property
     def claimable(self) -> int:
         """Pages that nobody has claimed."""
@@ -121,6 +128,9 @@ class KVCache:
 
     def _take(self, missing: np.ndarray) -> None:
         """missing: int64 [L, S], pages that each (layer, sequence) takes."""
+        most = self._host_table.shape[2]
+        if (self._held + missing > most).any():
+            raise CacheError(f"a sequence has more than the {most * self.pool.page_size} rows of its {most} pages")
         for b, n in enumerate(missing.sum(axis=0)[: self.count].tolist()):
             if self.held(b) + n > self.claims[b]:
                 self.claim(b, self.held(b) + n)
@@ -230,6 +240,12 @@ class KVCache:
     def close(self) -> None:
         """Give every page back."""
         self.select([])
+
+    def forget(self) -> None:
+        """Be empty without giving anything back: `PagePool.recount` follows."""
+        self.count, self.claims = 0, []
+        self._given_up.clear()
+        self._held[:] = 0
 
     def __del__(self) -> None:
         for b in range(len(getattr(self, "claims", ()))):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidArgumentError
 from ..kernels import ops
 from ..kernels.attention import AttentionFn
 from ..models.decoder import Decoder
@@ -168,7 +169,9 @@ class Prefill:
         assert self._pending is not None
         (state, decision), self._pending = self._pending, None
         before, layer = state.rows, state.layer
-        dropped = before.drop(decision() if callable(decision) else decision)
+        settled = decision() if callable(decision) else decision
+        _check(self._policy, settled, before)
+        dropped = before.drop(settled)
         if dropped is None:
             return slice(None)
         self.rows, stay = dropped
@@ -209,3 +212,23 @@ class Prefill:
             keep.append((kept - first).to(torch.int32))
             cu.append(final.lengths.cu[1:] + number * total)
         self.cache.compact(len(early), torch.cat(keep), torch.cat(cu), final.lengths.host)
+
+
+def _check(policy: VisualTokenPolicy, decision: Any, rows: Rows) -> None:
+    """Raises InvalidArgumentError for what is no decision. Numbers on a CUDA device are trusted: a look would wait."""
+    count = len(rows.n_visual)
+    right = isinstance(decision, (list, tuple)) and len(decision) == count
+    if not (right and all(_stays(keep, n) for keep, n in zip(decision, rows.n_visual, strict=True))):
+        accepted = (
+            f"for each of {count} sequences None or ascending int64 numbers of visual rows, below {rows.n_visual}"
+        )
+        raise InvalidArgumentError(f"{type(policy).__name__} decided {str(decision)[:200]}; accepted: {accepted}")
+
+
+def _stays(keep: Any, n: int) -> bool:
+    """Whether `keep` says which of n rows stay."""
+    if keep is None:
+        return True
+    if not (isinstance(keep, Tensor) and keep.dtype == torch.int64 and keep.dim() == 1 and len(keep) <= n):
+        return False
+    return keep.is_cuda or len(keep) == 0 or bool(keep[0] >= 0 and keep[-1] < n and (keep.diff() > 0).all())

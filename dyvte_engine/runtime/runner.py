@@ -138,9 +138,21 @@ class Runner:
                 for b in range(len(prompts)):
                     cache.claim(b, cache.held(b))  # fewer than at its peak, where early K/V was dropped
                 return Running(self.model.decoder, cache, done, self.graphs, self.lock)
-            except BaseException:
+            except Exception:
                 cache.close()
                 raise
+            except BaseException:  # an interrupt, in the midst of anything
+                self.forget(cache)
+                raise
+
+    def forget(self, *caches: KVCache) -> None:
+        """What these hold is free, even if they were left half changed; they are empty from here on."""
+        for cache in caches:
+            cache.forget()
+        self.pool.recount(
+            [page for cache in list(self._caches) for page in cache.pages_held()],
+            sum(sum(cache.claims) for cache in list(self._caches)),
+        )
 
     def nobody(self, slots: int) -> Running:
         """A batch that prefilled sequences can join: so many slots, all empty."""

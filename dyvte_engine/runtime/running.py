@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgumentError
-from ..kernels.transfer import DeviceLock, to_device
+from ..errors import CacheError, InvalidArgumentError
+from ..kernels.transfer import DeviceLock, read_later, to_device
 from ..models.decoder import Decoder
 from .decode import DecodeGraphs, decode_step
 from .kv_cache import KVCache
@@ -34,6 +34,7 @@ class Running:
         self._lock = lock or DeviceLock(cache.lens.device)
         self.exit_layers = [] if prefilled is None else prefilled.exit_layers
         self.rows = [] if prefilled is None else prefilled.rows
+        self._room = 0  # steps that surely fit into the tables of rotations and pages
         if prefilled is None:
             self.logits = torch.empty(0, decoder.shape.vocab_size, device=cache.lens.device)
         else:
@@ -55,11 +56,22 @@ class Running:
 
         Raises:
             InvalidArgumentError: not one token id for each sequence.
-            CacheError: the pool is out of pages.
+            CacheError: the pool is out of pages, or a sequence has reached `max_len`.
         """
         with self._lock:
-            self.feed(self._checked(tokens))
+            checked = self._checked(tokens)
+            if self._room == 0:
+                self._room = self._measured_room()
+            self.feed(checked)
+            self._room -= 1
             return self.logits
+
+    def _measured_room(self) -> int:
+        """Steps until the first sequence reaches `max_len`, in rows or in positions. Waits, by an event, for them."""
+        used, most = max(self.cache.longest, *read_later(self.positions)()), self.decoder.max_len
+        if used >= most:
+            raise CacheError(f"a sequence has {used} rows or positions; accepted: one more up to max_len {most}")
+        return most - used
 
     def feed(self, tokens: Tensor) -> None:
         """As `step`, of tokens int64 [B] on the device that are known to be right, by who holds the lock."""
@@ -92,15 +104,19 @@ class Running:
         """Prefilled sequences come in at the end: their cache, empty afterwards, and their logits f32 [B, vocab].
 
         Raises:
-            InvalidArgumentError: there are not so many free slots.
+            InvalidArgumentError: there are not so many free slots, or they are of another engine, or these here.
         """
         with self._lock:
+            if cache is self.cache or cache.pool is not self.cache.pool:
+                raise InvalidArgumentError(
+                    "cache is of another engine, or this batch's own; accepted: one of this pool"
+                )
             if cache.count > self.cache.slots - self.cache.count:
                 given = f"{cache.count} sequences join {self.cache.count}"
                 raise InvalidArgumentError(f"{given}; accepted: together at most {self.cache.slots}")
             logits = torch.cat((self.logits, logits)) if len(self) else logits
             self.cache.join(cache)
-            self.logits = logits
+            self.logits, self._room = logits, 0
 
     @torch.inference_mode()
     def select(self, keep: Sequence[int]) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import bisect
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ..errors import CacheError, ModelError, PromptError, RequestCancelledError
+from ..errors import CacheError, InvalidArgumentError, ModelError, PromptError, RequestCancelledError
 from ..kernels.transfer import to_device
 from ..models import PreparedPrompt
 from .kv_cache import KVCache
@@ -134,6 +135,11 @@ class _Group:
             hidden = hidden[to_device(left, hidden.device, torch.int64)]
         return [self.sequences[b] for b in left], cache, self._runner.model.decoder.logits(hidden)
 
+    @property
+    def caches(self) -> list[KVCache]:
+        """Its own, as soon as there is one."""
+        return [] if self._cache is None else [self._cache]
+
     def close(self) -> None:
         """Give everything back."""
         self._runner.pool.claim(-sum(self.promised))
@@ -152,12 +158,16 @@ class Scheduler:
         config = runner.config
         self._slots, self._max_stall = config.max_batch, config.max_stall
         self._queued = config.device.type == "cuda"  # a step is launched before the last one's text is made
-        self._mutex = threading.Lock()  # of `_waiting`
+        # Of `_waiting`. Reentrant: garbage that is collected here may be a stream nobody reads, which cancels.
+        self._mutex = threading.RLock()
         self._waiting: list[Sequence] = []
         self._group: _Group | None = None
         self._running = runner.nobody(config.max_batch)
         self._sequences: list[Sequence] = []  # those in `_running`
         self._tokens: Tensor | None = None  # int64 [B], theirs, not fed yet
+        self._begun: list[Sequence] = []  # those that left `_waiting` and may not be done
+        self._changing = False  # somebody is at work on all of these
+        self._late: list[Sequence] = []  # cancelled meanwhile
 
     @property
     def has_work(self) -> bool:
@@ -185,9 +195,11 @@ class Scheduler:
                 sequence.fail(RequestCancelledError("the request was cancelled"))
                 return
         with self.runner.lock:
-            if sequence.done:
+            if self._changing:  # a step of this thread: a policy cancels, or a stream is collected as garbage
+                self._late.append(sequence)
                 return
-            self._drop(sequence, RequestCancelledError("the request was cancelled"))
+            with self._change():
+                self._drop(sequence, RequestCancelledError("the request was cancelled"))
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -195,16 +207,29 @@ class Scheduler:
 
         What goes wrong ends the requests concerned, never the others.
         """
-        with self.runner.lock:
-            try:
-                self._feed()
-                self._prefill()
-                self._choose()
-            except BaseException as error:  # an interrupt: nothing here can be trusted to be whole
-                self._abort(error)
-                raise
+        with self.runner.lock, self._change():
+            self._feed()
+            self._prefill()
+            self._choose()
+            while self._late:
+                self._drop(self._late.pop(), RequestCancelledError("the request was cancelled"))
+            self._begun = [s for s in self._begun if not s.done]
             if not self.has_work:
                 self.runner.check_integrity()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Whoever changes what runs. One who is interrupted ends all requests that have begun."""
+        if self._changing:
+            raise InvalidArgumentError("a policy asks the engine that runs it for an answer; accepted: another engine")
+        self._changing = True
+        try:
+            yield
+        except BaseException as error:  # nothing here can be trusted to be whole
+            self._abort(error)
+            raise
+        finally:
+            self._changing = False
 
     def _feed(self) -> None:
         """The chosen tokens go through the layers."""
@@ -218,7 +243,7 @@ class Scheduler:
 
     def _prefill(self) -> None:
         if self._group is None:
-            self._group = self._admit()
+            self._admit()
         group, alone = self._group, not self._sequences
         if group is None:
             return
@@ -240,8 +265,8 @@ class Scheduler:
         if done or group.empty:
             self._group = None
 
-    def _admit(self) -> _Group | None:
-        """The first that waits, if it fits, and others of its policy; nobody overtakes one that lacks memory.
+    def _admit(self) -> None:
+        """Begin with the first that waits, if it fits, and others of its policy; nobody overtakes who lacks memory.
 
         Where somebody runs, a layer of the whole group keeps within `max_stall`, unless its first prompt does not.
         """
@@ -260,9 +285,10 @@ class Scheduler:
                 free = f"{self.runner.pool.claimable} of {self.runner.pool.n_pages} pages are free"
                 error = CacheError(f"{free}, held by batches of Engine.prefill; close them")
                 self._waiting.pop(0).fail(error)
-            for s in chosen:
-                self._waiting.remove(s)
-        return _Group(self.runner, chosen) if chosen else None
+            if chosen:
+                self._begun += chosen  # first: an interrupt finds them here or there
+                self._waiting = [s for s in self._waiting if s not in chosen]
+                self._group = _Group(self.runner, chosen)
 
     def _choose(self) -> None:
         """A token for everybody; those that are finished leave."""
@@ -309,7 +335,9 @@ class Scheduler:
             self._drop(sequence, error)
 
     def _drop(self, sequence: Sequence, error: BaseException) -> None:
-        """A sequence that has begun ends without a result."""
+        """A sequence that has begun ends without a result, unless it is done."""
+        if sequence.done:
+            return
         if self._group is not None and sequence in self._group.sequences:
             self._group.lose(sequence, error)
             if self._group.empty:
@@ -332,12 +360,15 @@ class Scheduler:
         self._sequences, self._tokens = [], None
 
     def _abort(self, error: BaseException) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            for s in group.sequences:
-                s.fail(error)
-            group.close()
-        self._fail_running(error)
+        """All that have begun end; their memory is counted anew, since theirs may be half given back."""
+        group, begun, before = self._group, self._begun, self._running
+        self._group, self._begun, self._sequences, self._tokens, self._late = None, [], [], None, []
+        for s in begun:
+            s.fail(error)
+        with self._mutex:
+            self._waiting = [s for s in self._waiting if s not in begun]
+        self._running = self.runner.nobody(self._slots)
+        self.runner.forget(before.cache, *([] if group is None else group.caches))
 
 
 def worst_pages(runner: Runner, sequence: Sequence) -> int:

@@ -7,11 +7,13 @@ requests proceed while nobody waits.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..errors import DeviceError
 from .scheduler import Scheduler
 
 _LINGER = 5.0  # seconds that the thread waits for more work
@@ -23,27 +25,31 @@ class Worker:
 
     def __init__(self, scheduler: Scheduler):
         self._scheduler = scheduler
-        self._mutex = threading.Lock()  # of all below; never held while a step runs
+        self._mutex = threading.RLock()  # of all below; never held while a step runs
         self._free = threading.Condition(self._mutex)  # nobody leads, or there is new work
-        self._leading = False
+        self._leader: int | None = None  # a thread's number
         self._waiters: list[tuple[Ready, Callable[[], object]]] = []
         self._thread: threading.Thread | None = None
+        self._process = os.getpid()
 
     def run_until(self, ready: Ready, timeout: float | None = None) -> bool:
-        """Return True as soon as `ready()`, False after `timeout` seconds; steps run meanwhile, here or elsewhere."""
+        """Return True as soon as `ready()`, False after `timeout` seconds; steps run meanwhile, here or elsewhere.
+
+        Raises DeviceError as `start`.
+        """
+        self._check_process()
         end = None if timeout is None else time.monotonic() + timeout
         while not ready():
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:
                 return False
             if self._lead():
-                self._run(lambda: ready() or (end is not None and time.monotonic() >= end))
-                idle = not self._scheduler.has_work
-                assert ready() or not idle, "nothing runs that this could wait for"
+                work = self._run(lambda: ready() or (end is not None and time.monotonic() >= end))
+                assert work or ready(), "nothing runs that this could wait for"
             else:
                 came = threading.Event()
-                with self.waking(lambda: ready() or not self._leading, came.set):
-                    came.wait(left)
+                with self.waking(lambda: ready() or self._leader is None, came.set):
+                    came.wait(None if left is None else min(left, threading.TIMEOUT_MAX))
         return True
 
     @contextmanager
@@ -63,7 +69,12 @@ class Worker:
                 self._waiters.remove(waiter)
 
     def start(self) -> None:
-        """From here on steps run also while nobody waits."""
+        """From here on steps run also while nobody waits.
+
+        Raises:
+            DeviceError: in a process that was forked while another thread ran steps, and held locks.
+        """
+        self._check_process()
         with self._mutex:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="dyvte-engine", daemon=True)
@@ -75,23 +86,35 @@ class Worker:
         with self._mutex:
             self._wake()
 
+    def _check_process(self) -> None:
+        others = self._thread is not None or self._leader not in (None, threading.get_ident())
+        if others and os.getpid() != self._process:
+            given = "the engine's thread ran when this process was forked"
+            raise DeviceError(
+                f"{given}; accepted: fork before the first `submit`, start with 'spawn', or another engine"
+            )
+
     def _lead(self) -> bool:
+        me = threading.get_ident()
         with self._mutex:
-            if self._leading:
+            if self._leader not in (None, me):  # it is me where an interrupt came before or behind a run
                 return False
-            self._leading = True
+            self._leader = me
             return True
 
-    def _run(self, enough: Ready) -> None:
-        """As the one who leads: steps until it is enough or no work is left."""
+    def _run(self, enough: Ready) -> bool:
+        """As the one who leads: steps until it is enough or no work is left. Returns whether there is some."""
         try:
-            while self._scheduler.has_work and not enough():
+            while self._scheduler.has_work:
+                if enough():
+                    return True
                 self._scheduler.step()
                 if self._waiters:
                     self.notify()
+            return False
         finally:
             with self._mutex:
-                self._leading = False
+                self._leader = None
                 self._wake()
                 self._free.notify()
 
@@ -104,7 +127,7 @@ class Worker:
         try:
             while True:
                 with self._mutex:
-                    idle = self._leading or not self._scheduler.has_work
+                    idle = self._leader is not None or not self._scheduler.has_work
                     if idle and not self._free.wait(_LINGER) and not self._scheduler.has_work:
                         self._thread = None  # in one go with the look at the work: `start` makes another
                         return

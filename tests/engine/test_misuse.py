@@ -1,0 +1,403 @@
+"""What no caller should do, and what may happen to one at any moment: right afterwards, or a typed error."""
+
+import gc
+import os
+import random
+import signal
+import threading
+import time
+import weakref
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from dyvte_engine import (
+    CacheError,
+    DeviceError,
+    FixedExit,
+    InvalidArgumentError,
+    KeepAll,
+    PromptError,
+    Request,
+    StreamChunk,
+    compose,
+)
+from dyvte_engine.policies import VisualTokenPolicy
+from dyvte_engine.requests import Handle
+from dyvte_engine.runtime.sequence import Sequence
+from tests import tiny
+from tests.engine.conftest import build
+
+TEXTS, IMAGES = tiny.prompts(seed=7, n=3, images=(1,))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return build(page_size=4, max_batch=3, max_stall=40, max_len=192)[0]
+
+
+def answers(engine, policy, n=5):
+    results = engine.generate(TEXTS, IMAGES, policy=policy, chat=False, max_new_tokens=n)
+    return [r.token_ids for r in results], results[0].stats.tokens_per_layer
+
+
+@pytest.mark.parametrize("policy", [None, "fixed:-1", "fixed:1"])
+@pytest.mark.parametrize("page_size", [1, 4, 7])
+def test_steps_end_at_max_len(policy, page_size):
+    """In rows or in positions: beyond it are other pages and other rotations, which CUDA kernels would not notice."""
+    engine, oracle = build(page_size=page_size, max_batch=2, max_len=40)
+    with engine.prefill_prepared(engine.prepare(TEXTS[0], IMAGES[0], chat=False), policy) as running:
+        n = int(running.positions[0])
+        for _ in range(40 - n):
+            running.step([5])
+        with pytest.raises(CacheError, match="max_len 40"):
+            running.step([5])
+        if policy is None:
+            embeds, _, _ = tiny.embed(oracle, engine.model.processor, TEXTS[0], IMAGES[0])
+            fed = torch.cat((embeds, oracle.get_input_embeddings()(torch.full((40 - n,), 5))))
+            want = tiny.masked_logits(oracle, fed, tiny.see_all(40))[-1]
+            torch.testing.assert_close(running.logits[0], want, atol=2e-3, rtol=1e-3)
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+
+
+def test_prompts_that_do_not_fit_are_refused_before_they_take_pages():
+    engine, _ = build(page_size=4, max_batch=2, max_len=24)
+    with pytest.raises(PromptError, match="max_len 24"):
+        engine.prefill_prepared(engine.prepare(" ".join(["w1"] * 25), None, chat=False))
+    for count in (0, 3):
+        with pytest.raises(InvalidArgumentError, match="max_batch 2"):
+            engine.prefill_prepared(engine.prepare("w1", None, chat=False) * count)
+    engine.check_integrity()
+
+
+def test_a_batch_is_joined_by_caches_of_its_own_pool_alone():
+    one, two = (build(page_size=4, max_batch=2, max_len=64)[0] for _ in range(2))
+    with one.runner.nobody(4) as batch, two.prefill_prepared(two.prepare("w1 w2", None, chat=False)) as foreign:
+        for cache in (foreign.cache, batch.cache):
+            with pytest.raises(InvalidArgumentError, match="another engine"):
+                batch.join(cache, foreign.logits)
+    for engine in (one, two):
+        engine.check_integrity()
+
+
+@dataclass
+class Keeps(VisualTokenPolicy):
+    """May be changed by its user, also after it was used."""
+
+    keep: object
+    copies: bool = False
+
+    def bind(self, model):
+        return replace(self) if self.copies else self
+
+    def layers(self, num_layers):
+        return {1}
+
+    def decide(self, state):
+        return [self.keep] * len(state.rows.n_visual)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        torch.tensor([3, 0]),
+        torch.tensor([3, 3]),
+        torch.tensor([-1]),
+        torch.tensor([16]),
+        torch.arange(16) < 4,
+        torch.tensor([0.0]),
+        torch.tensor([[0, 1]]),
+        [0, 1],
+    ],
+)
+def test_what_is_no_decision_is_refused(engine, keep):
+    with pytest.raises(InvalidArgumentError, match="Keeps decided"):
+        answers(engine, Keeps(keep))
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+
+
+@pytest.mark.parametrize("layers", [{4}, {-2}, [1], {True}])
+def test_layers_that_are_not_there_are_refused(engine, layers):
+    class Asks(Keeps):
+        def layers(self, num_layers):
+            return layers
+
+    with pytest.raises(InvalidArgumentError, match=r"layers\(4\)"):
+        engine.bind(Asks(None))
+
+
+@dataclass(frozen=True)
+class Reduces(VisualTokenPolicy):
+    how: str
+
+    def reduce(self, features):
+        return {
+            "fewer": features[1:],
+            "more": [*features, features[0]],
+            "longer": [torch.cat((f, f)) for f in features],
+            "narrower": [f[:, :5] for f in features],
+            "flat": [f[0] for f in features],
+            "nothing": [f[:0] for f in features],
+        }[self.how]
+
+
+@pytest.mark.parametrize("how", ["fewer", "more", "longer", "narrower", "flat", "nothing"])
+def test_reduced_pictures_are_as_many_and_no_longer(engine, how):
+    with pytest.raises(InvalidArgumentError, match="Reduces"):
+        engine.generate("<image>", IMAGES[0], policy=Reduces(how), chat=False, max_new_tokens=2)
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_policies_that_change_are_bound_anew(engine, copies):
+    policy = Keeps(torch.arange(2), copies)
+    assert answers(engine, policy)[1] == [18, 18, 4, 4]
+    both = compose(policy, FixedExit(2))
+    assert answers(engine, both)[1] == [18, 18, 4, 2]
+    policy.keep = torch.arange(5)
+    assert answers(engine, policy)[1] == [18, 18, 7, 7]
+    assert answers(engine, both)[1] == [18, 18, 7, 2]
+
+
+def test_subclasses_without_a_decorator_are_not_taken_for_each_other(engine):
+    """Of a frozen dataclass they have the equality, which does not see what they add."""
+
+    class First(KeepAll):
+        def __init__(self, n):
+            object.__setattr__(self, "n", n)
+
+        def layers(self, num_layers):
+            return {1}
+
+        def decide(self, state):
+            return [torch.arange(self.n)] * len(state.rows.n_visual)
+
+    assert First(2) == First(5)
+    assert [answers(engine, First(n))[1] for n in (2, 5)] == [[18, 18, 4, 4], [18, 18, 7, 7]]
+
+
+def test_a_policy_that_asks_its_own_engine_is_refused(engine):
+    class Asks(Keeps):
+        def decide(self, state):
+            engine.generate("w1", chat=False, max_new_tokens=1)
+
+    want = answers(engine, "fixed:1")
+    with pytest.raises(InvalidArgumentError, match="another engine"):
+        answers(engine, Asks(None))
+    assert answers(engine, "fixed:1") == want
+
+
+def test_a_stream_that_is_left_in_the_midst_of_a_step_is_cancelled_behind_it(engine):
+    """As when it is garbage that happens to be collected there."""
+    streams = []
+
+    class Leaves(Keeps):
+        def decide(self, state):
+            if streams:
+                streams.pop().close()
+            return [None] * len(state.rows.n_visual)
+
+    want = answers(engine, "keep-all")
+    streams.append(engine.stream(TEXTS[0], IMAGES[0], chat=False, max_new_tokens=50))
+    next(streams[0])
+    assert answers(engine, Leaves(None)) == want
+    assert engine.pool.claimed == 0
+
+
+def test_autocast_of_the_caller_changes_nothing(engine):
+    want = answers(engine, "fixed:1")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert answers(engine, "fixed:1") == want
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that came in a callback
+def test_interrupts_at_any_moment_leave_the_engine_whole():
+    """Real signals: 60 calls, each with one somewhere in it."""
+    engine, _ = build(page_size=4, max_batch=3, max_stall=40, max_len=192)
+    policies, rng, interrupted = ["keep-all", "fixed:1", "fastv:1,0.5+fixed:2"], random.Random(1), 0
+    want = {p: answers(engine, p) for p in policies}
+    began = time.perf_counter()
+    answers(engine, "keep-all")
+    seconds = time.perf_counter() - began
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for number in range(60):
+            policy = policies[number % 3]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.01, 0.9) * seconds)
+                answers(engine, policy)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            engine.check_integrity()
+            assert engine.pool.claimed == 0
+            if number % 10 == 0:
+                assert answers(engine, policy) == want[policy]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 10
+
+
+@pytest.mark.parametrize("name", ["alloc", "claim", "_free", "finish", "_emit"])
+def test_an_interrupt_between_two_counts(name, monkeypatch):
+    """Where pages are taken, given back or handed on; the neighbour, of another thread, gets the interrupt too."""
+    engine, _ = build(page_size=4, max_batch=3, max_len=192)
+    want = answers(engine, "fixed:1")
+    from dyvte_engine.runtime import kv_cache, scheduler
+
+    owner = {"_emit": scheduler.Scheduler, "finish": scheduler._Group, "claim": kv_cache.PagePool}.get(
+        name, kv_cache.KVCache
+    )
+    called = "_take" if name == "alloc" else name
+    whole = getattr(owner, called)
+
+    def interrupted(*args):
+        whole(*args)
+        raise KeyboardInterrupt
+
+    handle = engine._enqueue(engine._prepare_request(Request(TEXTS[0], IMAGES[0], chat=False)))[0]
+    monkeypatch.setattr(owner, called, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answers(engine, "fixed:1")
+    monkeypatch.undo()
+    engine.check_integrity()
+    if not handle.done:
+        handle.cancel()
+    assert engine.pool.claimed == 0 and not engine._scheduler.has_work
+    assert answers(engine, "fixed:1") == want
+
+
+def test_a_leader_that_was_interrupted_before_its_first_step_leads_again(engine):
+    assert engine._worker._lead()  # and nothing runs: as if a signal came here
+    assert answers(engine, "fixed:1") == answers(engine, "fixed:1")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_with_the_thread_under_way_is_refused_and_others_work():
+    def in_child(engine):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os._exit(10 * (answers(engine, "fixed:1") == want))
+            except DeviceError:
+                os._exit(20)
+            finally:
+                os._exit(30)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return "hung"
+
+    engine, _ = build(page_size=4, max_batch=3, max_len=192)
+    want = answers(engine, "fixed:1")
+    assert in_child(engine) == 10
+    engine.submit(Request(TEXTS[0], IMAGES[0], chat=False, options=dict(max_new_tokens=3))).result(20)
+    assert in_child(engine) == 20
+    assert answers(engine, "fixed:1") == want
+
+
+def test_a_shared_handle_ends_when_its_request_does():
+    """A loop that finds a chunk taken by another loop waits for the next one."""
+
+    class Taken:
+        """Somebody else takes the first chunk just before this loop does."""
+
+        def run_until(self, ready, timeout=None):
+            assert ready() or chunks
+            if len(chunks) == 2:
+                handle._chunks.clear()
+            handle.put(chunks.pop(0))
+            return True
+
+    chunks = [StreamChunk(0, n, "", None) for n in range(3)] + [StreamChunk(0, 3, "", result=object())]
+    handle = Handle(Taken(), lambda: None)
+    taken = handle._take
+    handle._take = lambda: None if handle._chunks[0].token_id == 1 and handle._chunks.popleft() else taken()
+    assert [c.token_id for c in handle][-1] == 3
+
+
+def test_the_last_chunk_is_there_when_the_result_is():
+    """Another thread may look between the two."""
+    seen = []
+
+    class Chunks(list):
+        def append(self, chunk):
+            seen.append(handle.done)
+            super().append(chunk)
+
+    handle = Handle(None, lambda: None, Chunks())
+    handle.put(StreamChunk(0, 1, "", result=object()))
+    assert seen == [False] and handle.done
+
+
+def test_a_stream_gives_the_last_chunk_that_comes_while_it_looks(engine, monkeypatch):
+    """Another thread runs the steps: the rest comes between two looks of this one."""
+    run_until = engine._worker.run_until
+
+    def rest_comes_later(ready, timeout=None):
+        came = run_until(ready, timeout)
+        monkeypatch.setattr(Handle, "done", property(finishes))
+        return came
+
+    def finishes(handle):
+        monkeypatch.setattr(Handle, "done", done)
+        while engine._scheduler.has_work:
+            engine._scheduler.step()
+        return handle.done
+
+    done = Handle.done
+    monkeypatch.setattr(engine._worker, "run_until", rest_comes_later)
+    chunks = list(engine.stream(TEXTS[0], IMAGES[0], chat=False, max_new_tokens=6, eos_token_id=[]))
+    assert len(chunks) == 6 and chunks[-1].result is not None
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+def test_long_timeouts_are_waited_for_beside_the_thread(engine, timeout):
+    handle = engine.submit(Request("w1 w2", chat=False, options=dict(max_new_tokens=40)))
+    assert handle.result(timeout).stats.new_tokens > 0
+    with pytest.raises(InvalidArgumentError, match="nan"):
+        handle.result(float("nan"))
+
+
+def test_done_requests_are_no_garbage_for_the_collector():
+    """They hold pictures."""
+    engine, _ = build(page_size=4, max_batch=3, max_len=192)
+    gone = []
+    enqueue = engine._enqueue
+
+    def remember(sequences, *rest):
+        gone.extend(weakref.ref(s) for s in sequences)
+        return enqueue(sequences, *rest)
+
+    engine._enqueue = remember
+    gc.collect()
+    gc.disable()
+    try:
+        answers(engine, "fixed:1")
+        list(engine.stream(TEXTS, IMAGES, chat=False, max_new_tokens=3))
+        assert len(gone) == 6 and not any(ref() for ref in gone)
+    finally:
+        gc.enable()
+
+
+def test_a_timeout_beside_another_leader_is_a_timeout(engine, monkeypatch):
+    """What another thread is just taking over looks like no work at all."""
+    monkeypatch.setattr(type(engine._scheduler), "has_work", property(lambda self: threading.current_thread() is main))
+    main = threading.current_thread()
+    assert engine._worker.run_until(lambda: False, 0.0) is False
+    monkeypatch.undo()
+    handle = engine._enqueue(engine._prepare_request(Request(TEXTS[0], IMAGES[0], chat=False)))[0]
+    with pytest.raises(TimeoutError):
+        handle.result(1e-9)
+    handle.cancel()
+    assert all(isinstance(s, Sequence) for s in engine._scheduler._begun)
