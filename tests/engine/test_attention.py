@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dyvte_engine import DeviceError
 from dyvte_engine.kernels import ops
 from dyvte_engine.kernels.attention import _FUNCTIONS, _PACKAGES, BACKENDS, Lengths, choose_backend
-from dyvte_engine.models.tower_attention import KIND, arrange_attention
+from dyvte_engine.models.tower_attention import KIND, arrange_attention, attention_configs
 from dyvte_engine.models.vision_run import VisionRun
 from tests import tiny
 from tests.engine.conftest import build
@@ -166,7 +166,7 @@ def test_the_towers_config_comes_back_after_an_error():
     engine, _ = build()
     config = engine.model.hf.model.vision_tower.config
     with pytest.raises(ValueError, match="stop"), VisionRun(engine.model.hf.model) as run:
-        arrange_attention(run, [engine.model.hf.model.vision_tower])
+        arrange_attention(run, attention_configs([engine.model.hf.model.vision_tower]))
         assert config._attn_implementation == KIND
         raise ValueError("stop")
     assert config._attn_implementation == "sdpa"
