@@ -45,7 +45,7 @@ TESTS = {
     "dyvte_engine/inputs": ("tests/inputs", "tests/engine/test_errors.py", "tests/families/test_videos.py"),
     "dyvte_engine/models/decoder.py": ("tests/engine", "tests/families/test_families.py"),
     "dyvte_engine/models/rows.py": (
-        "tests/policies/test_rows.py",
+        "tests/policies/test_heads.py",
         "tests/policies/test_methods.py",
         "tests/engine/test_exit.py",
     ),
@@ -82,6 +82,7 @@ TESTS = {
         "tests/engine/test_scheduler.py",
     ),
     "dyvte_engine/runtime/running.py": (
+        "tests/policies/test_arguments.py",
         "tests/engine/test_memory.py",
         "tests/engine/test_errors.py",
         "tests/engine/test_scheduler.py",
@@ -94,7 +95,11 @@ TESTS = {
         "tests/engine/test_sampling.py",
     ),
     "dyvte_engine/runtime/worker.py": ("tests/engine/test_scheduler.py",),
-    "dyvte_engine/training/labels.py": ("tests/training/test_labels.py", "tests/training/test_label_store.py"),
+    "dyvte_engine/training/labels.py": (
+        "tests/training/test_labels.py",
+        "tests/families/test_labels.py",
+        "tests/training/test_label_store.py",
+    ),
     "dyvte_engine/training/train_heads.py": ("tests/training/test_train_heads.py",),
 }
 

@@ -1,8 +1,11 @@
 """K/V memory is what the pool really gave out."""
 
+import time
+from dataclasses import replace
+
 import pytest
 
-from dyvte_engine import CacheError, DynamicExit, FastV, FixedExit, KeepAll
+from dyvte_engine import CacheError, DynamicExit, FastV, FixedExit, KeepAll, Request
 from dyvte_engine.runtime.kv_cache import KVCache
 from tests import tiny
 from tests.engine.conftest import build
@@ -77,3 +80,13 @@ def test_a_pool_without_pages_says_so():
         cache.reserve(range(1), [512])
     cache.close()
     assert engine.pool.bytes_held == 0
+
+
+def test_the_time_in_the_queue_is_not_the_time_of_reading_pictures():
+    engine, _ = build()
+    (sequence,) = engine._prepare_request(Request("w1 w2", chat=False, options=dict(max_new_tokens=2)))
+    began = time.perf_counter()
+    sequence.prompt, sequence._asked_at = replace(sequence.prompt, seconds=500.0), began - 500
+    stats = engine._enqueue([sequence])[0].result().stats
+    took = time.perf_counter() - began
+    assert -1e-6 <= stats.queued_s <= took < 500 <= stats.ttft_s <= 500 + took

@@ -2,6 +2,7 @@
 
 import math
 from decimal import Decimal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,3 +92,59 @@ def test_a_number_of_numpy_goes_into_a_heads_file(tmp_path):
     heads = ExitHeads(ExitHeadConfig(8, 3, head_hidden=4, rms_eps=np.float32(0.5)))
     heads.save(tmp_path / "heads.safetensors")
     assert ExitHeads.load(tmp_path / "heads.safetensors").config == heads.config
+
+
+def test_what_is_not_given():
+    assert FastV() == FastV(2, 0.5, "last") and Random() == Random(0, 0.5, 0)
+    assert ExitHeadConfig(8, 4) == ExitHeadConfig(8, 4, 2048, ("mean_text", "last_text"), None, False)
+
+
+def test_the_ends_of_ranges():
+    model = build()[0].model  # of four layers
+    assert FastV(3).bind(model) == FastV(3) and PyramidDrop().bind(model) == PyramidDrop()
+    assert ExitHeadConfig(8, 4, rms_eps=0).rms_eps == 0
+    three = SimpleNamespace(shape=SimpleNamespace(num_layers=3))
+    for refused in (
+        lambda: FastV(4).bind(model),
+        lambda: FastV(2, 1.5),
+        lambda: PyramidDrop().bind(three),
+        lambda: ExitHeadConfig(8, 4, rms_eps="x"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=r"accepted:|needs 4 layers"):
+            refused()
+
+
+def test_chance_within_the_decoder_leaves_pictures_alone():
+    features = [torch.randn(4, 8)]
+    assert Random(1, 0.5).reduce(features)[0] is features[0]
+    assert len(Random(0, 0.5).reduce(features)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda vocab: [],
+        lambda vocab: [5],
+        lambda vocab: [5, 6, 7],
+        lambda vocab: [5, -1],
+        lambda vocab: [5, vocab],
+        lambda vocab: [5, 1.0],
+        lambda vocab: 5,
+        lambda vocab: torch.tensor([5, vocab]),
+        lambda vocab: torch.tensor([-1, 5]),
+        lambda vocab: torch.tensor([5.0, 6.0]),
+    ],
+)
+def test_tokens_that_are_none_are_refused_and_nothing_moves(given):
+    engine, _ = build()
+    vocab = engine.model.decoder.shape.vocab_size
+    tokens = given(vocab)
+    embeds = torch.randn(3, 64)
+    with engine.prefill([embeds, embeds], [torch.zeros(3, dtype=torch.bool)] * 2) as running:
+        before = running.logits.clone()
+        with pytest.raises(InvalidArgumentError, match="one token id"):
+            running.step(tokens)
+        assert torch.equal(running.logits, before) and running.positions.tolist() == [3, 3]
+        listed = running.step([0, vocab - 1]).clone()
+    with engine.prefill([embeds, embeds], [torch.zeros(3, dtype=torch.bool)] * 2) as running:
+        assert torch.equal(running.step(torch.tensor([0, vocab - 1])), listed)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dyvte_engine import DynamicExit, ExitHeadConfig, ExitHeads
+from dyvte_engine import DynamicExit, ExitHeadConfig, ExitHeads, FastV, compose
 from dyvte_engine.errors import HeadsError, InvalidArgumentError
 from dyvte_engine.heads.rule import ExitRule
 from tests import tiny
@@ -95,6 +95,15 @@ def test_a_run_ends_in_the_engine_too() -> None:
     texts, images = tiny.prompts(seed=34, n=3, images=(1, 2))
     results = engine.generate(texts, images, chat=False, max_new_tokens=1)
     assert [r.stats.exit_layer for r in results] == [5, 5, 5]
+
+
+def test_one_visual_token_that_is_left_exits_too() -> None:
+    engine, _ = shared.build(policy=compose(FastV(2, 1 - 1 / tiny.VISUAL_TOKENS), always_exit(4)))
+    texts, images = tiny.prompts(seed=35, n=2, images=(1,))
+    for result in engine.generate(texts, images, chat=False, max_new_tokens=1):
+        text = result.stats.text_tokens
+        assert result.stats.tokens_per_layer[2:] == [text + 1] * 3 + [text] * 3
+        assert result.stats.exit_layer == 4
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -297,3 +299,22 @@ def test_commands_on_a_tiny_model(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "t.json").read_text())[str(tmp_path / "h.safetensors")]["agreement"]["n"] == 30
     with pytest.warns(UserWarning, match="exit heads of m0 .* on labels of m1"):
         call("test-heads", tmp_path / "l1", tmp_path / "h.safetensors")
+
+
+def test_the_learning_rate_rises_and_falls_as_a_cosine() -> None:
+    """From its peak on as transformers' schedule; before, step 0 learns too."""
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = transformers.get_cosine_schedule_with_warmup(optimiser, 10, 100).lr_lambdas[0]
+    settings = HeadSettings(warmup=0.1)
+    ours = [module.Trainer._schedule(SimpleNamespace(step=step, settings=settings), 100) for step in range(100)]
+    assert ours[:10] == [(step + 1) / 10 for step in range(10)]
+    assert ours[10:] == pytest.approx([theirs(step) for step in range(10, 100)])
+
+
+def test_kinds_are_as_documented() -> None:
+    paper, default, light = (HeadSettings.of(kind) for kind in ("paper", "default", "light"))
+    assert (paper.lr, paper.epochs, paper.hidden, paper.target_agreement) == (4e-5, 1, 2048, None)
+    assert (default.lr, default.epochs, default.hidden, default.rms_eps, default.target_agreement) == (
+        1e-3, 20, 2048, None, 0.99,
+    )  # fmt: skip
+    assert (light.hidden, light.rms_eps, light.epochs) == (256, 1e-6, 20)
