@@ -460,3 +460,70 @@ def test_policies_are_bound_once():
         for k in range(40):
             engine.bind(compose(FixedExit(layer), Random(1, 0.01 * k)))
     assert len(engine._policies._bound) == len(engine._policies._keys) <= 64
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of a text."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_a_character_of_several_tokens_comes_when_it_is_whole():
+    """The parts of an unfinished one give no text; what is still unfinished in the end shows as such."""
+    engine, _ = engines()
+
+    def stream(data, n):
+        (sequence,) = engine._prepare_request(Request("w1", chat=False, options=dict(max_new_tokens=n)))
+        engine._enqueue([sequence])
+        engine._scheduler._waiting.clear()
+        sequence._tokenizer, sequence._figures = Bytes(), answer_figures()
+        for byte in data:
+            sequence.accept(byte)
+            sequence.emit()
+        return [chunk.text for chunk in sequence.handle._chunks], sequence.handle._result
+
+    data = "aß€😀b".encode()
+    texts, result = stream(data, len(data))
+    assert texts == ["a", "", "ß", "", "", "€", "", "", "", "😀", "b"] and result.text == "aß€😀b"
+    texts, result = stream(data[:-2], len(data) - 2)
+    assert result.text == "".join(texts) == "aß€\ufffd"
+
+
+def answer_figures():
+    """Those of a prefill, of any values."""
+    engine = engines()[1]
+    stats = vars(engine.generate("w1", chat=False, max_new_tokens=1).stats)
+    own = {"visual_tokens", "text_tokens", "new_tokens", "ttft_s", "queued_s", "vision_s", "decode_tokens_per_s"}
+    own |= {"pictures_reused"}
+    return {name: value for name, value in stats.items() if name not in own}
+
+
+def test_one_thread_leads_at_a_time():
+    engine, _ = build(page_size=4, max_batch=4)
+    step, inside, most = engine._scheduler.step, [], []
+
+    def watched():
+        inside.append(threading.get_ident())
+        most.append(len(set(inside)))
+        step()
+        inside.remove(threading.get_ident())
+
+    engine._scheduler.step = watched
+    work = [
+        threading.Thread(target=lambda: engine.generate(TEXTS[:3], IMAGES[:3], chat=False, max_new_tokens=12))
+        for _ in range(4)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join(60)
+    assert len(most) > 12 and set(most) == {1}
+
+
+def test_one_sequence_steps_with_a_tensor():
+    engine, _ = build()
+    texts, images = tiny.prompts(seed=5, n=1)
+    prompts = engine.prepare(texts, images, chat=False)
+    with engine.prefill_prepared(prompts) as one, engine.prefill_prepared(prompts) as other:
+        torch.testing.assert_close(one.step(torch.tensor([9])), other.step([9]))
