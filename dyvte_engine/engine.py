@@ -578,7 +578,7 @@ def _options(device: str | torch.device, dtype: str | torch.dtype, **others: Any
 
 def _packed(config: EngineConfig, asked: bool | str, model: VisionLanguageModel) -> EngineConfig:
     """The options with `pack_weights` decided."""
-    if asked != "auto" and not isinstance(asked, bool):
+    if not isinstance(asked, (bool, str)) or (isinstance(asked, str) and asked != "auto"):
         raise InvalidArgumentError(f"pack_weights is {asked!r}; accepted: True, False, 'auto'")
     if asked == "auto":
         weights = sum(p.nbytes for p in model.hf.parameters())
@@ -603,6 +603,8 @@ def _resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise DeviceError(f"dtype is a {type(dtype).__name__}; accepted: auto, {', '.join(_DTYPES)}, or torch's")
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype

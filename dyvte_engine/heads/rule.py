@@ -80,7 +80,8 @@ class ExitRule:
         asked = list(self.layers(num_layers))
         above = torch.tensor([self.threshold_at(layer) for layer in asked], dtype=torch.float64, device=p_exit.device)
         fired = (p_exit[:, asked] > above).cumsum(1)
-        before = torch.nn.functional.pad(fired, (self.hysteresis, 0))[:, : len(asked)]
-        enough = fired - before == self.hysteresis  # so many of the last `hysteresis` asked layers fired
+        in_a_row = min(self.hysteresis, len(asked) + 1)  # more than there are never fire
+        before = torch.nn.functional.pad(fired, (in_a_row, 0))[:, : len(asked)]
+        enough = fired - before == in_a_row  # so many of the last `hysteresis` asked layers fired
         exits = torch.tensor([*asked, num_layers - 1], device=p_exit.device)
         return exits[torch.nn.functional.pad(enough, (0, 1), value=True).int().argmax(1)]

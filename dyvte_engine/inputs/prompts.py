@@ -139,6 +139,8 @@ def render(prompt: Prompt, n_images: int, processor: Any, chat: bool = True, n_v
     """
     if not isinstance(chat, bool):
         raise InvalidArgumentError(f"chat is {chat!r}; accepted: True or False")
+    if not isinstance(getattr(processor, "image_token", None), str):
+        raise PromptError(f"the processor ({type(processor).__name__}) has no image_token to say where pictures go")
     marks = {"image": processor.image_token}
     if getattr(processor, "video_token", None) is not None:
         marks["video"] = processor.video_token

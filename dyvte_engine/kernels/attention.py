@@ -118,7 +118,7 @@ def choose_backend(
     Raises:
         DeviceError: unknown name, or the named backend does not work here (with the reason).
     """
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise DeviceError(f"attn_backend {name!r} is not known; accepted: auto, {', '.join(BACKENDS)}")
     reasons = []
     for candidate in order if name == "auto" else (name,):

@@ -117,7 +117,10 @@ def family_of(config: Any, name: str) -> Family:
 def visual_ids(family: Family, config: Any) -> tuple[int, ...]:
     """The placeholder ids that this config has."""
     found = (next((getattr(config, n, None) for n in names if hasattr(config, n)), None) for names in family.visual_ids)
-    return tuple(int(i) for i in found if i is not None)
+    ids = tuple(i for i in found if i is not None)
+    if not all(isinstance(i, int) and 0 <= i < 1 << 31 for i in ids):
+        raise ModelError(f"placeholder ids are {ids}; accepted: token ids")
+    return ids
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -116,4 +116,7 @@ class VisionRun:
             self.model(**inputs, use_cache=False)
         except _AtEntry as entry:
             return entry.kwargs
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # of a config that does not fit
+            name = type(self.model).__name__
+            raise ModelError(f"the forward of {name} fails before its decoder: {first_line(e)}") from e
         raise ModelError(f"the forward of {type(self.model).__name__} never reached its {type(decoder).__name__}")

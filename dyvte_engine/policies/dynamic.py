@@ -59,6 +59,8 @@ class DynamicExit(VisualTokenPolicy):
     keep: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.heads, ExitHeads):
+            raise InvalidArgumentError(f"heads is a {type(self.heads).__name__}; accepted: ExitHeads")
         object.__setattr__(self, "threshold", self.rule.threshold)  # a list became a tuple; and all of it is checked
         if self.keep < 0:
             raise InvalidArgumentError(f"keep is {self.keep}; accepted: at least 0")

@@ -5,6 +5,7 @@ import random
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -28,6 +29,8 @@ from dyvte_engine import (
     PromptError,
     policies,
 )
+from dyvte_engine.heads.rule import ExitRule
+from dyvte_engine.inputs.images import load_video
 from tests import tiny
 
 
@@ -269,3 +272,16 @@ def test_the_lower_entry_checks_its_arguments(engine):
     ]:
         with pytest.raises(InvalidArgumentError, match=name):
             engine.prefill(*args)
+
+
+def test_odd_values_are_named():
+    """Found by fuzzing: arrays where names are expected, tensors without numbers, heads that are none."""
+    for name in ("attn_backend", "pack_weights", "dtype"):
+        with pytest.raises(DyvteError, match=name):
+            Engine.from_pretrained("nano", **{name: np.empty((0, 3))})
+    with pytest.raises(ImageError, match="without numbers"):
+        load_video(torch.empty(2, 8, 8, 3, dtype=torch.uint8, device="meta"))
+    with pytest.raises(InvalidArgumentError, match="ExitHeads"):
+        DynamicExit([None])
+    never = ExitRule(0.5, hysteresis=2**31).first_exits(torch.ones(3, 4))
+    assert never.tolist() == [3, 3, 3]

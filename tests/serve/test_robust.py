@@ -99,6 +99,7 @@ def test_the_queue_is_bounded(engine):
 @pytest.mark.parametrize("stream", [True, False])
 def test_out_of_memory_is_a_503_of_that_request(app, engine, monkeypatch, error, stream):
     prepare = engine.model.prepare
+    engine.forget()  # or a picture that was asked about before would not be prepared
 
     def short(prompts, policy):
         if any(p.inputs for p in prompts):
