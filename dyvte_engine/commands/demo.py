@@ -113,7 +113,8 @@ def main() -> None:
     args = parser.parse_args()
     check_writable(args.out)
     quiet()
-    engine = Engine.from_pretrained("nano", max_batch=1)
+    # The same question again must cost what it costs the first time.
+    engine = Engine.from_pretrained("nano", max_batch=1, picture_cache=0, prefix_cache=0)
     policies = (KeepAll(), DynamicExit.from_file(NANO_HEADS))
     examples = json.loads((EXAMPLES / "examples.json").read_text())[: args.examples]
     shown = []
