@@ -98,6 +98,9 @@ class EngineConfig:
     prefix_cache: int | str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("drop_early_kv", "cuda_graphs", "warm_up", "pack_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(f"{name} is a {type(getattr(self, name)).__name__}; accepted: True or False")
         if self.pack_weights and self.device.type != "cpu":
             raise InvalidArgumentError(f"pack_weights is True on {self.device}; accepted: False, it is for CPUs")
         if self.max_stall == 0:

@@ -446,12 +446,13 @@ class Engine:
         if (
             embeds.dim() != 2
             or embeds.shape[1] != self.model.shape.hidden_size
-            or n == 0
-            or not embeds.is_floating_point()
+            or not 1 <= n <= self.max_len
+            or embeds.dtype not in (*_DTYPES.values(), torch.float64)
         ):
             given = f"{embeds.dtype} {list(embeds.shape)}"
+            rows = f"n from 1 to max_len {self.max_len}"
             raise InvalidArgumentError(
-                f"inputs_embeds is {given}; accepted: floating [n >= 1, {self.model.shape.hidden_size}]"
+                f"inputs_embeds is {given}; accepted: floating [n, {self.model.shape.hidden_size}], {rows}"
             )
         if not torch.isfinite(embeds).all():
             raise InvalidArgumentError("inputs_embeds holds NaN or infinity; accepted: finite values")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import is_real
-from ..errors import HeadsError, InvalidArgumentError
+from ..errors import HeadsError, InvalidArgumentError, first_line
 from ..files import write_bytes
 from .calibration import Calibration
 from .rule import ExitRule
@@ -83,9 +83,12 @@ class ExitHeads(nn.Module):
         self.metadata: dict[str, Any] = {}
         c = config
         trunks = 1 if c.shared else c.num_layers
-        self.w1 = nn.Parameter(torch.empty(trunks, c.head_hidden, len(c.states) * c.hidden_size))
-        self.w2 = nn.Parameter(torch.empty(trunks, 2, c.head_hidden))
-        self.b1 = nn.Parameter(torch.empty(c.num_layers, c.head_hidden)) if c.shared else None
+        try:
+            self.w1 = nn.Parameter(torch.empty(trunks, c.head_hidden, len(c.states) * c.hidden_size))
+            self.w2 = nn.Parameter(torch.empty(trunks, 2, c.head_hidden))
+            self.b1 = nn.Parameter(torch.empty(c.num_layers, c.head_hidden)) if c.shared else None
+        except (OverflowError, RuntimeError, TypeError) as e:
+            raise HeadsError(f"heads of these sizes do not fit into memory ({config}): {first_line(e)}") from e
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         for weight in (*self.w1, *self.w2):
             nn.init.xavier_uniform_(weight.data, generator=generator)
@@ -111,6 +114,9 @@ class ExitHeads(nn.Module):
         return (hidden @ self.w2.mT).transpose(0, 1)
 
     def _normalised(self, pooled: Tensor) -> Tensor:
+        width = self.w1.shape[2]
+        if pooled.shape[-1:] != (width,):
+            raise InvalidArgumentError(f"pooled is {list(pooled.shape)}; accepted: [..., {width}]")
         if self.config.rms_eps is None:
             return pooled
         states = pooled.unflatten(-1, (len(self.config.states), -1))

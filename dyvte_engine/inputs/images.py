@@ -115,8 +115,8 @@ def load_video(source: Any, place: str = "video") -> np.ndarray:
         ImageError: not found, not one of these, no frames, frames of several sizes, or more than MAX_FRAMES or
             MAX_VIDEO_PIXELS.
     """
-    if isinstance(source, torch.Tensor) and (source.is_meta or source.layout != torch.strided):
-        raise ImageError(f"{place} is a tensor without numbers ({source.layout}, {source.device})")
+    if isinstance(source, torch.Tensor) and (source.is_meta or source.is_quantized or source.layout != torch.strided):
+        raise ImageError(f"{place} is a tensor without numbers ({source.dtype}, {source.layout}, {source.device})")
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _checked_array(np.asarray(source.detach().cpu() if isinstance(source, torch.Tensor) else source), place)
     if not is_video(source):

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, first_line
@@ -116,7 +117,9 @@ class VisionRun:
             self.model(**inputs, use_cache=False)
         except _AtEntry as entry:
             return entry.kwargs
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # of a config that does not fit
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
             name = type(self.model).__name__
             raise ModelError(f"the forward of {name} fails before its decoder: {first_line(e)}") from e
         raise ModelError(f"the forward of {type(self.model).__name__} never reached its {type(decoder).__name__}")

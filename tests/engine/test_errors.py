@@ -283,5 +283,11 @@ def test_odd_values_are_named():
         load_video(torch.empty(2, 8, 8, 3, dtype=torch.uint8, device="meta"))
     with pytest.raises(InvalidArgumentError, match="ExitHeads"):
         DynamicExit([None])
+    with pytest.raises(InvalidArgumentError, match="drop_early_kv"):
+        Engine.from_pretrained("nano", drop_early_kv=torch.zeros(2))
+    with pytest.raises(HeadsError, match="memory"):
+        ExitHeads(ExitHeadConfig(2**40, 3, 2**20))
+    with pytest.raises(InvalidArgumentError, match="pooled"):
+        ExitHeads(ExitHeadConfig(4, 3, 2, ("mean_text",)))(torch.zeros(2, 8), 0)
     never = ExitRule(0.5, hysteresis=2**31).first_exits(torch.ones(3, 4))
     assert never.tolist() == [3, 3, 3]
