@@ -22,11 +22,6 @@ def to_device(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
-def upload(target: Tensor, host: Tensor) -> None:
-    """As `to_device`, into a tensor that is there."""
-    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
-
-
 def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
     """Begin to copy to the host; the function returned waits for this copy alone, not for what is queued behind it."""
     if not tensor.is_cuda:
