@@ -148,7 +148,6 @@ class Release(Batches):
         from dyvte_engine.policies import parse
 
         settings = {key: options[key] for key in ("dtype", "max_len")}
-        settings |= dict(picture_cache=0, prefix_cache=0)
         policy = parse(options["policy"])
         self.engine = Engine.from_pretrained(
             folder, device="cpu", policy=policy, max_batch=options["slots"], **settings

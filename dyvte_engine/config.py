@@ -89,7 +89,7 @@ class EngineConfig:
     max_len: int | None = None
     page_size: int = 16
     drop_early_kv: bool = False
-    cuda_graphs: bool = True
+    graphs: bool = True
     warm_up: bool = True
     pack_weights: bool = False
     kv_memory: int | None = None
@@ -98,7 +98,7 @@ class EngineConfig:
     prefix_cache: int | str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("drop_early_kv", "cuda_graphs", "warm_up", "pack_weights"):
+        for name in ("drop_early_kv", "graphs", "warm_up", "pack_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError(f"{name} is a {type(getattr(self, name)).__name__}; accepted: True or False")
         if self.pack_weights and self.device.type != "cpu":

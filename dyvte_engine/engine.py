@@ -62,7 +62,7 @@ class Engine:
         self._worker = Worker(self._scheduler)
         self._policies = PolicyCache(model)
         self._policy = self.bind(KeepAll() if policy is None else policy)
-        if config.warm_up:
+        if config.warm_up and config.device.type == "cuda":
             self.warm_up(progress=True)
 
     @classmethod
@@ -77,7 +77,7 @@ class Engine:
         max_len: int | None = None,
         page_size: int = 16,
         drop_early_kv: bool = False,
-        cuda_graphs: bool = True,
+        graphs: bool = True,
         warm_up: bool = True,
         pack_weights: bool | str = "auto",
         kv_memory: int | None = None,
@@ -99,10 +99,10 @@ class Engine:
                 max_len defaults to the model's positions, at most 4096.
             page_size: rows of one K/V page.
             drop_early_kv: after the prefill, take the rows that left out of the earlier layers' K/V too.
-            cuda_graphs: on CUDA, decoding, prefill layers without visual tokens (not with "sdpa") and towers of one
-                picture size run as graphs.
-            warm_up: capture them all now, some seconds, with a progress bar; else each at its first use, which the
-                request that needs it waits for. On a CPU there are none.
+            graphs: decoding runs captured steps: CUDA graphs, on a CPU tapes of kernel calls. On CUDA also prefill
+                layers without visual tokens (not with "sdpa") and towers of one picture size.
+            warm_up: capture all CUDA graphs now, some seconds, with a progress bar; else each at its first use, which
+                the request that needs it waits for. A tape takes one step more at its first use.
             kv_memory: bytes of the K/V pool; default: what `max_batch` sequences of `max_len` tokens need. With less,
                 requests wait until it can promise them all they may need.
             max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens
@@ -125,7 +125,7 @@ class Engine:
             max_len=max_len,
             page_size=page_size,
             drop_early_kv=drop_early_kv,
-            cuda_graphs=cuda_graphs,
+            graphs=graphs,
             warm_up=warm_up,
             kv_memory=kv_memory,
             max_stall=max_stall,
@@ -149,7 +149,7 @@ class Engine:
         max_len: int | None = None,
         page_size: int = 16,
         drop_early_kv: bool = False,
-        cuda_graphs: bool = True,
+        graphs: bool = True,
         warm_up: bool = True,
         pack_weights: bool | str = "auto",
         kv_memory: int | None = None,
@@ -181,7 +181,7 @@ class Engine:
             max_len=max_len,
             page_size=page_size,
             drop_early_kv=drop_early_kv,
-            cuda_graphs=cuda_graphs,
+            graphs=graphs,
             warm_up=warm_up,
             kv_memory=kv_memory,
             max_stall=max_stall,
@@ -213,16 +213,16 @@ class Engine:
         return self._policy if policy is None else self._policies.bound(policy)
 
     def warm_up(self, progress: bool = False) -> None:
-        """Capture every CUDA graph that a request may ask for. From here on none is captured inside a request.
+        """Capture every graph (on a CPU: tape) that a request may ask for. From here on none is, inside a request.
 
-        progress: show a bar. Without CUDA graphs there is nothing to do.
+        progress: show a bar.
         """
         if not progress or self.runner.graphs is None:
             return self.runner.warm_up()
         from rich.progress import Progress
 
         with Progress(transient=True) as bar:
-            task = bar.add_task("CUDA graphs")
+            task = bar.add_task("graphs")
             self.runner.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
 
     def submit(self, request: Request) -> Handle:

@@ -133,7 +133,7 @@ def enable(model: Any, policy: VisualTokenPolicy | str | None = None, **options:
 
     Args:
         policy: when visual tokens leave; default `KeepAll()`. To be changed at the returned object.
-        **options: max_batch, max_len, page_size, attn_backend, drop_early_kv, cuda_graphs, pack_weights: as in
+        **options: max_batch, max_len, page_size, attn_backend, drop_early_kv, graphs, pack_weights: as in
             `Engine.from_pretrained`, but pack_weights is False: with True the weights exist twice.
 
     The model's weights are used where they are. Those that are exchanged later, by `to`, `load_state_dict` or a merged

@@ -42,7 +42,7 @@ Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const T
   Tensor score = empty({p.rows_k}, aoti_torch_dtype_float32(), vq);
   if (p.rows_k == 0) return score;
   p.score = static_cast<float*>(score.data_ptr());
-  DYVTE_LAUNCH_WITH_SCRATCH(vq, p, token_score);
+  DYVTE_LAUNCH_WITH_SCRATCH(vq, p, token_score, DYVTE_CPU_WITH_SCRATCH(p, token_score));
   return score;
 }
 
@@ -75,7 +75,6 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_p
       const int64_t len = lens.as<int32_t>()[b];
       check_value(lens, b, 0, p.max_pages * p.pool.page);
       check_pages(table, b * p.table_stride, 0, len, p.pool);
-      p.max_len = len > p.max_len ? len : p.max_len;
     }
   }
   p.q = vq.data;
@@ -86,7 +85,13 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_p
   Tensor out = empty({p.batch, p.heads_q, p.pool.dim}, vq.dtype, vq);
   if (p.batch * p.heads_q == 0) return out;
   p.out = out.data_ptr();
-  DYVTE_LAUNCH_WITH_SCRATCH(vq, p, decode_attention);
+  const auto cpu = [p]() mutable {  // lengths are read at every call: a tape outlives those of today
+    p.max_len = *std::max_element(p.kv_lens, p.kv_lens + p.batch);
+    const auto scratch = host_scratch(decode_attention_cpu_scratch(p));
+    p.scratch = scratch.get();
+    return decode_attention_cpu(p, torch_parallel_for);
+  };
+  DYVTE_LAUNCH_WITH_SCRATCH(vq, p, decode_attention, cpu);
   return out;
 }
 
@@ -124,6 +129,7 @@ Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   p.causal = causal;
   Tensor out = empty({vq.size[0], p.heads_q, p.dim}, vq.dtype, vq);
   p.out = out.data_ptr();
+  if (recording) fail(op, ": a tape cannot hold it: its work is laid out by the offsets of this call");
   if (p.longest * p.heads_q > 0) check_status(op, varlen_attention_cpu(p, torch_parallel_for));
   return out;
 }

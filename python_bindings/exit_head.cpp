@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> exit_head(const Tensor& hidden, const Tensor& text_ra
   p.exit = static_cast<bool*>(exit.data_ptr());
   p.threshold = static_cast<float>(threshold);
   p.rms_eps = rms_eps ? static_cast<float>(*rms_eps) : -1.0f;
-  DYVTE_LAUNCH_WITH_SCRATCH(h, p, exit_head);
+  DYVTE_LAUNCH_WITH_SCRATCH(h, p, exit_head, DYVTE_CPU_WITH_SCRATCH(p, exit_head));
   return {p_exit, exit};
 }
 

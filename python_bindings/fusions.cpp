@@ -131,9 +131,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   }
   Tensor out = empty({p.rows, p.n}, vx.dtype, vx);
   p.out = out.data_ptr();
-  const Scratch scratch(linear_cpu_scratch(p), vx);
-  p.scratch = scratch.data();
-  if (p.rows * p.n > 0) check_status(op, linear_cpu(p, torch_parallel_for));
+  if (p.rows * p.n > 0) launch_cpu(op, DYVTE_CPU_WITH_SCRATCH(p, linear));
   return out;
 }
 

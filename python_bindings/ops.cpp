@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("tape_begin(Tensor(a!) arena) -> int");
+  m.def("tape_end(Tensor(a!) arena) -> int");
+  m.def("tape_run(Tensor(a!) arena, int tape) -> ()");
+  m.def("tape_drop(Tensor(a!) arena, int tape) -> ()");
 }
 
 namespace {
@@ -43,5 +47,12 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dyvte, CPU, m) { register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(dyvte, CPU, m) {
+  using namespace dyvte::bind;
+  register_ops(m);
+  m.impl("tape_begin", TORCH_BOX(&tape_begin));
+  m.impl("tape_end", TORCH_BOX(&tape_end));
+  m.impl("tape_run", TORCH_BOX(&tape_run));
+  m.impl("tape_drop", TORCH_BOX(&tape_drop));
+}
 STABLE_TORCH_LIBRARY_IMPL(dyvte, CUDA, m) { register_ops(m); }

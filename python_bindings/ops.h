@@ -28,5 +28,9 @@ Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weig
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor silu_mul(const Tensor& gate_up);
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+int64_t tape_begin(const Tensor& arena);
+int64_t tape_end(const Tensor& arena);
+void tape_run(const Tensor& arena, int64_t tape);
+void tape_drop(const Tensor& arena, int64_t tape);
 
 }  // namespace dyvte::bind

@@ -1,7 +1,8 @@
 """One token step for running sequences: every layer reads the K/V it has, which after an exit differs per layer.
 
-On CUDA a step is a few hundred small launches, which a host cannot issue as fast as the device runs them: they are
-captured once as a graph for each padded number of sequences and bucket of lengths, and a step is then one launch.
+A step is a few hundred small kernels, which Python cannot launch as fast as the device runs them: they are captured
+once, as a CUDA graph for each padded number of sequences and bucket of lengths, on a CPU as a tape for each number of
+sequences. A step is then one launch.
 """
 
 from __future__ import annotations
@@ -107,8 +108,9 @@ class DecodeGraphs:
     """Captured decode steps of one engine, for each (padded number of sequences, bucket of pages).
 
     A bucket is a power of two of pages: the attention kernel splits its work by the most rows the table can hold.
-    All running batches share one home; changing between them costs three small copies. Graphs are made at first use,
-    until `sealed`: from then on a step that none covers runs without.
+    `padded` false: for each number of sequences, whatever their lengths; so it is on a CPU, whose kernels do no work
+    for what is not there. All running batches share one home; changing between them costs three small copies. Graphs
+    are made at first use, until `sealed`: from then on a step that none covers runs without.
     """
 
     def __init__(
@@ -117,28 +119,32 @@ class DecodeGraphs:
         pool: PagePool,
         slots: int,
         max_len: int,
-        capture: Callable[..., Replay[Tensor]] = capture_cuda,
+        capture: Callable[..., Replay[Tensor] | None] = capture_cuda,
+        padded: bool = True,
     ):
-        self.decoder, self.pool, self._capture = decoder, pool, capture
+        self.decoder, self.pool, self._capture, self._padded = decoder, pool, capture, padded
         self.sealed = False
         self._slots, self._pages = slots, pool.pages(max_len)
         self._home = _Home.of(slots, self._pages, pool)
-        self._replays: dict[tuple[int, int], Replay[Tensor]] = {}
+        self._replays: dict[tuple[int, int], Replay[Tensor] | None] = {}  # None: it cannot be captured
         self._memory: list[Any] = []  # the handle of the pool that all graphs share
 
     def buckets(self) -> list[tuple[int, int]]:
         """Every (sequences, pages) that a step can ask for."""
-        counts = sorted({padded(n, self._slots) for n in range(1, self._slots + 1)})
+        counts = sorted({self._count(n) for n in range(1, self._slots + 1)})
         pages = sorted({self._bucket(n) for n in range(self._pages)})
         return [(n, p) for n in counts for p in pages]
 
+    def _count(self, count: int) -> int:
+        return padded(count, self._slots) if self._padded else count
+
     def _bucket(self, full_pages: int) -> int:
-        return min(self._pages, 1 << full_pages.bit_length())
+        return min(self._pages, 1 << full_pages.bit_length()) if self._padded else self._pages
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor | None:
         """`decode_step` of the state in `cache`, lengths and positions raised; None where no graph covers it."""
         count = cache.count
-        key = padded(count, self._slots), self._bucket(cache.longest // self.pool.page_size)
+        key = self._count(count), self._bucket(cache.longest // self.pool.page_size)
         if cache.slots > self._slots or (key not in self._replays and self.sealed):
             return None
         home = self._home
@@ -148,7 +154,8 @@ class DecodeGraphs:
         home.alive[:count].fill_(1)
         if key not in self._replays:
             self.capture(key)
-        return self._replays[key]()[:count].clone()  # the next replay writes over it
+        replay = self._replays[key]
+        return None if replay is None else replay()[:count].clone()  # the next replay writes over it
 
     def capture(self, key: tuple[int, int]) -> None:
         """The graph for (sequences, pages). What runs meanwhile writes only rows that the next step writes again."""
@@ -162,7 +169,13 @@ class DecodeGraphs:
             positions += home.alive[here]
             return logits
 
-        step()  # libraries set themselves up
-        home.lens -= home.alive
-        home.positions -= home.alive
-        self._replays[key] = self._capture(step, self._memory)
+        def undone(call: Callable[[], Any]) -> Any:
+            before = home.lens.clone(), home.positions.clone()
+            out = call()
+            home.lens.copy_(before[0])
+            home.positions.copy_(before[1])
+            return out
+
+        if self.pool.k.is_cuda:
+            undone(step)  # libraries set themselves up
+        self._replays[key] = undone(lambda: self._capture(step, self._memory))

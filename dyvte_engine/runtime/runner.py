@@ -14,6 +14,7 @@ from ..config import EngineConfig
 from ..errors import CacheError
 from ..inputs.splice import reduce_pictures
 from ..kernels.attention import CAPTURABLE, choose_backend
+from ..kernels.graphs import capture_cpu
 from ..kernels.transfer import DeviceLock
 from ..models import PreparedPrompt, VisionLanguageModel
 from ..models.rows import Rows
@@ -49,7 +50,11 @@ class Runner:
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self.graphs: DecodeGraphs | None = None
         self.text_graphs: TextGraphs | None = None
-        if config.device.type == "cuda" and config.cuda_graphs:
+        if config.device.type == "cpu" and config.graphs:
+            self.graphs = DecodeGraphs(
+                model.decoder, self.pool, config.max_batch, self.max_len, capture_cpu, padded=False
+            )
+        if config.device.type == "cuda" and config.graphs:
             self.graphs = DecodeGraphs(model.decoder, self.pool, config.max_batch, self.max_len)
             if self.attn_backend in CAPTURABLE:
                 self.text_graphs = TextGraphs(model.decoder, self.pool, self._attention)

@@ -1,6 +1,7 @@
 """Decoding, text-only layers and vision towers at fixed addresses give what they give plainly.
 
 On the CPU a stand-in for the graph runs the step again at each replay; with `-m gpu` the same tests run real graphs.
+Decoding runs on a CPU's own tapes too.
 """
 
 import contextlib
@@ -110,7 +111,7 @@ def test_each_device_captures_on_a_stream_of_its_own(monkeypatch):
 
 
 def with_graphs(device, policy=None, **options):
-    plainly = dict(page_size=4, cuda_graphs=False, picture_cache=0, prefix_cache=0)  # what was seen runs no graph
+    plainly = dict(page_size=4, graphs=False, picture_cache=0, prefix_cache=0)  # what was seen runs no graph
     engine, _ = build(device=device, policy=policy, **{**plainly, **options})
     plain, _ = build(device=device, policy=policy, **{**plainly, **options})
     capture = Captures() if device == "cpu" else capture_cuda
@@ -119,11 +120,30 @@ def with_graphs(device, policy=None, **options):
     return engine, plain
 
 
+def with_tapes(policy=None, **options):
+    """As an engine on a CPU is, and one without tapes."""
+    options = dict(page_size=4, picture_cache=0, prefix_cache=0, policy=policy) | options
+    return build(**options)[0], build(**options, graphs=False)[0]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("policy", [KeepAll(), FixedExit(1), DynamicExit(random_heads(4), 0.7)])
 def test_answers_equal_those_without_graphs(policy, device):
     """Sequences of different lengths end at different steps, so the batch shrinks; pages fill up on the way."""
     engine, plain = with_graphs(device, policy)
+    buckets = answered_alike(engine, plain)
+    assert len({pages for _, pages in buckets}) > 1
+
+
+@pytest.mark.parametrize("decoder", tiny.DECODERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_equal_those_without_tapes(decoder, dtype):
+    engine, plain = with_tapes(FixedExit(1), decoder=decoder, dtype=dtype)
+    assert plain.runner.graphs is None
+    assert {pages for _, pages in answered_alike(engine, plain)} == {64}, "a tape for each length"
+
+
+def answered_alike(engine, plain):
     texts, images = tiny.prompts(seed=90, n=12)
     options = {"chat": False, "max_new_tokens": 24, "eos_token_id": list(range(3, 12))}
     want = [r.token_ids for r in plain.generate(texts, images, **options)]
@@ -132,14 +152,15 @@ def test_answers_equal_those_without_graphs(policy, device):
     assert engine.pool.bytes_held == 0
     buckets = sorted(engine.runner.graphs._replays)
     assert len({batch for batch, _ in buckets}) > 2
-    assert len({pages for _, pages in buckets}) > 1
+    assert None not in engine.runner.graphs._replays.values()
     engine.generate(texts, images, **options)
     assert sorted(engine.runner.graphs._replays) == buckets, "captured again"
+    return buckets
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [*DEVICES, "tape"])
 def test_running_batches_of_one_size_do_not_disturb_each_other(device):
-    engine, plain = with_graphs(device)
+    engine, plain = with_tapes() if device == "tape" else with_graphs(device)
     texts, images = tiny.prompts(seed=91, n=6)
     entries = [engine.model.prepare(engine.model.tokenize(texts[i : i + 2], images[i : i + 2])) for i in (0, 2, 4)]
     tokens = [[5, 9], [7, 30], [31, 8], [55, 12]]
@@ -193,7 +214,7 @@ def test_the_bucket_holds_one_more_row(rows):
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_a_captured_tower_gives_the_same_rows(vision, device):
     """Pictures in turn, so that a replay that reads or writes elsewhere would give those of another prompt."""
-    engine, _ = build(vision=vision, device=device, cuda_graphs=False)
+    engine, _ = build(vision=vision, device=device, graphs=False)
     graphs = TowerGraphs(engine.model.hf.model.vision_tower, Captures() if device == "cpu" else capture_cuda)
     texts, images = tiny.prompts(seed=93, n=40)
     inputs = engine.model.tokenize(texts, images)
@@ -211,7 +232,7 @@ def test_a_captured_tower_gives_the_same_rows(vision, device):
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_merging_runs_in_the_captured_tower(vision, device):
     """Policies in turn, on the same shapes of pixels; VisionZip reads the tower by hooks and passes by the graphs."""
-    engine, plain = (shared.build(vision, device=device, cuda_graphs=False)[0] for _ in range(2))
+    engine, plain = (shared.build(vision, device=device, graphs=False)[0] for _ in range(2))
     capture = Captures() if device == "cpu" else capture_cuda
     engine.model.tower_graphs = TowerGraphs(engine.model.hf.model.vision_tower, capture)
     texts, images = tiny.prompts(seed=94, n=6, images=(1, 2))
