@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -78,9 +78,49 @@ class DecoderShape:
         )
 
 
+class EngineOptions(TypedDict, total=False):
+    """Options of `Engine.from_pretrained` and `Engine.from_config`.
+
+    Attributes:
+        attn_backend: "auto", "flash_attn_3", "flash_attn_4", "flash_attn", "torch_flash", "native" (on a CPU) or
+            "sdpa"; of the prefill; decoding has a kernel of its own.
+        max_batch, max_len: sequences run together, and prompt + answer tokens of each; they size the K/V pool.
+            max_len defaults to the model's positions, at most 4096.
+        page_size: rows of one K/V page.
+        drop_early_kv: after the prefill, take the rows that left out of the earlier layers' K/V too.
+        graphs: decoding runs captured steps: CUDA graphs, on a CPU tapes of kernel calls. On CUDA also prefill
+            layers without visual tokens (not with "sdpa") and towers of one picture size.
+        warm_up: capture all CUDA graphs now, some seconds, with a progress bar; else each at its first use, which
+            the request that needs it waits for. A tape takes one step more at its first use.
+        kv_memory: bytes of the K/V pool; default: what `max_batch` sequences of `max_len` tokens need. With less,
+            requests wait until it can promise them all they may need.
+        max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens
+            (at least one layer or one picture); 0 is 1024 on a CPU, 8192 on CUDA.
+        picture_cache: bytes for the rows that vision tower and projector made of pictures; later requests take
+            them from there (docs/again.md). "auto" is 256 MiB, 0 none.
+        prefix_cache: bytes for what prompts are up to their last visual token, layer by layer; another question
+            about the same pictures computes only its own text. "auto" is 1 GiB on a CPU, none on CUDA.
+        pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout the matrix units read
+            (faster prompts); "auto": where all weights take at most a quarter of the machine's memory.
+    """
+
+    attn_backend: str
+    max_batch: int
+    max_len: int | None
+    page_size: int
+    drop_early_kv: bool
+    graphs: bool
+    warm_up: bool
+    kv_memory: int | None
+    max_stall: int
+    picture_cache: int | str
+    prefix_cache: int | str
+    pack_weights: bool | str
+
+
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of an `Engine`, as `Engine.from_pretrained` explains them."""
+    """`EngineOptions`, checked and decided."""
 
     device: torch.device
     dtype: torch.dtype

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .assets import resolve_model
 from .chat import Chat
 from .checks import is_whole
-from .config import EngineConfig
+from .config import EngineConfig, EngineOptions
 from .errors import DeviceError, InvalidArgumentError, PromptError
 from .flops import vision_flops
 from .inputs.images import check_processed
@@ -72,19 +73,9 @@ class Engine:
         policy: VisualTokenPolicy | str | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
-        attn_backend: str = "auto",
-        max_batch: int = 8,
-        max_len: int | None = None,
-        page_size: int = 16,
-        drop_early_kv: bool = False,
-        graphs: bool = True,
-        warm_up: bool = True,
-        pack_weights: bool | str = "auto",
-        kv_memory: int | None = None,
-        max_stall: int = 0,
-        picture_cache: int | str = "auto",
-        prefix_cache: int | str = "auto",
+        *,
         trust_remote_code: bool = False,
+        **options: Unpack[EngineOptions],
     ) -> Engine:
         """Load a checkpoint (docs/families.md): a folder, a hub id, or "nano", the model that comes with the package.
 
@@ -93,47 +84,15 @@ class Engine:
                 default `KeepAll()`.
             dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" is bfloat16 on CUDA, float32 on CPU.
             device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where there is one.
-            attn_backend: "auto", "flash_attn_3", "flash_attn_4", "flash_attn", "torch_flash", "native" (on a CPU) or
-                "sdpa"; of the prefill; decoding has a kernel of its own.
-            max_batch, max_len: sequences run together, and prompt + answer tokens of each; they size the K/V pool.
-                max_len defaults to the model's positions, at most 4096.
-            page_size: rows of one K/V page.
-            drop_early_kv: after the prefill, take the rows that left out of the earlier layers' K/V too.
-            graphs: decoding runs captured steps: CUDA graphs, on a CPU tapes of kernel calls. On CUDA also prefill
-                layers without visual tokens (not with "sdpa") and towers of one picture size.
-            warm_up: capture all CUDA graphs now, some seconds, with a progress bar; else each at its first use, which
-                the request that needs it waits for. A tape takes one step more at its first use.
-            kv_memory: bytes of the K/V pool; default: what `max_batch` sequences of `max_len` tokens need. With less,
-                requests wait until it can promise them all they may need.
-            max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens
-                (at least one layer or one picture); 0 is 1024 on a CPU, 8192 on CUDA.
-            picture_cache: bytes for the rows that vision tower and projector made of pictures; later requests take
-                them from there (docs/again.md). "auto" is 256 MiB, 0 none.
-            prefix_cache: bytes for what prompts are up to their last visual token, layer by layer; another question
-                about the same pictures computes only its own text. "auto" is 1 GiB on a CPU, none on CUDA.
-            pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout the matrix units read
-                (faster prompts); "auto": where all weights take at most a quarter of the machine's memory.
+            trust_remote_code: run Python code that comes with the checkpoint.
+            **options: see `EngineOptions`.
 
         Raises:
             ModelError, DeviceError, HeadsError, InvalidArgumentError: each with the argument and what is accepted.
         """
-        config = _options(
-            device,
-            dtype,
-            attn_backend=attn_backend,
-            max_batch=max_batch,
-            max_len=max_len,
-            page_size=page_size,
-            drop_early_kv=drop_early_kv,
-            graphs=graphs,
-            warm_up=warm_up,
-            kv_memory=kv_memory,
-            max_stall=max_stall,
-            picture_cache=picture_cache,
-            prefix_cache=prefix_cache,
-        )
-        loaded = load_model(resolve_model(model), config.dtype, config.device, max_len, trust_remote_code)
-        return cls(loaded, _packed(config, pack_weights, loaded), policy)
+        made = _checked(device, dtype, options)
+        loaded = load_model(resolve_model(model), made.dtype, made.device, made.max_len, trust_remote_code)
+        return cls(loaded, _packed(made, options, loaded), policy)
 
     @classmethod
     def from_config(
@@ -144,18 +103,7 @@ class Engine:
         policy: VisualTokenPolicy | str | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
-        attn_backend: str = "auto",
-        max_batch: int = 8,
-        max_len: int | None = None,
-        page_size: int = 16,
-        drop_early_kv: bool = False,
-        graphs: bool = True,
-        warm_up: bool = True,
-        pack_weights: bool | str = "auto",
-        kv_memory: int | None = None,
-        max_stall: int = 0,
-        picture_cache: int | str = "auto",
-        prefix_cache: int | str = "auto",
+        **options: Unpack[EngineOptions],
     ) -> Engine:
         """A model of a given size with random weights, made on the device; nothing is downloaded.
 
@@ -173,25 +121,11 @@ class Engine:
         """
         if weights != "random":
             raise InvalidArgumentError(f"weights is {weights!r}; accepted: 'random' (from_pretrained loads real ones)")
-        options = _options(
-            device,
-            dtype,
-            attn_backend=attn_backend,
-            max_batch=max_batch,
-            max_len=max_len,
-            page_size=page_size,
-            drop_early_kv=drop_early_kv,
-            graphs=graphs,
-            warm_up=warm_up,
-            kv_memory=kv_memory,
-            max_stall=max_stall,
-            picture_cache=picture_cache,
-            prefix_cache=prefix_cache,
-        )
+        made = _checked(device, dtype, options)
         name, hf_config = (config, preset(config)) if isinstance(config, str) else ("random", config)
-        hf_model = random_model(hf_config, seed, options.dtype, options.device)
-        model = VisionLanguageModel(hf_model, byte_processor(hf_config), f"{name} (random weights)", max_len)
-        return cls(model, _packed(options, pack_weights, model), policy)
+        hf_model = random_model(hf_config, seed, made.dtype, made.device)
+        model = VisionLanguageModel(hf_model, byte_processor(hf_config), f"{name} (random weights)", made.max_len)
+        return cls(model, _packed(made, options, model), policy)
 
     @property
     def policy(self) -> VisualTokenPolicy:
@@ -572,13 +506,20 @@ def _kind(value: object) -> str:
     return f"a tensor {list(value.shape)}, {value.dtype}, {value.layout}, on {value.device}"
 
 
-def _options(device: str | torch.device, dtype: str | torch.dtype, **others: Any) -> EngineConfig:
-    target = _resolve_device(device)
+def _checked(device: str | torch.device, dtype: str | torch.dtype, options: EngineOptions) -> EngineConfig:
+    """The options, checked, but for `pack_weights`, which needs to see the model."""
+    target, others = _resolve_device(device), dict[str, Any](options)
+    unknown = sorted(others.keys() - EngineOptions.__annotations__.keys())
+    if unknown:
+        accepted = ", ".join(EngineOptions.__annotations__)
+        raise InvalidArgumentError(f"{unknown[0]} is no option of an engine; accepted: {accepted}")
+    others.pop("pack_weights", None)
     return EngineConfig(target, _resolve_dtype(dtype, target), **others)
 
 
-def _packed(config: EngineConfig, asked: bool | str, model: VisionLanguageModel) -> EngineConfig:
+def _packed(config: EngineConfig, options: EngineOptions, model: VisionLanguageModel) -> EngineConfig:
     """The options with `pack_weights` decided."""
+    asked = options.get("pack_weights", "auto")
     if not isinstance(asked, (bool, str)) or (isinstance(asked, str) and asked != "auto"):
         raise InvalidArgumentError(f"pack_weights is {asked!r}; accepted: True, False, 'auto'")
     if asked == "auto":

@@ -83,12 +83,11 @@ def generate(
         "do_sample": True if temperature is not None else None,
     }
     options = {k: v for k, v in options.items() if v is not None}
-    size: dict[str, Any] = {"max_batch": min(len(prompt), 8), "max_len": max_len, "drop_early_kv": drop_early_kv}
+    made: dict[str, Any] = dict(max_batch=min(len(prompt), 8), max_len=max_len)
+    made |= dict(drop_early_kv=drop_early_kv, attn_backend=attn_backend)
     with loading(model):
         chosen = policy_for(policy, model)
-        engine = Engine.from_pretrained(
-            model, chosen, dtype, device, attn_backend, trust_remote_code=trust_remote_code, **size
-        )
+        engine = Engine.from_pretrained(model, chosen, dtype, device, trust_remote_code=trust_remote_code, **made)
     if len(prompt) == 1 and not as_json:
         _stream_one(engine, prompt[0], image, video, seed, options)
         return

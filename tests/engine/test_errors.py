@@ -291,3 +291,9 @@ def test_odd_values_are_named():
         ExitHeads(ExitHeadConfig(4, 3, 2, ("mean_text",)))(torch.zeros(2, 8), 0)
     never = ExitRule(0.5, hysteresis=2**31).first_exits(torch.ones(3, 4))
     assert never.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("make", [Engine.from_pretrained, Engine.from_config])
+def test_a_mistyped_option_is_an_error(make):
+    with pytest.raises(InvalidArgumentError, match=r"max_bacth is no option of an engine; accepted: .*max_batch"):
+        make("llava-200m", max_bacth=4)
