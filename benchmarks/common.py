@@ -23,6 +23,8 @@ import transformers
 
 import dyvte_engine
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
+
 Data = dict[str, Any]
 Timings = dict[str, list[float]]
 Z95 = 1.96

@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+import typer
 
 from dyvte_engine.commands import main as cli
 from tests import tiny
@@ -159,3 +162,70 @@ def test_brackets_are_text(checkpoint, tmp_path, run, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code, _, err = run("eval", "nano", "--tasks", "pope", "--source", "emoji")
     assert code == 2 and err.strip().endswith("pip install 'dyvte-engine[eval]'")
+
+
+GROUP = typer.main.get_command(cli.app)
+PANELS = ("Answer questions", "Train exit heads", "Judge a model", "Tools")
+
+
+def test_the_help_groups_the_commands(run):
+    code, out, _ = run("--help")
+    heads = re.findall(r"^╭─ ([\w ]+) ─", out, re.MULTILINE)
+    assert code == 0 and heads == ["Options", *PANELS]
+    assert all(command.rich_help_panel in PANELS for command in GROUP.commands.values())
+
+
+@pytest.mark.parametrize("name", sorted(GROUP.commands))
+def test_a_command_explains_itself(name, tmp_path, monkeypatch):
+    """One short line in the list, a line for each option, and examples that are understood."""
+    monkeypatch.chdir(tmp_path)
+    command = GROUP.commands[name]
+    first, *_ = (command.help or "").split("\n\n")
+    assert first.endswith(".") and len(first) <= 70 and "\n" not in first
+    assert [p.name for p in command.params if p.name != "help" and not getattr(p, "help", None)] == []
+    start, *examples = (command.epilog or "").split("\n\n")
+    assert start == "For example:" and examples
+    for example in examples:
+        program, called, *args = shlex.split(example)
+        assert (program, called) == ("dyvte-engine", name)
+        with command.make_context(name, args):
+            pass
+
+
+def test_python_m_runs_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "dyvte_engine", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"dyvte-engine {cli.__version__}\n", "")
+
+
+def test_a_shell_completes_commands_and_options():
+    def completed(line: str) -> list[str]:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+        env = os.environ | words | {"_DYVTE_ENGINE_COMPLETE": "complete_bash"}
+        code = "import sys; sys.argv[0] = 'dyvte-engine'; from dyvte_engine.commands.main import main; main()"
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.split()
+
+    assert completed("dyvte-engine tr") == ["train-heads"]
+    assert completed("dyvte-engine sweep --pl") == ["--plot"]
+
+
+def test_an_answer_comes_with_nothing_but_its_figures(checkpoint):
+    args = ("generate", "--model", checkpoint, "--prompt", "w1 w2", "--max-new-tokens", "4")
+    done = subprocess.run([sys.executable, "-m", "dyvte_engine", *args], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1
+    said = [line.split("  ")[0] for line in done.stderr.splitlines()]
+    assert said == ["visual tokens", "text tokens", "first token", "decode", "prefill", "K/V held"]
+
+
+def test_unknown_commands_and_options_have_exit_code_2(run):
+    for args in (("generat",), ("doctor", "--nothing"), ("sweep", "--limit=x")):
+        code, out, err = run(*args)
+        assert (code, out) == (2, "") and args[-1].split("=")[0] in err
+
+
+def test_the_profiler_of_the_benchmarks_is_silent():
+    code = (
+        "import torch; from benchmarks.common import peak_bytes;"
+        "print(peak_bytes(lambda: torch.ones(1000), torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("4000\n", "")

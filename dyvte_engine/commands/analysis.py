@@ -25,11 +25,6 @@ TrustCode = Annotated[bool, typer.Option(help="Run code that comes with the chec
 AllForms = Annotated[bool, typer.Option(help="Also prompt forms the model was never taught.")]
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.command("analyze")(analyze)
-    app.command("reproduce")(reproduce)
-
-
 def analyze(
     model: Model = "nano",
     data: Annotated[
@@ -52,7 +47,10 @@ def analyze(
     max_len: MaxLen = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Look inside the model: attention stages, entropy, accuracy after k layers, exit layers, single prompts."""
+    """Look inside: attention stages, entropy, exit layers.
+
+    Also accuracy when the picture leaves after k layers, and single prompts one by one (docs/analysis.md).
+    """
     from ..analysis import report
     from ..analysis.benchmarks import heads_policy
     from ..analysis.data import load_data
@@ -142,7 +140,7 @@ def reproduce(
     max_len: MaxLen = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Each table of the paper next to this model's figures."""
+    """Fill the paper's tables with this model's figures."""
     from ..analysis import reproduce as paper
     from ..analysis.benchmarks import DrawnTasks
     from ..analysis.data import load_data

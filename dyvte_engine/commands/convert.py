@@ -20,7 +20,7 @@ def convert(
     ] = None,
     unpickle: Annotated[bool, typer.Option(help="Also read .bin files, with torch's restricted unpickler.")] = False,
 ) -> None:
-    """Write a checkpoint in its authors' layout as the engine reads it."""
+    """Convert a checkpoint from its authors' layout."""
     from ..models.original import convert as run
 
     run(source, target, vision_tower, unpickle)

@@ -45,7 +45,10 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     max_len: Annotated[int | None, typer.Option(help="Prompt and answer tokens of one sequence.")] = None,
 ) -> None:
-    """Accuracy with 95 % intervals, mean exit layer and FLOPs on the nine tasks, for one policy or several."""
+    """Score policies on the nine tasks, with their cost.
+
+    Accuracy with 95 % intervals, mean exit layer and FLOPs, for one policy or several (docs/tasks.md).
+    """
     from ..engine import Engine
     from ..eval import TASKS, load_tasks
     from ..eval.named import named
@@ -137,7 +140,10 @@ def sweep(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
 ) -> None:
-    """The accuracy/FLOPs curve: DyVTE at every threshold, an exit after every layer, Random at equal FLOPs."""
+    """Draw accuracy against FLOPs.
+
+    DyVTE at every threshold, an exit after every layer, and Random at equal FLOPs (docs/tasks.md).
+    """
     from ..engine import Engine
     from ..eval import TASKS, load_tasks
     from ..eval.curve_report import draw

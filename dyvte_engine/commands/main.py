@@ -1,4 +1,4 @@
-"""`dyvte-engine`: the commands, and `generate` and `doctor` themselves."""
+"""`dyvte-engine`: all commands with their examples, and `generate` and `doctor` themselves."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import typer
 import typer.core
 from rich.table import Table
 
+from .. import __version__
 from ..errors import FileError
-from .analysis import add_commands as add_analysis
+from .analysis import analyze, reproduce
 from .convert import convert
 from .evaluation import evaluate, sweep
 from .guard import CLOSED, guarded
 from .output import err, loading, quiet
 from .serve import serve
-from .training import add_commands
+from .training import ablate_heads, label, test_heads, train_heads
 
 
 class _Group(typer.core.TyperGroup):
@@ -28,18 +29,24 @@ class _Group(typer.core.TyperGroup):
             raise FileError(CLOSED) from error
 
 
-app = typer.Typer(
-    cls=_Group, add_completion=False, no_args_is_help=True, help="Inference with dynamic visual-token exit."
-)
-app.command("eval")(evaluate)
-app.command()(sweep)
-app.command()(convert)
-app.command()(serve)
-add_commands(app)
-add_analysis(app)
+app = typer.Typer(cls=_Group, no_args_is_help=True)
 
 
-@app.command()
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"dyvte-engine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Ask vision-language models about pictures; visual tokens leave as soon as they are no longer needed."""
+
+
 def generate(
     prompt: Annotated[list[str], typer.Option(help="The question; repeat it to ask several as one batch.")],
     image: Annotated[list[str] | None, typer.Option(help="A picture; with several prompts, one for each.")] = None,
@@ -53,12 +60,12 @@ def generate(
     ] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default 128 or what fits.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sample with this temperature; greedy without.")] = None,
-    top_k: Annotated[int | None, typer.Option()] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    min_p: Annotated[float | None, typer.Option()] = None,
-    repetition_penalty: Annotated[float | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="From the likeliest that hold this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="From those at least this times as likely as the first.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: against repetition.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     attn_backend: Annotated[
@@ -131,12 +138,31 @@ def _ratio(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %"
 
 
-@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False) -> None:
-    """What was built, what this machine has, and what works."""
+    """Check what was built and what works here."""
     from . import doctor as module
 
     raise typer.Exit(module.run(as_json))
+
+
+ANSWER, HEADS, JUDGE, TOOLS = "Answer questions", "Train exit heads", "Judge a model", "Tools"
+COMMANDS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (  # panel of the help, name, function, examples
+    (ANSWER, "generate", generate, ("--image a.png --prompt 'What is this?'", "--prompt 'Say hello.' --json")),
+    (ANSWER, "serve", serve, ("nano --port 8000", "MODEL --policy keep-all --allow-policy early=fixed:8")),
+    (HEADS, "label", label, ("MODEL --data questions.jsonl --out labels",)),
+    (HEADS, "train-heads", train_heads, ("labels --kind light --out heads.safetensors",)),
+    (HEADS, "ablate-heads", ablate_heads, ("labels --out ablation",)),
+    (HEADS, "test-heads", test_heads, ("labels heads.safetensors",)),
+    (JUDGE, "eval", evaluate, ("nano --tasks pope,gqa --policy keep-all --policy auto --limit 100",)),
+    (JUDGE, "sweep", sweep, ("nano --limit 48 --plot curve.png --page curve.md",)),
+    (JUDGE, "analyze", analyze, ("nano --data gqa,textvqa --out analysis",)),
+    (JUDGE, "reproduce", reproduce, ("nano --limit 50 --out tables",)),
+    (TOOLS, "convert", convert, ("llava-v1.5-7b llava-hf",)),
+    (TOOLS, "doctor", doctor, ("", "--json")),
+)
+for panel, name, function, examples in COMMANDS:
+    lines = [f"dyvte-engine {name} {example}".rstrip() for example in examples]
+    app.command(name, rich_help_panel=panel, epilog="\n\n".join(["For example:", *lines]))(function)
 
 
 def main() -> None:

@@ -16,13 +16,6 @@ Kind = Annotated[str, typer.Option(help="paper, default (paper's heads, all labe
 RuleOption = Annotated[str, typer.Option(help="auto, paper, argmax, text: when the label says exit.")]
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.command("label")(label)
-    app.command("train-heads")(train_heads)
-    app.command("ablate-heads")(ablate_heads)
-    app.command("test-heads")(test_heads)
-
-
 def label(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")],
     data: Annotated[str, typer.Option(help="FILE.jsonl, LLaVA-style FILE.json, or nano[:SET], its own pictures.")],
@@ -39,7 +32,10 @@ def label(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
-    """What an exit after each layer would do to each answer: the labels that exit heads learn from."""
+    """Label what an exit after each layer would change.
+
+    Exit heads learn from these labels (docs/training.md).
+    """
     from ..engine import Engine
     from ..training import label_store
     from ..training.named_examples import examples_named
@@ -66,15 +62,18 @@ def train_heads(
     hysteresis: Annotated[int, typer.Option(help="So many asked layers in a row must fire.")] = 1,
     hidden: Annotated[int | None, typer.Option(help="Hidden units; 2048, light 256.")] = None,
     rms_eps: Annotated[float | None, typer.Option(help="Divide each token state by its RMS; light 1e-6.")] = None,
-    lr: Annotated[float | None, typer.Option(help="1e-3, paper 4e-5")] = None,
-    epochs: Annotated[int | None, typer.Option(help="20, paper 1")] = None,
-    batch: Annotated[int | None, typer.Option(help="128")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; 1e-3, paper 4e-5.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the labels; 20, paper 1.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples of a step; 128.")] = None,
     class_weights: Annotated[bool, typer.Option(help="Weigh both verdicts alike.")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order.")] = 0,
     tensorboard: Annotated[Path | None, out_folder("Folder for TensorBoard.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between two states on disk.")] = 100,
 ) -> None:
-    """Train exit heads on labels and calibrate their threshold. Several GPUs: under `accelerate launch`."""
+    """Train exit heads and calibrate their threshold.
+
+    On several GPUs run it under `accelerate launch`.
+    """
     from ..training import train_heads as module
 
     given = {"rule": rule, "states": tuple(states.split(",")), "seed": seed, "lr": lr, "epochs": epochs, "batch": batch}
@@ -106,14 +105,17 @@ def ablate_heads(
     out: Annotated[Path, out_folder("Folder for 15 heads files and table.json.")],
     kind: Kind = "default",
     rule: RuleOption = "auto",
-    target_agreement: Annotated[float | None, typer.Option()] = None,
-    hidden: Annotated[int | None, typer.Option()] = None,
-    rms_eps: Annotated[float | None, typer.Option()] = None,
-    lr: Annotated[float | None, typer.Option()] = None,
-    epochs: Annotated[int | None, typer.Option()] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    target_agreement: Annotated[float | None, typer.Option(help="Share of answers that must stay; 0.99.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden units; 2048, light 256.")] = None,
+    rms_eps: Annotated[float | None, typer.Option(help="Divide each token state by its RMS; light 1e-6.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; 1e-3, paper 4e-5.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the labels; 20, paper 1.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the order.")] = 0,
 ) -> None:
-    """Heads on each of the 15 combinations of token states (the paper's table 4)."""
+    """Train heads on each combination of token states.
+
+    There are 15 of them: the paper's table 4.
+    """
     from ..training.heads_report import ablate
     from ..training.train_heads import HeadSettings
 
@@ -129,7 +131,10 @@ def test_heads(
     threshold: Annotated[float | None, typer.Option(help="Instead of the one in each file.")] = None,
     out: Annotated[Path | None, out_file("The same as JSON.")] = None,
 ) -> None:
-    """Agreement, accuracy and exit layer of heads on labelled samples; also heads of another model (table 6)."""
+    """Measure heads on labels, also heads of another model.
+
+    Agreement with the full model, accuracy and exit layer (the paper's table 6).
+    """
     from ..training.heads_report import evaluate_heads, table
 
     rows = evaluate_heads(labels, heads, threshold)

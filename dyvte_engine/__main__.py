@@ -1,0 +1,5 @@
+"""`python -m dyvte_engine` is `dyvte-engine`."""
+
+from .commands.main import main
+
+main()
