@@ -18,7 +18,7 @@ DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
-.PHONY: help demo test build lint fuzz mutants format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check gpu-prebuild gpu-rehearsal doctor clean distclean FORCE
+.PHONY: help demo docs test build lint fuzz mutants format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check gpu-prebuild gpu-rehearsal doctor clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -56,13 +56,14 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES) build/configurat
 	$(NATIVE_ENV) DYVTE_CUDA_ARCHS='$(LOCAL_ARCHS)' $(PIP) install -q --no-build-isolation -e '.[dev]'
 	touch $@
 
-lint: build ## ruff, clang-format, mypy, which part may import which, the length of functions
+lint: build ## ruff, clang-format, mypy, which part may import which, the length of functions, spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 	$(PY) tools/function_length.py
+	$(VENV)/bin/codespell
 
 format: build ## rewrite Python and C++ sources in the project's format
 	$(PY) -m ruff check --fix .
@@ -77,6 +78,13 @@ fuzz: build ## the engine called with random odd arguments; CALLS=20000 SEED=1 f
 MUTANTS ?=
 mutants: build ## mutation testing, hours for all: MUTANTS=dyvte_engine/heads for a part, MUTANTS='--sample 200' for some
 	$(PY) tools/mutants.py $(MUTANTS)
+
+$(VENV)/.docs: $(VENV)/.built
+	$(NATIVE_ENV) DYVTE_CUDA_ARCHS='$(LOCAL_ARCHS)' $(PIP) install -q --no-build-isolation -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs ## the documentation as a site in build/site; the notebook is run for it
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
 
 audit: build ## what the native libraries ask of the system they are loaded on
 	$(PY) tools/audit_symbols.py
@@ -162,7 +170,7 @@ gpu-rehearsal: build ## every part of gpu-check and gpu-bench on the CPU, with t
 	$(PY) tools/gpu.py run --dry a b c d e f
 
 clean: ## remove everything built; distclean also removes the virtual environment
-	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info dyvte_engine/*.so $(VENV)/.built
+	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info dyvte_engine/*.so $(VENV)/.built $(VENV)/.docs
 
 distclean: clean
 	rm -rf $(VENV)

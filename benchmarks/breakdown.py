@@ -144,7 +144,7 @@ def ranges_in(device: torch.device) -> Iterator[Ranges]:
 
 
 def run_once(request: workload.Request, policy: VisualTokenPolicy, new_tokens: int) -> tuple[dict[str, float], Any]:
-    """Seconds of every part of one request; "host" is what lies in none of them."""
+    """Seconds of every part of one request; "host" is what is in none of them."""
     model = request.engine.model
     with ranges_in(request.engine.config.device) as ranges, ExitStack() as stack:
         for name, part in (("tokenize", "processor"), ("prepare", "vision")):

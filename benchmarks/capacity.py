@@ -1,7 +1,7 @@
 """How many more sequences fit into the same K/V memory, and what they do in a second when they run together.
 
 Questions are admitted one after another until the page pool is full. A sequence takes pages as its prefill asks for
-them, visual rows of the layers before an exit included, and then those of its whole answer: what does not fit beside
+them, visual rows of the layers before an exit included, and then those of its whole answer: what does not fit with
 all that came before, at the peak of its prefill, is not admitted. `python -m benchmarks.capacity --help`.
 """
 
@@ -31,7 +31,7 @@ from dyvte_engine.runtime.running import Running
 
 BASE = "KeepAll"
 CPU_BUDGET = 48  # MiB
-GPU_SHARE = 0.85  # of what is free beside weights, heads and prompts; the rest is for activations and graphs
+GPU_SHARE = 0.85  # of what is free besides weights, heads and prompts; the rest is for activations and graphs
 
 
 @dataclass(frozen=True, eq=False)

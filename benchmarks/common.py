@@ -69,7 +69,7 @@ def _commit() -> str:
 
 
 def options(description: str | None, name: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark can be told."""
+    """A parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -79,7 +79,7 @@ def options(description: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def header(benchmark: str, args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
-    """What stands at the head of every JSON: the command, the machine, and its physical limits, measured now."""
+    """The head of every JSON: the command, the machine, and its physical limits, measured now."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     shown = {k: _from_here(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     return {
@@ -137,7 +137,7 @@ def interleave(
 
 
 def spread(values: Sequence[float]) -> Data:
-    """Median and the quartiles beside it."""
+    """Median and quartiles."""
     low, mid, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
     return {"median": mid, "q1": low, "q3": high, "n": len(values)}
 

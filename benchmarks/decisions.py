@@ -1,4 +1,4 @@
-"""What asking the exit heads costs: one exit layer, told by nobody, by light heads and by the paper's.
+"""What asking the exit heads costs: one exit layer, decided by no head, by light heads and by the paper's.
 
 Prompts enter at the decoder (vision runs before the clock). All methods compute the same rows, so what a prefill takes
 longer than under a fixed exit is the price of asking. `python -m benchmarks.decisions --help`.
@@ -95,7 +95,14 @@ def tables(data: Data) -> list[Sheet]:
             if c["batch"] == batch
         ]
         title = f"Prefill with an exit after layer {data['exit']}, {data['args']['model']}, {data['args']['dtype']}"
-        columns = ["exit told by", "prefill, ms", "asked", "MB each", "reading them, least", "longer than by no head"]
+        columns = [
+            "exit decided by",
+            "prefill, ms",
+            "asked",
+            "MB each",
+            "reading them, least",
+            "longer than by no head",
+        ]
         sheets.append(Sheet(f"{title}, batch {batch}", columns, rows, "median (quartiles), round by round"))
     return sheets
 

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, its plots and the tables of README.md and docs/nano.md; none of it is typed by hand.
+"""Writes docs/benchmarks.md, a page and a plot for each record, and the tables of README.md and docs/nano.md.
 
 Records are in benchmarks/results. `python -m benchmarks.document` works from them; with `--results
 outputs/benchmarks` it takes what is there among them first.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import Data
+from benchmarks.conclusions import conclusion
 from benchmarks.report import limits_line, markdown, save_figure
 from benchmarks.summary import NO_GPU, nano, overview, readme
 
@@ -20,14 +21,22 @@ ROOT = Path(__file__).parent.parent
 ORDER = ("policies", "curves", "breakdown", "decisions", "growth", "capacity", "kernels", "versus", "serving")
 INTRO = """# Benchmarks
 
-Made by `make bench-docs` from the results in [benchmarks/results](../benchmarks/results); do not edit. `make bench`
-measures on a CPU, `make gpu-bench` on a GPU.
+What the exit and the engine save in time and memory, and where they do not.
 
-How to read it: everything compared in a table ran in one process in turn (`versus` and `serving`: processes in turn),
-so ratios hold where absolute times depend on what else the machine did. Figures are medians with quartiles. Limits are
-measured with torch's own matmul and copy just before; "share" is the least time these limits allow over the measured
-time (a cache that holds the data can make it exceed 100 %). Models with random weights have published sizes and force
-the exit at a given layer; nano is the trained model that comes with the package.
+```sh
+make bench bench-docs
+```
+
+measures on this CPU (`make gpu-bench` on a GPU) and writes these pages from the records in
+[benchmarks/results](../benchmarks/results); do not edit them.
+"""
+HOW = """## How to read it
+
+Everything compared in a table ran in one process in turn (`versus` and `serving`: processes in turn), so ratios hold
+where absolute times depend on what else the machine did. Figures are medians with quartiles. Limits are measured with
+torch's own matmul and copy just before; "share" is the least time these limits allow over the measured time (a cache
+that holds the data can make it exceed 100 %). Models with random weights have published sizes and force the exit at a
+given layer; nano is the trained model that comes with the package. [Read the figures](figures.md) says more.
 """
 
 OVERVIEW = """## At a glance
@@ -36,24 +45,35 @@ How many times faster than transformers' `generate` (SDPA attention) on the same
 many more sequences fit into the same K/V memory; other engines. On nano its own heads decide."""
 
 
-def page(results: Sequence[tuple[str, Data]]) -> str:
-    """Markdown of all results, (file name, data) each."""
-    parts = [INTRO]
+def overview_page(results: Sequence[tuple[str, Data]]) -> str:
+    """docs/benchmarks.md: what each record, (file name, data), shows, and the tables a reader asks for first."""
+    parts = [INTRO, "## What this shows"]
     if not any("gpu" in data["machine"] for _, data in results):
         parts.append(NO_GPU)
-    parts.append(f"{OVERVIEW}\n\n{overview(results)}")
-    for name, data in sorted(results, key=lambda r: (ORDER.index(r[1]["benchmark"]), r[0])):
-        module = importlib.import_module(f"benchmarks.{data['benchmark']}")
-        summary = (module.__doc__ or "").strip().splitlines()[0]
-        parts += [
-            f"## {name}",
-            summary,
-            f"```sh\n{data['command']}\n```",
-            _machine(data),
-            f"![{name}](benchmarks/{name}.png)",
-        ]
-        parts += [markdown(sheet) for sheet in module.tables(data)]
-    return "\n\n".join(p.strip() for p in parts) + "\n"
+    parts.append("\n".join(f"- [{name}](benchmarks/{name}.md): {conclusion(data)}" for name, data in _sorted(results)))
+    return _joined([*parts, f"{OVERVIEW}\n\n{overview(results)}", HOW])
+
+
+def record_page(name: str, data: Data) -> str:
+    """docs/benchmarks/<name>.md."""
+    module = importlib.import_module(f"benchmarks.{data['benchmark']}")
+    parts = [
+        f"# {name}",
+        (module.__doc__ or "").strip().splitlines()[0],
+        f"**What this shows.** {conclusion(data)}",
+        f"```sh\n{data['command']}\n```",
+        _machine(data),
+        f"![{name}]({name}.png)",
+    ]
+    return _joined([*parts, *map(markdown, module.tables(data))])
+
+
+def _sorted(results: Sequence[tuple[str, Data]]) -> list[tuple[str, Data]]:
+    return sorted(results, key=lambda r: (ORDER.index(r[1]["benchmark"]), r[0]))
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def _machine(data: Data) -> str:
@@ -94,9 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, data in found:
         module = importlib.import_module(f"benchmarks.{data['benchmark']}")
         save_figure(module.figure(data), args.root / "docs" / "benchmarks" / f"{name}.png")
+        (args.root / "docs" / "benchmarks" / f"{name}.md").write_text(record_page(name, data))
     entry, detail, own = (args.root / name for name in ("README.md", "docs/benchmarks.md", "docs/nano.md"))
     entry.write_text(readme(entry.read_text(), found))
-    detail.write_text(page(found))
+    detail.write_text(overview_page(found))
     own.write_text(nano(own.read_text()))
     print(entry, detail, own)
 

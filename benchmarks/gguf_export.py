@@ -27,7 +27,7 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 
 WEIGHTS = ("f32", "bf16", "f16")
 SUFFIXES = (".weight", ".bias")
-CAPITALS = "[A-Z](?![a-z])"  # at which nano's tokenizer splits: a capital letter stands alone, but before a small one
+CAPITALS = "[A-Z](?![a-z])"  # at which nano's tokenizer splits: a capital letter is alone, but before a small one
 
 
 def rope(config: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from benchmarks.report import COLORS, Sheet, finish, new_figure, number, scaled
 from dyvte_engine import Engine, FixedExit, KeepAll
 from dyvte_engine.models.presets import PRESETS, preset
 
-TEXT = 64  # tokens beside the picture: 16 before it, 48 after
+TEXT = 64  # tokens besides the picture: 16 before it, 48 after
 AXES = {
     "visual tokens": ("prefill", "per_token", "kv_bytes", "peak_bytes"),
     "layers": ("prefill", "per_token", "kv_bytes", "peak_bytes"),

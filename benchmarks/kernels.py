@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--compile", nargs="*", default=["llava-1.5-7b"], choices=list(SIZES), help="sizes torch.compile is run at"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, beside compiling")
+    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, besides compiling")
     args = parser.parse_args(argv)
     finish(measure(args, argv), args.out, args.name, tables, figure)
 

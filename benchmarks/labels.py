@@ -96,9 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, counts in result["flops_of_a_forward"].items():
-        told = ", ".join(f"{way} {cost:.2f}" for way, cost in counts.items())
+        listed = ", ".join(f"{way} {cost:.2f}" for way, cost in counts.items())
         print(
-            f"FLOPs over one forward ({name}): {told}; packed is {counts['removed'] / counts['packed']:.1f} x and "
+            f"FLOPs over one forward ({name}): {listed}; packed is {counts['removed'] / counts['packed']:.1f} x and "
             f"{counts['masked'] / counts['packed']:.1f} x less"
         )
     for name in ("removed", "masked"):

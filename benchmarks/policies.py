@@ -178,7 +178,7 @@ def tables(data: Data) -> list[Sheet]:
         sheets.append(Sheet(f"Ratios, {where}", columns, rows, note))
         columns = ["method", "GFLOPs", "vision roof", "share", "prefill roof", "share", "token roof", "share"]
         columns += ["K/V MiB", "peak MiB"]
-        note = "roof: least ms by the limits measured; share: roof / measured; peak: tensors beside the weights"
+        note = "roof: least ms by the limits measured; share: roof / measured; peak: tensors besides the weights"
         sheets.append(Sheet(f"Limits and memory, {where}", columns, [_limits_row(c) for c in cases], note))
     return sheets
 

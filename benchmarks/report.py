@@ -106,7 +106,7 @@ def _escaped(text: str) -> str:
 
 
 def into_page(page: str, name: str, text: str) -> str:
-    """The page with what lies between its two marks of this name replaced. Raises ValueError where it has none."""
+    """The page with the text between its two marks of this name replaced. Raises ValueError where it has none."""
     begin, end = (f"<!-- {name}: {edge} -->" for edge in ("begin", "end"))
     pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
     if not pattern.search(page):

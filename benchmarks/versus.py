@@ -46,7 +46,7 @@ class Side:
 
 
 class Unavailable(Exception):
-    """An engine cannot be had here; the message says why."""
+    """An engine cannot run here; the message says why."""
 
 
 def command(*words: Any, seconds: float = 1800) -> None:
@@ -110,7 +110,7 @@ def llama_cpp(folder: Path, build: Path) -> dict[str, Side]:
 
 
 def sides(model: str, build: Path) -> tuple[dict[str, Side], dict[str, str]]:
-    """All engines that can be had, and why the others cannot."""
+    """All engines that run here, and why the others do not."""
     folder, here = Path(resolve_model(model)), Path(sys.executable)
     found = {BASE: Side(here, "transformers", folder, "")}
     policies = {"KeepAll": "keep-all"} | ({"DyVTE": f"dynamic:{NANO_HEADS}"} if model == "nano" else {})

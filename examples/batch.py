@@ -12,4 +12,5 @@ QUESTIONS = {
 engine = Engine.from_pretrained("nano", policy=DynamicExit.from_file(NANO_HEADS))
 results = engine.generate(list(QUESTIONS), list(QUESTIONS.values()), max_new_tokens=8)
 for question, result in zip(QUESTIONS, results):
-    print(f"{question} {result.text.strip()} (exit after layer {result.stats.exit_layer})")
+    left = "stayed" if result.stats.exit_layer is None else f"left after layer {result.stats.exit_layer}"
+    print(f"{question} {result.text.strip()} (the picture {left})")

@@ -24,4 +24,4 @@ class LargestStates(VisualTokenPolicy):
 engine = Engine.from_pretrained("nano")
 for policy in ("keep-all", LargestStates(), compose(LargestStates(), FixedExit(7))):
     result = engine.generate("What color is the rectangle?", EXAMPLES / "7_color.png", policy=policy)
-    print(policy, result.stats.tokens_per_layer, result.text.strip())
+    print(f"{result.text.strip()}  {result.stats.tokens_per_layer}  {policy}")

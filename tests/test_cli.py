@@ -217,7 +217,7 @@ def test_an_answer_comes_with_nothing_but_its_figures(checkpoint):
 
 
 def test_unknown_commands_and_options_have_exit_code_2(run):
-    for args in (("generat",), ("doctor", "--nothing"), ("sweep", "--limit=x")):
+    for args in (("nothing",), ("doctor", "--nothing"), ("sweep", "--limit=x")):
         code, out, err = run(*args)
         assert (code, out) == (2, "") and args[-1].split("=")[0] in err
 

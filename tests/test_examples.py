@@ -1,5 +1,6 @@
 """Every script of examples/ runs as a user runs it, and says what it should."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,11 +11,11 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {  # what the answers below rest on: nano's greedy answers, which the pictures show to be right
     "batch": ("rectangle? yellow", "red shape? triangle", "teal shape? yes", "brown shape? yes"),
-    "first_answer": ("yellow", "144 visual tokens left after layer 3 of 12"),
+    "first_answer": ("yellow", "144 visual tokens left after layer 3 of 12", "layer: 153 153 153 153 9 9 9 9 9 9 9 9"),
     "inside_transformers": ("transformers: yellow", "for one call: yellow", "for good: yellow (exit after layer 3)"),
     "many_questions": ("keep-all: ", "dynamic: ", "  brown: yes", "  green: no"),
     "many_requests": ("everything: yellow", "learned exit: yellow", "FastV and an exit: ", "sampled: "),
-    "own_policy": ("keep-all [153, 153, 153, 153,", "[153, 153, 153, 57, 57, 57, 57, 57, 9, 9, 9, 9]"),
+    "own_policy": ("yellow  [153, 153, 153, 153,", "[153, 153, 153, 57, 57, 57, 57, 57, 9, 9, 9, 9]  "),
     "streaming": ("answer 0 ended (stop): ", "answer 1 ended (stop): "),
     "train_heads": ("threshold ", "(exit after layer "),
 }
@@ -24,6 +25,13 @@ def test_each_example_is_listed_and_short():
     files = sorted(EXAMPLES.glob("*.py"))
     assert [f.stem for f in files] == sorted(SAYS)
     assert [f.name for f in files if len(f.read_text().splitlines()) > 30] == []
+
+
+def test_the_notebook_is_stored_without_outputs():
+    """`make docs` runs it."""
+    cells = json.loads((EXAMPLES / "the_exit.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
 
 
 @pytest.mark.parametrize("name", SAYS)

@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = ("tests/", "csrc/", "python_bindings/", "benchmarks/", "tools/", "build/")
 
+EXAMPLE = str(ROOT / "dyvte_engine" / "assets" / "examples" / "7_color.png")
+
 # Run inside the new environment: a kernel against its reference, and the Python module.
 USE = """
 import torch
@@ -72,6 +74,8 @@ def main() -> None:
         run(python, "-c", USE)
         run(python, "-m", "dyvte_engine.commands.doctor")
         run(str(environment / "bin" / "dyvte-engine"), "--help")
+        run(python, "-m", "dyvte_engine", "generate", "--image", EXAMPLE, "--prompt", "What color is the rectangle?")
+        run(*pip, f"{wheels[-1]}[eval]")  # with matplotlib, which only what draws needs
         run(python, "-m", "dyvte_engine.commands.demo")
         print("demo wrote:", *(p.name for p in elsewhere.rglob("*.png")))
     print("wheel smoke test passed")

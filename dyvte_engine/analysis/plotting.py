@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SourceError
+from ..lazy import optional
 from ..training.metrics import Z95
 
 COLORS = {"visual": "#2b6cb0", "cross": "#c05621", "text": "#2f855a", "full": "#4a5568", "exit": "#b83280"}
@@ -14,11 +14,7 @@ COLORS = {"visual": "#2b6cb0", "cross": "#c05621", "text": "#2f855a", "full": "#
 
 def new_figure(width: float, height: float) -> Any:
     """A matplotlib Figure, sizes in inches. Raises SourceError when matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SourceError("figures need the package matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return optional("matplotlib.figure", "eval").Figure(figsize=(width, height), layout="constrained")
 
 
 def grid_of(count: int, across: int = 3, height: float = 2.5) -> tuple[Any, list[Any]]:

@@ -192,7 +192,7 @@ def _entropy_part(page: Page, entropy: AttentionEntropy) -> None:
     page.paragraph(
         "In nats, averaged over text rows. The paper's reading: of the head-maximum map as it is, which is no "
         "distribution; normalised: of each head's own attention over the keys named, averaged over heads. After an "
-        "exit the keys are the text alone, so that the attention which visual tokens had goes to text tokens."
+        "exit the keys are the text alone, so that attention moves from visual tokens to text."
     )
     changes = [entropy.later_change(reading) for reading in ("paper", "head")]
     body = [

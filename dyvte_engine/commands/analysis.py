@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..lazy import optional
 from .output import err, loading, out_folder, progress, quiet
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def analyze(
     from ..errors import InvalidArgumentError
     from .evaluation import identity_of
 
+    optional("matplotlib", "eval")
     try:
         layers = None if exits is None else [int(part) for part in exits.split(",")]
     except ValueError as error:

@@ -12,6 +12,7 @@ from statistics import median
 
 from .. import EXAMPLES, NANO_HEADS, DynamicExit, Engine, GenerationResult, KeepAll, VisualTokenPolicy
 from ..files import check_writable, write_bytes
+from ..lazy import optional
 from .guard import guarded
 from .output import quiet
 
@@ -70,15 +71,11 @@ def report(shown: Shown) -> str:
 
 def draw(shown: list[Shown], path: Path) -> None:
     """One row an example: the picture, the words, the tokens each layer saw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from PIL import Image
 
-    figure, axes = plt.subplots(
-        len(shown), 3, figsize=(13, 3 * len(shown)), squeeze=False, width_ratios=(1, 2, 2), layout="constrained"
-    )
+    size = (13, 3 * len(shown))
+    figure = optional("matplotlib.figure", "eval").Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(shown), 3, squeeze=False, width_ratios=(1, 2, 2))
     for (left, middle, right), s in zip(axes, shown, strict=True):
         left.imshow(Image.open(s.file).convert("RGB"), interpolation="nearest")
         left.axis("off")
@@ -102,7 +99,6 @@ def draw(shown: list[Shown], path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
     write_bytes(path, drawn.getvalue())
-    plt.close(figure)
 
 
 def main() -> None:
@@ -112,6 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/demo.png"))
     args = parser.parse_args()
     check_writable(args.out)
+    optional("matplotlib", "eval")
     quiet()
     # The same question again must cost what it costs the first time.
     engine = Engine.from_pretrained("nano", max_batch=1, picture_cache=0, prefix_cache=0)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import write_text
+from ..lazy import optional
 from .output import err, loading, out_file, progress, quiet
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def sweep(
     from ..policies.auto import heads_of
 
     quiet()
+    if plot:
+        optional("matplotlib", "eval")
     names = list(TASKS) if tasks == EVERY else [name.strip() for name in tasks.split(",")]
     files = [entry.rpartition("=") for entry in heads or [f"own={heads_of(model)}"]]
     sets = {name or Path(file).stem: DynamicExit.from_file(file, threshold=0.5) for name, _, file in files}

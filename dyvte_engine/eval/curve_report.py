@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_bytes
+from ..lazy import optional
 from .report import unit
 
 PANELS = {"credit": "score, mean over tasks (%)", "same": "answers equal to the full model's (%)"}
@@ -16,10 +17,8 @@ PANELS = {"credit": "score, mean over tasks (%)", "same": "answers equal to the 
 
 def draw(report: dict[str, Any], path: str | Path) -> None:
     """Writes a PNG: score and agreement against the mean FLOPs of a prefill (paper's count)."""
-    from matplotlib.figure import Figure
-
     divisor, letter = unit(report["fixed"][-1]["flops"])
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = optional("matplotlib.figure", "eval").Figure(figsize=(11, 4.4), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2), PANELS.items()):
 
         def line(points: list[dict[str, Any]], style: str, key: str = key, axes: Any = axes, **options: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..lazy import optional
 from ..training.nano import scenes
 from .metrics import NUMBERS
 from .worlds import Thing, View
@@ -123,6 +124,4 @@ def print_word(
 
 def font_file(name: str) -> str:
     """Path of a font that comes with matplotlib."""
-    import matplotlib
-
-    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name)
+    return str(Path(optional("matplotlib", "eval").get_data_path()) / "fonts" / "ttf" / name)

@@ -42,7 +42,7 @@ class Linear:
     def __call__(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
         """x [..., k] -> [..., n]. A few rows on a CPU are bound by reading the weight: our kernel is for those.
 
-        workspace: [rows, n] of at least as many rows as x [N, k]; the result may lie there.
+        workspace: [rows, n] of at least as many rows as x [N, k]; the result may be there.
         """
         if x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)

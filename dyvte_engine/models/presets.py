@@ -62,7 +62,7 @@ def preset(name: str) -> Any:
 
 
 def tiles(config: Any) -> int:
-    """How many pictures of the tower's size stand for one of the user's: 1 for LLaVA-1.5, 5 for LLaVA-NeXT.
+    """How many pictures of the tower's size one of the user's becomes: 1 for LLaVA-1.5, 5 for LLaVA-NeXT.
 
     The engine has no tiling of its own: give a prompt that many pictures and it has the model's visual tokens.
     """

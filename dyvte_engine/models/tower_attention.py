@@ -76,7 +76,7 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor 
     fits = dim <= MAX_HEAD_DIM and q.shape == k.shape == v.shape and native_gains(q.dtype, n)
     if not (getattr(_run, "active", 0) and plain and fits) or learns:
         return sdpa_attention_forward(module, q, k, v, attention_mask, **options)
-    # a view, unless the heads of a row do not lie together
+    # a view, unless the heads of a row are apart
     q, k, v = (t.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, dim)) for t in (q, k, v))
     cu = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32)
     out = ops.varlen_attention(q, k, v, cu, options.get("scaling") or dim**-0.5, causal=False)

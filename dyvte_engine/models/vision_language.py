@@ -1,6 +1,6 @@
 """A Hugging Face vision-language checkpoint: its processor, vision tower and projector are used as they are.
 
-How the decoder's input is had: the HF model runs up to the entry of its `language_model`, where `inputs_embeds` and
+How inputs reach the decoder: the HF model runs up to the entry of its `language_model`, where `inputs_embeds` and
 `position_ids` are taken and the forward ends. What happens before (tower, projection, merging the pictures into the
 placeholders) is HF's own code for every family.
 """
@@ -58,7 +58,7 @@ class PreparedPrompt:
     Attributes:
         inputs_embeds: [n, d].
         visual: bool [n], on the host.
-        positions: int32 [n]; with several axes the next token stands one after the last of them.
+        positions: int32 [n]; with several axes the next token comes one after the last of them.
         pictures: visual rows of each picture.
         rotations: f32 [n, rot_dim] where positions have several axes.
         additions: [n, d] each, what is added to the residual stream leaving the first layers (deepstack).
@@ -157,7 +157,7 @@ class VisionLanguageModel:
             raise ModelError(f"a {kind} model has positions of {self.family.axes} axes: policies cannot renumber rows")
 
     def visual(self, input_ids: Tensor) -> Tensor:
-        """Integer ids -> bool, where they stand for a visual row."""
+        """Integer ids -> bool, where they mark a visual row."""
         return torch.isin(input_ids, torch.tensor(self.visual_ids, device=input_ids.device))
 
     def tower_passes(self, prompt: TokenizedPrompt) -> int:

@@ -25,7 +25,7 @@ class ToMe(VisualTokenPolicy):
 
     Between attention and MLP of a block the tokens are split alternately into two sets; each of the first is paired
     with the most similar of the second (cosine of the keys, averaged over heads), and the r closest pairs merge into
-    their average, weighted by how many patches a token stands for. That number's log is added to the attention
+    their average, weighted by how many patches a token holds. That number's log is added to the attention
     logits (proportional attention, a mask of one row: attention stays fused). The class token never merges.
 
     Settled from the authors' code: the matching, its sets, keys before merging, order inside the tower (unmerged
@@ -67,7 +67,7 @@ class ToMe(VisualTokenPolicy):
 
 
 class _Merged:
-    """What the tokens of all pictures stand for: `size` f32 [P, N] patches, `place` f32 [P, N] their mean index.
+    """What the tokens of all pictures hold: `size` f32 [P, N] patches, `place` f32 [P, N] their mean index.
 
     From the first merge to the last block whose output is used; the tower's next call begins anew.
     """

@@ -1,4 +1,4 @@
-"""VisionZip (CVPR 2025): the tower's most attended tokens, and a few that stand for the rest."""
+"""VisionZip (CVPR 2025): the tower's most attended tokens, and a few merged from the rest."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def decode_step(
 
 @dataclass(eq=False)
 class _Home:
-    """Where the state of running sequences lies while graphs run on it: their addresses are fixed.
+    """The state of running sequences that graphs work on, at fixed addresses.
 
     alive: int32 [S], what a step adds to the lengths and positions: 0 in the slots that fill a batch up.
     """

@@ -137,5 +137,5 @@ def test_without_matplotlib_a_sentence_says_what_to_install(monkeypatch):
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(SourceError, match="matplotlib: pip install matplotlib"):
+    with pytest.raises(SourceError, match=r"matplotlib is not installed; pip install 'dyvte-engine\[eval\]'"):
         new_figure(1, 1)

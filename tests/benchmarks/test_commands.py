@@ -22,6 +22,7 @@ from benchmarks import (
     workload,
 )
 from benchmarks.common import Limits
+from benchmarks.conclusions import conclusion
 from benchmarks.kernel_cases import CASES, CPU_CASES, SIZES, Inputs, TooLarge
 from tests import tiny
 from tests.engine.conftest import build
@@ -307,13 +308,21 @@ def repository(tmp_path):
     return tmp_path
 
 
+def _first_token(data, method):
+    case = next(c for c in data["cases"] if c["method"] == method)
+    return f"{case['speedup']['1']['median']:.2f}"
+
+
 def test_page_is_made_of_the_results(out, repository, compared):
     document.main(["--results", str(out), "--root", str(repository)])
     page = repository / "docs" / "benchmarks.md"
     text = page.read_text()
     case = next(c for c in compared["cases"] if c["method"] == "FastV")
-    assert policies.milliseconds(case["prefill"]) in text
-    assert compared["command"] in text
+    detail = (repository / "docs" / "benchmarks" / "policies.md").read_text()
+    assert policies.milliseconds(case["prefill"]) in detail
+    assert compared["command"] in detail
+    assert f"KeepAll is {_first_token(compared, 'KeepAll')} times as fast to the first token" in detail
+    assert f"- [policies](benchmarks/policies.md): {conclusion(compared)}" in text
     plot = repository / "docs" / "benchmarks" / "policies.png"
     plot.unlink()
     page.unlink()
@@ -363,9 +372,10 @@ def test_readme_has_a_table_for_each_machine(compared):
 
 def test_page_tells_the_gpu_and_its_driver(compared):
     machine = compared["machine"] | {"device": "cuda", "gpu": "H100", "driver": "550.54"}
-    text = document.page([("policies", compared | {"machine": machine})])
-    assert "; H100, driver 550.54, " in text
-    assert "No result of a GPU" not in text and "No result of a GPU" in document.page([("policies", compared)])
+    on_gpu = compared | {"machine": machine}
+    assert "; H100, driver 550.54, " in document.record_page("policies", on_gpu)
+    assert "No result of a GPU" not in document.overview_page([("policies", on_gpu)])
+    assert "No result of a GPU" in document.overview_page([("policies", compared)])
 
 
 @pytest.mark.parametrize(
@@ -424,9 +434,22 @@ def test_pages_in_the_repository_are_those_of_its_records():
     assert readme == summary.readme(readme, found)
     own = (document.ROOT / "docs" / "nano.md").read_text()
     assert own == summary.nano(own)
-    assert (document.ROOT / "docs" / "benchmarks.md").read_text() == document.page(found)
-    plots = {p.stem for p in (document.ROOT / "docs" / "benchmarks").iterdir()}
-    assert plots == {name for name, _ in found}
+    docs = document.ROOT / "docs"
+    assert (docs / "benchmarks.md").read_text() == document.overview_page(found)
+    assert all((docs / "benchmarks" / f"{name}.md").read_text() == document.record_page(name, d) for name, d in found)
+    files = sorted(p.name for p in (docs / "benchmarks").iterdir())
+    assert files == sorted(f"{name}{kind}" for name, _ in found for kind in (".md", ".png"))
+
+
+def test_conclusions_say_what_the_records_say():
+    """Three of them, against figures read off the tables."""
+    found = dict(document.records(document.ROOT))
+    first = min(versus.tables(found["versus"])[0].rows, key=lambda row: float(row[1].split()[0]))
+    assert f"first token: {first[0]}, {first[1].split()[0]} ms" in conclusion(found["versus"])
+    rows = {row[0]: row for row in capacity.tables(found["capacity"])[0].rows}
+    assert f"{rows['DyVTE'][3]} with DyVTE (" in conclusion(found["capacity"])
+    points = [p for p in found["curves"]["points"] if p["method"] == "DyVTE" and p["accuracy"] >= 0.666]
+    assert f"{100 * min(p['flops'] for p in points):.0f} % of the FLOPs" in conclusion(found["curves"])
 
 
 def test_decisions_compares_ways_to_ask_for_one_exit(checkpoint, out):
