@@ -45,7 +45,7 @@ _DEFAULT_NEW_TOKENS = 128
 
 
 class Engine:
-    """Answers questions about pictures with a Hugging Face checkpoint, its decoder run in this project's loop.
+    """Answers questions about pictures with a Hugging Face checkpoint whose decoder runs in this project's loop.
 
     Its methods may be called from any thread; requests of all of them are answered in one running batch.
     """

@@ -16,11 +16,11 @@ from typing import Any
 
 import mermaidx
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from mkdocs.exceptions import BuildError
 from mkdocs.structure.files import File, Files
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -33,6 +33,7 @@ PAGES = {  # outside docs/ -> page of the site
     NOTEBOOK: "the_exit.md",
 }
 OUTSIDE = re.compile(r'<(script|img|iframe)[^>]* src="?(https?:)?//|<link[^>]*stylesheet[^>]*href="?(https?:)?//')
+SPREAD = re.compile(r"(?<=\d) \(([\d.,]+)-([\d.,]+)\)")  # quartiles, which stay on one line
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[)#])")
 MERMAID = re.compile(r"```mermaid\n(.*?)```", re.DOTALL)
 
@@ -73,7 +74,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         path = (origin.parent / found[1]).resolve()
         return up + _uri(path) if path.exists() else found[1]
 
-    return LINK.sub(moved, markdown)
+    return SPREAD.sub("\u00a0(\\1\u2011\\2)", LINK.sub(moved, markdown))
 
 
 def on_post_build(config: Any) -> None:
@@ -122,10 +123,9 @@ def _notebook() -> Iterator[tuple[str, str | bytes]]:
     """(uri, content) of the notebook's page and pictures. An error in a cell ends the build."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     os.environ |= {"PYTHONWARNINGS": "ignore", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # of the kernel: no stray lines
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    NotebookClient(
-        notebook, km=kernel, timeout=300, coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}}
-    ).execute()
+    sockets = Config(ConnectionFileMixin={"transport": "ipc"})  # files instead of ports
+    options: Any = dict(timeout=300, coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}})
+    NotebookClient(notebook, config=sockets, **options).execute()
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     for name, picture in resources["outputs"].items():
         text = text.replace(f"({name})", f"(the_exit/{name})")
