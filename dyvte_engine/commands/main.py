@@ -162,7 +162,8 @@ COMMANDS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (  # panel of the 
 )
 for panel, name, function, examples in COMMANDS:
     lines = [f"dyvte-engine {name} {example}".rstrip() for example in examples]
-    app.command(name, rich_help_panel=panel, epilog="\n\n".join(["For example:", *lines]))(function)
+    first = (function.__doc__ or "").split("\n\n")[0]
+    app.command(name, short_help=first, rich_help_panel=panel, epilog="\n\n".join(["For example:", *lines]))(function)
 
 
 def main() -> None:
