@@ -229,3 +229,22 @@ def test_the_profiler_of_the_benchmarks_is_silent():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("4000\n", "")
+
+
+@pytest.mark.parametrize("command", ["analyze nano --out x", "sweep nano --plot x.png"])
+def test_what_draws_asks_for_matplotlib_first(command, tmp_path, monkeypatch, run):
+    """Before a model is loaded: there is none to load here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dyvte_engine.engine.load_model", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = run(*command.split())
+    assert (code, out) == (2, "") and err.strip().endswith(
+        "matplotlib is not installed; pip install 'dyvte-engine[eval]'"
+    )
+
+
+def test_an_evaluation_in_a_file_shows_no_bar(checkpoint):
+    args = ("eval", checkpoint, "--tasks", "pope", "--limit", "4", "--policy", "keep-all", "--all-forms")
+    done = subprocess.run([sys.executable, "-m", "dyvte_engine", *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pope" in done.stdout and done.stderr == ""

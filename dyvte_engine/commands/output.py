@@ -31,8 +31,11 @@ def loading(model: str) -> AbstractContextManager[Any]:
 
 
 def progress() -> Progress:
+    """A bar on a terminal; nothing in a file."""
     name = TextColumn("{task.description}", markup=False)
-    return Progress(name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err)
+    return Progress(
+        name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal
+    )
 
 
 def _file(path: Path | None) -> Path | None:
