@@ -69,7 +69,9 @@ def record_page(name: str, data: Data) -> str:
 
 
 def _sorted(results: Sequence[tuple[str, Data]]) -> list[tuple[str, Data]]:
-    return sorted(results, key=lambda r: (ORDER.index(r[1]["benchmark"]), r[0]))
+    """Those with a page, in the order of the overview."""
+    shown = [r for r in results if r[1]["benchmark"] in ORDER]
+    return sorted(shown, key=lambda r: (ORDER.index(r[1]["benchmark"]), r[0]))
 
 
 def _joined(parts: Sequence[str]) -> str:
@@ -114,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, data in found:
         module = importlib.import_module(f"benchmarks.{data['benchmark']}")
         save_figure(module.figure(data), args.root / "docs" / "benchmarks" / f"{name}.png")
+    for name, data in _sorted(found):
         (args.root / "docs" / "benchmarks" / f"{name}.md").write_text(record_page(name, data))
     entry, detail, own = (args.root / name for name in ("README.md", "docs/benchmarks.md", "docs/nano.md"))
     entry.write_text(readme(entry.read_text(), found))

@@ -34,7 +34,7 @@ class PagePool:
         except RuntimeError as e:
             asked = f"{2 * math.prod(size) * dtype.itemsize:,} bytes ({n_pages} pages of {page_size} rows)"
             raise CacheError(
-                f"the K/V pool of {asked} cannot be allocated: {first_line(e)}; lower max_batch or max_len"
+                f"the K/V pool of {asked} cannot be had: {first_line(e)}; lower max_batch or max_len"
             ) from e
         self.num_layers, self.page_size = shape.num_layers, page_size
         self.page_bytes = 2 * self.k[0].nbytes
@@ -48,7 +48,7 @@ class PagePool:
         return -(-rows // self.page_size)
 
     def claim(self, n: int) -> None:
-        """Make sure of n more pages (fewer, if negative). Raises CacheError when there are not enough."""
+        """Make sure of n more pages (fewer, if negative). Raises CacheError when they are not to be had."""
         with self._lock:
             if n > self.claimable:
                 free = f"{n} pages asked, {self.claimable} not spoken for"
