@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyvte_engine.kernels import ops
+from dyvte_engine.models.linear import Linear, packing_fault
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Sizes:
 
 SIZES = {
     "nano": Sizes(256, 4, 2, 64, 640, 128, 24, 144),
+    "llava-200m": Sizes(1024, 16, 16, 64, 2816, 512, 64, 576),
     "llava-1.5-7b": Sizes(4096, 32, 32, 128, 11008, 2048, 64, 576),
     "llava-1.5-13b": Sizes(5120, 40, 40, 128, 13824, 2048, 64, 576),
     "llava-next-7b": Sizes(4096, 32, 32, 128, 11008, 2048, 64, 2880),
@@ -43,12 +46,16 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """Two forms of one operation, and what any form must do: bytes to move, and where they count, FLOPs."""
+    """Two forms of one operation, and what any form must do: bytes to move, and where they count, FLOPs.
+
+    `packed`: a third, with a weight that was brought into oneDNN's layout before.
+    """
 
     ours: Callable[[], Any]
     torch_form: Callable[[], Any]
     bytes: int
     flops: float = 0.0
+    packed: Callable[[], Any] | None = None
 
 
 class TooLarge(Exception):
@@ -208,12 +215,26 @@ def silu_mul(i: Inputs) -> Case:
     return Case(lambda: ops.silu_mul(x), lambda: F.silu(x[:, :m]) * x[:, m:], x.nbytes * 3 // 2)
 
 
+def _linear(i: Inputs, rows: int) -> Case:
+    """The largest weight of a layer times so many rows."""
+    x, weight = i.randn(rows, i.s.hidden), i.randn(2 * i.s.intermediate, i.s.hidden)
+    packed: Callable[[], Any] | None = None
+    if packing_fault(i.dtype) is None:
+        layer = Linear(weight)
+        layer.pack()
+        packed = functools.partial(torch.ops.mkldnn._linear_pointwise, x, layer.packed, None, "none", [], "")
+    flops = 2.0 * rows * weight.numel()
+    return Case(lambda: ops.linear(x, weight), lambda: F.linear(x, weight), weight.nbytes, flops, packed)
+
+
 def linear_decode(i: Inputs) -> Case:
-    """The largest weight of a layer times one row of each sequence."""
-    x, weight = i.randn(i.batch, i.s.hidden), i.randn(2 * i.s.intermediate, i.s.hidden)
-    return Case(
-        lambda: ops.linear(x, weight), lambda: F.linear(x, weight), weight.nbytes, 2.0 * i.batch * weight.numel()
-    )
+    """One row of each sequence."""
+    return _linear(i, i.batch)
+
+
+def linear_text(i: Inputs) -> Case:
+    """What remains of the prompts after an exit."""
+    return _linear(i, i.batch * i.s.text)
 
 
 def varlen_attention(i: Inputs) -> Case:
@@ -241,7 +262,7 @@ CASES = (
     add_rms_norm,
     silu_mul,
 )
-CPU_CASES = (linear_decode, varlen_attention)  # on CUDA torch's own products and FlashAttention serve
+CPU_CASES = (linear_decode, linear_text, varlen_attention)  # on CUDA torch's own products and FlashAttention serve
 
 
 def cases(device: torch.device) -> tuple[Callable[[Inputs], Case], ...]:

@@ -1,4 +1,5 @@
-"""Every kernel against the plain torch form of the same thing, torch.compile's, and this machine's copy bandwidth.
+"""Every kernel against the plain torch form of the same thing, torch.compile's, and this machine's copy bandwidth;
+products also against oneDNN's with a weight that was packed before.
 
 `python -m benchmarks.kernels --help`. Interleaved rounds; on CUDA times come from CUDA events after the L2 cache was
 overwritten. "share" is the least time that the measured copy bandwidth and matmul rate allow, over the time taken.
@@ -75,6 +76,8 @@ def measure_case(make: Callable[[Inputs], Case], inputs: Inputs, seconds: float,
     except TooLarge as e:
         return entry | {"skipped": str(e)}
     calls: Calls = {"torch": case.torch_form, "dyvte": case.ours}
+    if case.packed is not None:
+        calls["packed"] = case.packed
     if with_compile:
         made = compiled(case)
         if isinstance(made, str):
@@ -115,14 +118,14 @@ def tables(data: Data) -> list[Sheet]:
     sheets = []
     for size in dict.fromkeys(c["size"] for c in data["cases"]):
         rows = [_row(c) for c in data["cases"] if c["size"] == size]
-        columns = ["op", "batch", "us (quartiles)", "GB/s", "share of limit", "x torch", "x torch.compile"]
+        columns = ["op", "batch", "us (quartiles)", "GB/s", "share of limit", "x torch", "x torch.compile", "x packed"]
         sheets.append(Sheet(f"Kernels at {size} shapes, {data['args']['dtype']}", columns, rows))
     return sheets
 
 
 def _row(c: Data) -> list[str]:
     if "skipped" in c:
-        return [c["op"], str(c["batch"]), f"left out: {c['skipped']}", "", "", "", ""]
+        return [c["op"], str(c["batch"]), f"left out: {c['skipped']}", "", "", "", "", ""]
     ours, ratio = c["seconds"]["dyvte"], c["speedup"]
     return [
         c["op"],
@@ -132,6 +135,7 @@ def _row(c: Data) -> list[str]:
         percent(c["share"]),
         scaled(ratio["torch"], digits=2),
         c.get("compile_error") or scaled(ratio.get("compile"), digits=2),
+        scaled(ratio.get("packed"), digits=2),
     ]
 
 

@@ -6,7 +6,7 @@
 namespace dyvte {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
 
 Isa best_isa() {
 #if defined(__x86_64__)
@@ -16,7 +16,8 @@ Isa best_isa() {
   }
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return wide ? Isa::avx512 : Isa::avx2;
+  if (!wide) return Isa::avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
 #else
   return Isa::generic;
 #endif

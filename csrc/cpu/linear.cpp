@@ -1,6 +1,6 @@
 #include "dyvte/linear.h"
 
-#include "simd.h"
+#include "linear_panels.h"
 
 namespace dyvte {
 namespace DYVTE_ISA {
@@ -8,23 +8,26 @@ namespace {
 
 constexpr int kSums = kLanes == 16 ? 16 : 8;  // vector registers that hold running sums
 constexpr int kStreams = 4;                   // weight rows read side by side
-constexpr int kUnit = 16;                     // columns added up at a time
 constexpr int64_t kAhead = 2048;              // bytes from a weight in use to the one asked of memory
 constexpr int64_t kMinWeights = 32768;        // of one thread's share
 
-// All rows of x times some rows of the weight, each of which is read from memory once. The weight rows read side by
+// Few rows of x times some rows of the weight, each of which is read from memory once. The weight rows read side by
 // side are far apart: every stream then runs through memory page after page, which is what hardware prefetchers follow.
 template <class T>
 struct Product {
-  const LinearParams& p;
-  const float* x;  // [rows, k], row stride x_stride
-  int64_t x_stride;
+  using A = Arithmetic<T>;
+  using X = typename A::X;
+  static constexpr int kUnit = A::kElements > 16 ? A::kElements : 16;  // columns added up at a time
 
-  // R rows of x from `first`, C rows of the weight: `row` and those `apart` further on.
+  const LinearParams& p;
+  const X* x;                      // [rows, k], row stride x_stride
+  int64_t x_stride, first, count;  // rows of x
+
+  // R rows of x from `from`, C rows of the weight: `row` and those `apart` further on.
   template <int R, int C>
-  void tile(int64_t first, int64_t row, int64_t apart) const {
+  void tile(int64_t from, int64_t row, int64_t apart) const {
     constexpr int kLine = 64 / sizeof(T);  // columns of a cache line
-    const float* a = x + first * x_stride;
+    const X* a = x + from * x_stride;
     const T* w[C];
     for (int c = 0; c < C; ++c) w[c] = static_cast<const T*>(p.weight) + (row + c * apart) * p.weight_stride;
     Vec sum[C * R] = {};
@@ -34,39 +37,43 @@ struct Product {
       constexpr int J = decltype(vectors)::value;
       Vec v[R * J];
       for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < J; ++j) v[r * J + j] = load(a + r * x_stride + i + j * kLanes);
+        for (int j = 0; j < J; ++j) v[r * J + j] = A::factor(a + r * x_stride + i + j * A::kElements);
       }
       for (int c = 0; c < C; ++c) {
         Vec y[J];
-        for (int j = 0; j < J; ++j) y[j] = load(w[c] + i + j * kLanes);
+        for (int j = 0; j < J; ++j) y[j] = A::factor(w[c] + i + j * A::kElements);
         for (int r = 0; r < R; ++r) {
-          Vec part = v[r * J] * y[0];
-          for (int j = 1; j < J; ++j) part += v[r * J + j] * y[j];
-          sum[c * R + r] += part;
+          if constexpr (J == 1) {
+            sum[c * R + r] = A::multiply_add(sum[c * R + r], v[r], y[0]);
+          } else {
+            Vec part = v[r * J] * y[0];
+            for (int j = 1; j < J; ++j) part += v[r * J + j] * y[j];
+            sum[c * R + r] += part;
+          }
         }
       }
     };
     int64_t i = 0;
     for (; i + kLine <= p.k; i += kLine) {
       for (int c = 0; c < C; ++c) __builtin_prefetch(reinterpret_cast<const char*>(w[c] + i) + kAhead);
-      for (int j = 0; j < kLine; j += kUnit) add(i + j, std::integral_constant<int, kUnit / kLanes>());
+      for (int j = 0; j < kLine; j += kUnit) add(i + j, std::integral_constant<int, kUnit / A::kElements>());
     }
-    for (; i + kLanes <= p.k; i += kLanes) add(i, std::integral_constant<int, 1>());
+    for (; i + A::kElements <= p.k; i += A::kElements) add(i, std::integral_constant<int, 1>());
     for (int c = 0; c < C; ++c) {
       for (int r = 0; r < R; ++r) {
         float total = hsum(sum[c * R + r]);
-        for (int64_t j = i; j < p.k; ++j) total += a[r * x_stride + j] * to_float(w[c][j]);
+        for (int64_t j = i; j < p.k; ++j) total += to_float(a[r * x_stride + j]) * to_float(w[c][j]);
         if (p.bias) total += to_float(static_cast<const T*>(p.bias)[row + c * apart]);
-        from_float(total, static_cast<T*>(p.out) + (first + r) * p.n + row + c * apart);
+        from_float(total, static_cast<T*>(p.out) + (first + from + r) * p.n + row + c * apart);
       }
     }
   }
 
-  // Rows of x from `first` on: as many as fit the registers at a time, then the rest.
+  // Rows of x from `from` on: as many as fit the registers at a time, then the rest.
   template <int R, int C>
-  void rows(int64_t first, int64_t row, int64_t apart) const {
-    for (; first + R <= p.rows; first += R) tile<R, C>(first, row, apart);
-    if constexpr (R > 1) rows<R / 2, C>(first, row, apart);
+  void rows(int64_t from, int64_t row, int64_t apart) const {
+    for (; from + R <= count; from += R) tile<R, C>(from, row, apart);
+    if constexpr (R > 1) rows<R / 2, C>(from, row, apart);
   }
 
   void run(int64_t begin, int64_t end) const {
@@ -76,22 +83,46 @@ struct Product {
   }
 };
 
+// The same for up to kLinearRows rows of x.
+template <class T>
+void few_rows(const LinearParams& p, int64_t first, int64_t end, ParallelFor parallel_for) {
+  using X = typename Arithmetic<T>::X;
+  const T* from = static_cast<const T*>(p.x) + first * p.x_stride;
+  Product<T> product{p, nullptr, p.x_stride, first, end - first};
+  if constexpr (std::is_same_v<T, X>) {
+    product.x = from;
+  } else {
+    product.x = p.scratch;
+    product.x_stride = p.k;
+    for (int64_t r = 0; r < end - first; ++r, from += p.x_stride) {
+      for (int64_t i = 0; i < p.k; ++i) p.scratch[r * p.k + i] = to_float(from[i]);
+    }
+  }
+  parallel(parallel_for, p.n, max64(1, kMinWeights / max64(1, p.k)),
+           [&](int64_t begin, int64_t stop) { product.run(begin, stop); });
+}
+
+// Whether some dozen rows are multiplied in vectors of T as it lies in memory.
+template <class T>
+constexpr bool kInPanels = kLanes == 16 && std::is_same_v<T, typename Arithmetic<T>::X>;
+
 }  // namespace
 
 Status linear_cpu(const LinearParams& p, ParallelFor parallel_for) {
   by_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Product<T> product{p, static_cast<const float*>(p.x), p.x_stride};
-    if constexpr (!std::is_same_v<T, float>) {
-      const T* from = static_cast<const T*>(p.x);
-      for (int64_t r = 0; r < p.rows; ++r) {
-        for (int64_t i = 0; i < p.k; ++i) p.scratch[r * p.k + i] = to_float(from[r * p.x_stride + i]);
+    for (int64_t first = 0; first < p.rows; first += kLinearRows) {
+      const int64_t end = min64(first + kLinearRows, p.rows);
+#if defined(__AVX512F__)
+      if constexpr (kInPanels<T>) {
+        if (p.rows > kLinearFew && p.k > 0) {
+          Panels<T>(p, first, end).run(parallel_for);
+          continue;
+        }
       }
-      product.x = p.scratch;
-      product.x_stride = p.k;
+#endif
+      few_rows<T>(p, first, end, parallel_for);
     }
-    parallel(parallel_for, p.n, max64(1, kMinWeights / max64(1, p.k)),
-             [&](int64_t begin, int64_t end) { product.run(begin, end); });
   });
   return nullptr;
 }

@@ -17,7 +17,10 @@ int64_t decode_attention_cpu_scratch(const DecodeAttentionParams& p) {
 // Per K/V head: a row of double sums and kScoreRows rows of scores, each as long as all keys together.
 int64_t token_score_cpu_scratch(const TokenScoreParams& p) { return p.heads_kv * (2 + kScoreRows) * p.rows_k; }
 
-// x as floats, when it is not already.
-int64_t linear_cpu_scratch(const LinearParams& p) { return p.dtype == DType::f32 ? 0 : p.rows * p.k; }
+// x of one pass: as floats, when it is not already, or in panels of up to 7 rows more.
+int64_t linear_cpu_scratch(const LinearParams& p) {
+  if (p.dtype == DType::f32 && p.rows <= kLinearFew) return 0;
+  return ((p.rows < kLinearRows ? p.rows : kLinearRows) + 7) * ((p.k + 7) / 8 * 8);
+}
 
 }  // namespace dyvte

@@ -35,6 +35,9 @@ DYVTE_TEST_ISA(generic)
 #if defined(__x86_64__)
 DYVTE_TEST_ISA(avx2)
 DYVTE_TEST_ISA(avx512)
+namespace dyvte::avx512_bf16 {
+Status linear_cpu(const LinearParams&, ParallelFor);
+}
 #endif
 
 namespace dyvte::test {
@@ -69,6 +72,11 @@ inline std::vector<Implementation> implementations() {
 #if defined(__x86_64__)
   if (cpu_isa() >= Isa::avx2) all.push_back(DYVTE_TEST_CPU(avx2));
   if (cpu_isa() >= Isa::avx512) all.push_back(DYVTE_TEST_CPU(avx512));
+  if (cpu_isa() >= Isa::avx512_bf16) {
+    all.push_back(DYVTE_TEST_CPU(avx512));
+    all.back().name = "avx512_bf16";
+    all.back().linear = avx512_bf16::linear_cpu;
+  }
 #endif
   all.push_back({"cuda", true, on_cuda<ExitHeadParams, exit_head_cuda>, on_cuda<KvCompactParams, kv_compact_cuda>,
                  on_cuda<RopeAppendParams, rope_append_cuda>, on_cuda<TokenScoreParams, token_score_cuda>,

@@ -12,6 +12,8 @@ checked on the CPU only; on CUDA they are trusted, since reading them would wait
 
 from __future__ import annotations
 
+import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ __all__ = [
     "exit_head",
     "exit_head_ref",
     "few_rows",
+    "intel",
     "kv_compact_",
     "kv_compact_ref",
     "linear",
@@ -257,20 +260,39 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return _silu_mul(gate_up)
 
 
-def few_rows(dtype: torch.dtype, packed: bool = False) -> int:
-    """Up to so many rows `linear` is faster than torch's own, or than a product with weights that were packed before.
+def few_rows(dtype: torch.dtype, k: int, packed: bool = False) -> int:
+    """Up to so many rows of k elements `linear` is faster than torch's own, or than one with weights packed before.
 
-    Measured where torch has matrix units for 16 bits.
+    Measured (`benchmarks.kernels`) on a Zen 5, and on an Intel processor whose matrix units torch uses for 16 bits.
     """
+    if dtype != torch.float16 and _in_panels():
+        if packed:
+            return 96 if k >= 512 else 64
+        return sys.maxsize if dtype == torch.float32 else 128
     if dtype == torch.float32:
         return 16
     return 4 if packed else 10
 
 
+@functools.cache
+def _in_panels() -> bool:
+    """Whether `linear` multiplies some dozen rows at the processor's speed, which no matrix units exceed."""
+    return build_info()["cpu_isa"] == "avx512_bf16" and not intel()
+
+
+@functools.cache
+def intel() -> bool:
+    """Whether this processor is Intel's."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "GenuineIntel" in info.read_text()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [N, k] times weight [n, k] transposed, plus bias [n]: [N, n]. CPU only; meant for at most `few_rows` rows.
 
-    The weight is read once for all rows, as fast as memory gives it; from some dozen rows on torch's own product wins.
+    The weight is read as it lies in memory, once for up to 128 rows. A row's result depends on how many rows there are
+    (the order of summation does), not on what is in the others, nor on the number of threads. bfloat16 is multiplied by
+    the processor where it can; it takes subnormal numbers for zeros.
     """
     return _linear(x, weight, bias)
 

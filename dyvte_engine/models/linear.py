@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,18 +34,18 @@ class Linear:
 
     def _gains(self, rows: int) -> bool:
         """On Intel's processors MKL, torch's float32, is ahead for long prompts and in narrow layers (measured)."""
-        if self.weight.dtype != torch.float32 or not _intel():
+        if self.weight.dtype != torch.float32 or not ops.intel():
             return True
         return rows <= 48 or (rows <= 256 and self.weight.shape[1] >= 1024)
 
     def __call__(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
-        """x [..., k] -> [..., n]. A few rows on a CPU are bound by reading the weight: our kernel is for those.
+        """x [..., k] -> [..., n]. Our kernel is for a few rows on a CPU: it reads the weight once, as it is.
 
         workspace: [rows, n] of at least as many rows as x [N, k]; the result may be there.
         """
         if x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
-        if x.dim() == 2 and len(x) <= ops.few_rows(x.dtype, self.packed is not None):
+        if x.dim() == 2 and len(x) <= ops.few_rows(x.dtype, x.shape[1], self.packed is not None):
             return ops.linear(x, self.weight, self.bias)
         if self.packed is None or not self._gains(x.shape[:-1].numel()):
             if workspace is None or self.bias is not None:
@@ -80,12 +79,6 @@ class PackedLinears:
 
 def _linear(module: nn.Linear) -> Linear:
     return Linear(module.weight.data, None if module.bias is None else module.bias.data)
-
-
-@functools.cache
-def _intel() -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.exists() and "GenuineIntel" in info.read_text()
 
 
 @functools.cache

@@ -37,7 +37,8 @@ def test_products(k, n, rows, dtype):
 
 @pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD"])
 def test_long_float32_products_are_left_to_mkl_on_intel_only(maker, monkeypatch):
-    monkeypatch.setattr(linear, "_intel", lambda: maker == "GenuineIntel")
+    monkeypatch.setattr(linear.ops, "intel", lambda: maker == "GenuineIntel")
+    monkeypatch.setattr(linear.ops, "few_rows", lambda *_: 0)
     calls, product = [], torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(a) or product(*a))
     layer = Linear(torch.randn(24, 48))

@@ -12,7 +12,7 @@ from dyvte_engine import _C
 from dyvte_engine.errors import NativeLibraryError
 from dyvte_engine.kernels import ops
 
-ISAS = ["generic", "avx2", "avx512"]
+ISAS = ["generic", "avx2", "avx512", "avx512_bf16"]
 
 
 def test_build_info() -> None:

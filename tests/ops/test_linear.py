@@ -1,4 +1,6 @@
-"""linear: few rows times a weight, on the CPU."""
+"""linear: rows times a weight, on the CPU."""
+
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from .common import OPCHECK, assert_as_good_as_torch, check_errors
 @pytest.mark.parametrize(
     "n,k", [(1, 1), (83, 7), (83, 64), (5, 83), (769, 33), (130, 1032), (96, 4096), (0, 8), (8, 0)]
 )
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 16, 24, 83, 135])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(dtype: torch.dtype, rows: int, n: int, k: int, bias: bool) -> None:
     torch.manual_seed(0)
@@ -25,10 +27,19 @@ def test_linear(dtype: torch.dtype, rows: int, n: int, k: int, bias: bool) -> No
     assert_as_good_as_torch(out, F.linear(x, weight, b), exact)
 
 
-def test_rows_do_not_mix(dtype: torch.dtype) -> None:
-    """A row's result is the same alone and among others, and on any number of threads."""
+@pytest.mark.parametrize("rows", [*range(1, 10), 16, 17, 24, 25, 33, 41, 49, 65, 97, 128, 129, 200, 300])
+def test_every_number_of_rows(dtype: torch.dtype, rows: int) -> None:
+    """Each division into panels, and a depth of several blocks with a rest."""
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 2305).to(dtype), (torch.randn(101, 2305) / 48).to(dtype)
+    assert_as_good_as_torch(ops.linear(x, weight), F.linear(x, weight), F.linear(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("rows", [2, 7, 13, 24, 40, 61, 128])
+def test_rows_do_not_mix(dtype: torch.dtype, rows: int) -> None:
+    """A row's result is the same whatever the others are, wherever it is among equals, and on any number of threads."""
     torch.manual_seed(0)
-    x, weight = torch.randn(7, 96).to(dtype), torch.randn(1200, 96).to(dtype)
+    x, weight = torch.randn(rows, 97).to(dtype), torch.randn(1200, 97).to(dtype)
     threads = torch.get_num_threads()
     try:
         together = []
@@ -38,7 +49,28 @@ def test_rows_do_not_mix(dtype: torch.dtype) -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*together)
-    assert torch.equal(together[0], torch.cat([ops.linear(row[None], weight) for row in x]))
+    others = x.clone()
+    others[1::2] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, 0.0]).to(dtype)[torch.arange(97) % 5]
+    assert torch.equal(ops.linear(others, weight)[::2], together[0][::2])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 30])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinity_spread(dtype: torch.dtype, rows: int, value: float) -> None:
+    """As in torch: from x into its row, from the weight into its column, whichever element it is."""
+    for at in (0, 31, 82):
+        x, weight = torch.ones(rows, 83, dtype=dtype), torch.ones(40, 83, dtype=dtype)
+        x[rows // 2, at] = weight[33, at] = value
+        torch.testing.assert_close(ops.linear(x, weight), F.linear(x, weight), equal_nan=True)
+
+
+def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does not multiply in panels, few rows means a dozen."""
+    for panels, want in ((False, [16, 16, 4, 10, 4, 10]), (True, [96, sys.maxsize, 96, 128, 4, 10])):
+        monkeypatch.setattr(ops, "_in_panels", lambda panels=panels: panels)
+        types = (torch.float32, torch.bfloat16, torch.float16)
+        assert [ops.few_rows(t, 4096, packed) for t in types for packed in (True, False)] == want
+    assert ops.few_rows(torch.bfloat16, 256, packed=True) == 64
 
 
 def test_ref_and_opcheck(dtype: torch.dtype) -> None:

@@ -1,4 +1,5 @@
-// A few rows times a weight matrix, as in decoding: bound by reading the weights. CPU only; cuBLAS serves CUDA.
+// Rows times a weight matrix as it lies in memory: a few, as in decoding, bound by reading it, or some dozen, as in the
+// layers after an exit. CPU only; cuBLAS serves CUDA.
 #pragma once
 
 #include "dyvte/common.h"
