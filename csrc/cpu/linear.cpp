@@ -13,9 +13,9 @@ constexpr int64_t kMinWeights = 32768;        // of one thread's share
 
 // Few rows of x times some rows of the weight, each of which is read from memory once. The weight rows read side by
 // side are far apart: every stream then runs through memory page after page, which is what hardware prefetchers follow.
-template <class T>
+template <class T, bool PAIRS>
 struct Product {
-  using A = Arithmetic<T>;
+  using A = Arithmetic<T, PAIRS>;
   using X = typename A::X;
   static constexpr int kUnit = A::kElements > 16 ? A::kElements : 16;  // columns added up at a time
 
@@ -84,11 +84,11 @@ struct Product {
 };
 
 // The same for up to kLinearRows rows of x.
-template <class T>
+template <class T, bool PAIRS>
 void few_rows(const LinearParams& p, int64_t first, int64_t end, ParallelFor parallel_for) {
-  using X = typename Arithmetic<T>::X;
+  using X = typename Arithmetic<T, PAIRS>::X;
   const T* from = static_cast<const T*>(p.x) + first * p.x_stride;
-  Product<T> product{p, nullptr, p.x_stride, first, end - first};
+  Product<T, PAIRS> product{p, nullptr, p.x_stride, first, end - first};
   if constexpr (std::is_same_v<T, X>) {
     product.x = from;
   } else {
@@ -121,7 +121,12 @@ Status linear_cpu(const LinearParams& p, ParallelFor parallel_for) {
         }
       }
 #endif
-      few_rows<T>(p, first, end, parallel_for);
+      // One row alone is as fast as memory anyway, and decoding with it a little slower in pairs (measured).
+      if (end - first > 1) {
+        few_rows<T, kInPairs<T>>(p, first, end, parallel_for);
+      } else {
+        few_rows<T, false>(p, first, end, parallel_for);
+      }
     }
   });
   return nullptr;

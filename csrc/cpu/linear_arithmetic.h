@@ -7,13 +7,17 @@
 namespace dyvte {
 namespace DYVTE_ISA {
 
-template <class T>
-struct Arithmetic {
 #if defined(__AVX512BF16__)
-  static constexpr bool kPairs = std::is_same_v<T, bf16>;
+template <class T>
+constexpr bool kInPairs = std::is_same_v<T, bf16>;
 #else
-  static constexpr bool kPairs = false;
+template <class T>
+constexpr bool kInPairs = false;
 #endif
+
+template <class T, bool PAIRS = kInPairs<T>>
+struct Arithmetic {
+  static constexpr bool kPairs = PAIRS;
   static constexpr int kElements = kPairs ? 2 * kLanes : kLanes;  // of a vector
 
   using X = std::conditional_t<kPairs, bf16, float>;  // what x is kept as
