@@ -267,8 +267,10 @@ def few_rows(dtype: torch.dtype, k: int, packed: bool = False) -> int:
     """
     if dtype != torch.float16 and _in_panels():
         if packed:
-            return 96 if k >= 512 else 64
-        return sys.maxsize if dtype == torch.float32 else 128
+            return 96 if k >= 2048 else 64 if k >= 1024 else 16
+        if dtype == torch.bfloat16:
+            return 128 if k >= 1024 else 48
+        return sys.maxsize
     if dtype == torch.float32:
         return 16
     return 4 if packed else 10

@@ -70,7 +70,8 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ops, "_in_panels", lambda panels=panels: panels)
         types = (torch.float32, torch.bfloat16, torch.float16)
         assert [ops.few_rows(t, 4096, packed) for t in types for packed in (True, False)] == want
-    assert ops.few_rows(torch.bfloat16, 256, packed=True) == 64
+    assert [ops.few_rows(torch.bfloat16, k, packed=True) for k in (256, 1024)] == [16, 64]
+    assert ops.few_rows(torch.bfloat16, 256) == 48
 
 
 def test_ref_and_opcheck(dtype: torch.dtype) -> None:
