@@ -44,7 +44,10 @@ class Front:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status[0] = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = state["request_id"]
+                answered = MutableHeaders(scope=message)
+                answered["x-request-id"] = state["request_id"]
+                if self._options.replica is not None:
+                    answered["x-replica"] = self._options.replica
             await send(message)
 
         try:

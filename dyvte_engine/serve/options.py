@@ -42,6 +42,7 @@ class ServeOptions:
         bodies_bytes: of all requests' bodies together that are under way; more get 503.
         stall_seconds: a stream whose reader takes nothing for so long is closed.
         threads: that decode pictures and tokenize.
+        replica: what answers carry as x-replica; none by default.
     """
 
     model_name: str = "nano"
@@ -60,3 +61,4 @@ class ServeOptions:
     bodies_bytes: int = 512 * 2**20
     stall_seconds: float = 60.0
     threads: int = 2
+    replica: str | None = None
