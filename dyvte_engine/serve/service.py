@@ -137,14 +137,15 @@ class Call:
         await self._service.in_thread(partial(self._submit, make))
 
     def _submit(self, make: Callable[[], list[Request]]) -> None:
-        for request in make():
-            if self._closed:
-                return
-            handle = self._service.engine.submit(request)
-            with self._mutex:
-                self._handles.append(handle)
-                late = self._closed
-            if late:  # the client went away meanwhile
+        requests = make()
+        if self._closed:
+            return
+        handles = self._service.engine.submit_all(requests)
+        with self._mutex:
+            self._handles += handles
+            late = self._closed
+        if late:  # the client went away meanwhile
+            for handle in handles:
                 handle.cancel()
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
