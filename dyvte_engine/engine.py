@@ -328,7 +328,7 @@ class Engine:
 
     def _enqueue(self, sequences: list[sequence.Sequence], chunks: deque[StreamChunk] | None = None) -> list[Handle]:
         for s in sequences:
-            s.handle = Handle(self._worker, functools.partial(self._cancel, s), chunks)
+            s.handle = Handle(self._worker, functools.partial(self._cancel, s), chunks, len(s.prompt.input_ids))
         self._scheduler.submit(sequences)
         return [s.handle for s in sequences if s.handle is not None]
 

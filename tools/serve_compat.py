@@ -77,7 +77,7 @@ def langchain(run: Run) -> tuple[str, str]:
 
 
 def lm_eval(run: Run) -> tuple[str, str]:
-    python = run.python("lm-eval", "lm_eval[api]")
+    python = run.python("lm-eval", "lm_eval[api]", "pillow")
     scores = {}
     for task, model, path in (
         ("nano_completion", "local-completions", "completions"),

@@ -174,6 +174,12 @@ class Call:
         except Exception as error:
             came.put_nowait((index, error))
 
+    def counts(self, prompts: int) -> dict[str, int]:
+        """OpenAI's token counts so far; `prompts`: different ones, each with equally many answers."""
+        prompt = sum(handle.prompt_tokens for handle in self._handles[:: self._choices // prompts])
+        new = sum(len(answer.times) for answer in self.answers)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
     async def close(self) -> None:
         """Cancel what is under way and leave the queue; only the first time counts."""
         with self._mutex:

@@ -44,6 +44,17 @@ def test_a_stream_is_role_deltas_finish_usage_done(app):
     assert len({event["id"] for event in events[:-1]}) == 1
 
 
+def test_counts_so_far_where_they_are_asked_for(app):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = chat_body(n=2, temperature=1.5, seed=4)
+    *events, last, _ = app.events(**body, stream_options=options)
+    counts = [event["usage"] for event in events]
+    assert {c["prompt_tokens"] for c in counts} == {last["usage"]["prompt_tokens"]}
+    assert all(c["total_tokens"] == c["prompt_tokens"] + c["completion_tokens"] for c in counts)
+    new = [c["completion_tokens"] for c in counts]
+    assert new == sorted(new) and new[0] >= 1 and new[-1] == last["usage"]["completion_tokens"]
+
+
 def test_without_include_usage_there_is_none(app):
     assert all("usage" not in event for event in app.events(**chat_body())[:-1])
 
