@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dyvte_engine
 from benchmarks.report import Sheet
 from benchmarks.versus import environment
 from dyvte_engine import EXAMPLES, Engine
@@ -174,7 +175,7 @@ def main() -> int:
         folder = Path(name)
         asked = questions(folder)
         server = ServerProcess(folder / "log", "--device", "cpu")
-        found: dict[str, Any] = {"clients": {}}
+        found: dict[str, Any] = {"dyvte_engine": dyvte_engine.__version__, "clients": {}}
         try:
             for client in args.names:
                 run = Run(args.build.resolve(), folder, server.address, asked)

@@ -15,17 +15,18 @@ import statistics
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import httpx
 import ray
 from ray import serve
 
+from benchmarks.report import Sheet
 from dyvte_engine import Engine
 from dyvte_engine.serve.ray import Arguments, build_app
+from tools import serve_page
 
-from .common import PICTURE, SHIPPED, asked, chat_body, data_url, free_port, until
+from .common import PICTURE, SHIPPED, chat_body, free_port, until
 from .faults import Good, answered, ask
 
 RETRYABLE = ("status 429", "status 500", "status 503", "a stream ends with")
@@ -214,6 +215,25 @@ def findings(record: dict[str, Any]) -> list[str]:
     return wrong
 
 
+def sheets(record: dict[str, Any]) -> list[Sheet]:
+    """The record as a table."""
+    rows = []
+    for size, found in record["replicas"].items():
+        load, sticky, drain = found["load"], found["sticky"], found["drain"]
+        met = ", ".join(f"{what}: {count:,}" for what, count in load["met"].items())
+        moved = (
+            f"{sticky['moved_after_the_kill']} of {sticky['sessions']} ({sticky['of_the_killed_replica']} were there)"
+        )
+        cells = [f"{load['killed']} in {load['seconds']:g} s", met, f"{load['longest_s']:g} s", moved]
+        rows.append([size, *cells, f"{drain['whole']} of {drain['streams']}"])
+    full = ", ".join(f"{status}: {count}" for status, count in sorted(record["full"]["statuses"].items()))
+    note = f"Ray {record['ray']}; a deployment with 2 places, asked 12 times at once: {full}"
+    note += "".join(f"; {one}" for one in record["findings"])
+    columns = ["replicas", "killed", "requests", "longest", "sessions that moved after one kill", "streams whole after"]
+    columns[-1] += " a redeployment"
+    return [Sheet(f"Ray, {len(record['findings'])} findings", columns, rows, note)]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, nargs="+", default=[2, 4])
@@ -221,13 +241,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kill-every", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--pool", type=int, default=60, help="different requests")
-    parser.add_argument("--record", type=Path, help="file for the figures")
+    parser.add_argument("--record", action="store_true", help="in docs/serving.md")
     args = parser.parse_args(argv)
     found = cluster(args.replicas, args.seconds, args.kill_every, args.clients, args.pool)
     found["findings"] = findings(found)
     print(json.dumps(found, indent=1))
-    if args.record is not None:
-        args.record.write_text(json.dumps(found, indent=1) + "\n")
+    if args.record:
+        serve_page.write("ray", found, sheets(found))
     return 1 if found["findings"] else 0
 
 

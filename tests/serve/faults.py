@@ -1,6 +1,6 @@
 """Thousands of requests at once against a server's process, every fifth broken: `python -m tests.serve.faults`.
 
-A finding is: an answer other than the engine's alone, a status that does not fit, no answer within 30 s, a server that
+A finding is: an answer other than the engine's alone, a status that does not fit, no answer within 60 s, a server that
 ended or logged an error, pages, connections or threads that are still held when all clients are gone, memory that
 grows. Each is printed with the number that repeats the request: `--only NUMBER`. Numbers depend on the seed.
 """
@@ -21,7 +21,9 @@ from typing import Any
 
 import httpx
 
+from benchmarks.report import Sheet
 from dyvte_engine import NANO_HEADS, DynamicExit, Engine
+from tools import serve_page
 
 from . import broken
 from .common import PICTURE, SHIPPED, asked, data_url, encoded, noise, until
@@ -188,7 +190,7 @@ class Campaign:
         if code:
             self._found(f"the server ended with {code}: {server.log.read_text()[-400:]}")
         for line in server.log.read_text().splitlines():
-            if line.startswith("{") and json.loads(line)["status"] >= 500 or line.startswith(("Traceback", "ERROR")):
+            if (line.startswith("{") and json.loads(line)["status"] >= 500) or line.startswith(("Traceback", "ERROR")):
                 self._found(f"the server's log: {line[:300]}")
 
 
@@ -224,6 +226,20 @@ def campaign(numbers: list[int], seed: int, pool: int, seconds: float, log: Path
     }
 
 
+def sheets(found: dict[str, Any]) -> list[Sheet]:
+    """The record as a table."""
+    rows = []
+    for kind, statuses in found["statuses"].items():
+        answers = ", ".join(f"{status}: {count:,}" for status, count in statuses.items())
+        rows.append([kind.replace("_", " "), f"{sum(statuses.values()):,}", answers])
+    memory = found["memory_mib"]
+    note = f"seed {found['seed']}, {found['clients']} clients at once, {found['seconds']:g} s; memory after a fifth "
+    note += f"{memory['after_a_fifth']} MiB, at the end {memory['at_the_end']}; "
+    note += "the server ended with 0 and all its pages" if not found["findings"] else "; ".join(found["findings"])
+    title = f"{found['requests']:,} requests, {len(found['findings'])} findings"
+    return [Sheet(title, ["kind", "requests", "answers"], rows, note)]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
@@ -231,14 +247,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pool", type=int, default=120, help="different good requests")
     parser.add_argument("--seconds", type=float, default=3600.0, help="no request is begun after so long")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of requests to repeat")
-    parser.add_argument("--record", type=Path, help="file for the figures")
+    parser.add_argument("--record", action="store_true", help="in docs/serving.md")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         numbers = list(range(args.requests)) if args.only is None else args.only
         found = campaign(numbers, args.seed, args.pool, args.seconds, Path(folder) / "log")
     print(json.dumps(found, indent=1))
-    if args.record is not None:
-        args.record.write_text(json.dumps(found, indent=1) + "\n")
+    if args.record:
+        serve_page.write("faults", found, sheets(found))
     return 1 if found["findings"] else 0
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import struct
+import time
 import zlib
 
 import httpcore
@@ -343,6 +344,25 @@ def test_text_is_bounded(engine):
     assert app.chat(messages=asked("x" * 101)).status_code == 413
     assert app.complete(prompt=["x" * 60, "y" * 60]).status_code == 413
     assert app("POST", "/tokenize", json={"prompt": "x" * 101}).status_code == 413
+
+
+@pytest.mark.parametrize("expression", ["(a{1000}){1000}", "(a{300}){300}b", "a" * 30_000])
+def test_no_expression_holds_up_the_others_for_seconds(app, expression):
+    pytest.importorskip("llguidance")
+    app.chat(structured_outputs={"regex": "a"})  # the tokenizer's table takes a second
+    began = time.process_time()
+    answer = app.chat(structured_outputs={"regex": expression})
+    assert answer.status_code == 200 or "structured_outputs" in answer.json()["error"]["message"], answer.text
+    assert time.process_time() - began < 2
+
+
+def test_large_schemas_are_taken(app):
+    pytest.importorskip("llguidance")
+    fields = {
+        f"p{i}": {"type": "string", "minLength": i, "maxLength": 100_000, "pattern": "^[a-z ]*$"} for i in range(150)
+    }
+    schema = {"type": "object", "properties": fields, "required": list(fields)}
+    assert app.chat(structured_outputs={"json": schema}, max_tokens=20).status_code == 200
 
 
 CONTROL = ["<image>", "<|assistant|>", "</s>", "a<|user|>b", "<s>"]
