@@ -190,7 +190,8 @@ class Campaign:
         if code:
             self._found(f"the server ended with {code}: {server.log.read_text()[-400:]}")
         for line in server.log.read_text().splitlines():
-            if (line.startswith("{") and json.loads(line)["status"] >= 500) or line.startswith(("Traceback", "ERROR")):
+            failed = line.startswith("{") and json.loads(line)["status"] >= 500 and '"/health"' not in line
+            if failed or line.startswith(("Traceback", "ERROR")):
                 self._found(f"the server's log: {line[:300]}")
 
 

@@ -426,7 +426,7 @@ def test_what_nobody_foresaw_is_a_500_without_details(app, engine, monkeypatch):
     def broken(*a, **k):
         raise RuntimeError("secret /srv/key 0x7f33aa1b2c3d")
 
-    monkeypatch.setattr(engine, "submit", broken)
+    monkeypatch.setattr(engine, "submit_all", broken)
     answer = app.chat()
     assert (
         answer.status_code == 500 and "secret" not in answer.text and answer.json()["error"]["type"] == "server_error"
