@@ -22,7 +22,7 @@ from typing import Any
 
 import dyvte_engine
 from benchmarks.report import Sheet
-from benchmarks.versus import environment
+from benchmarks.versus import Unavailable, environment
 from dyvte_engine import EXAMPLES, Engine
 from dyvte_engine.policies.auto import policy_for
 from tests.serve.process import ServerProcess
@@ -106,6 +106,8 @@ def _scores(scores: dict[str, float]) -> str:
 
 def lmms_eval(run: Run) -> tuple[str, str]:
     python = run.python("lmms-eval", "lmms-eval", _torch())
+    # It comes as a dependency, built for another torch than the one installed, and breaks importing transformers.
+    run.call(python, "-m", "pip", "uninstall", "-q", "-y", "torchvision")
     out = run.folder / "lmms"
     given = f"model_version=nano,base_url={run.address}/v1,api_key=none,num_concurrent=4,timeout=60,max_retries=1"
     words = ["-m", "lmms_eval", "--model", "openai", "--model_args", given, "--tasks", "nano_picture"]
@@ -165,6 +167,15 @@ def sheets(found: dict[str, Any]) -> list[Sheet]:
     return [Sheet("Clients", ["client", "result"], rows, f"dyvte_engine {found['dyvte_engine']}")]
 
 
+def keep(name: str, version: str, result: str) -> None:
+    """In the record and the page, with those of other clients."""
+    known = serve_page.RECORDS / "compat.json"
+    clients = json.loads(known.read_text())["clients"] if known.is_file() else {}
+    clients[name] = {"client": version, "result": result}
+    found = {"dyvte_engine": dyvte_engine.__version__, "clients": dict(sorted(clients.items()))}
+    serve_page.write("compat", found, sheets(found))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(CLIENTS_BY_NAME), metavar="NAME", help="clients; default: all")
@@ -175,23 +186,21 @@ def main() -> int:
         folder = Path(name)
         asked = questions(folder)
         server = ServerProcess(folder / "log", "--device", "cpu")
-        found: dict[str, Any] = {"dyvte_engine": dyvte_engine.__version__, "clients": {}}
+        failed = False
         try:
             for client in args.names:
                 run = Run(args.build.resolve(), folder, server.address, asked)
                 try:
                     version, result = CLIENTS_BY_NAME[client](run)
-                except Exception as error:
-                    version, result = client, f"FAILED: {error}"
-                found["clients"][client] = {"client": version, "result": result}
+                except (Failed, Unavailable, subprocess.SubprocessError, OSError, LookupError) as error:
+                    failed, version, result = True, client, f"FAILED: {type(error).__name__}: {error}"
                 print(f"{version}: {result}", flush=True)
+                if args.record:
+                    keep(client, version, result)
             if server.stop():
                 raise Failed(server.log.read_text()[-400:])
         finally:
             server.kill()
-    failed = any(one["result"].startswith("FAILED") for one in found["clients"].values())
-    if args.record and not failed:
-        serve_page.write("compat", found, sheets(found))
     return failed
 
 

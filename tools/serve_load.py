@@ -69,7 +69,7 @@ def llama_cpp(build: Path) -> Server:
 
 
 def transformers_serve(build: Path) -> Server:
-    packages = ("transformers[serving]", f"torch=={torch.__version__.partition('+')[0]}", "torchvision", "pillow")
+    packages = ("transformers[serving]", f"torch=={torch.__version__.partition('+')[0]}", "pillow")
     python = versus.environment(build.parent / "serve-load" / "transformers", *packages)
     folder = resolve_model("nano")
     words = ["serve", folder, "--host", "127.0.0.1", "--port", "PORT", "--device", "cpu", "--dtype", "float32"]
@@ -179,28 +179,42 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load(args: argparse.Namespace) -> dict[str, Any]:
-    """The record. What does not start or does not fit into the time is in it with the reason."""
-    end = time.monotonic() + args.most
+def prepared(args: argparse.Namespace) -> tuple[Path, dict[str, Server | str]]:
+    """guidellm's Python, and each server by its name, or why it cannot be had. Makes what is missing: up to an hour."""
     guidellm = versus.environment(
         args.build.parent / "serve-load" / "guidellm", GUIDELLM, f"torch=={torch.__version__.partition('+')[0]}"
     )
+    found: dict[str, Server | str] = {}
+    for title, make in (SERVERS[key] for key in args.servers):
+        try:
+            found[title] = make(args.build)
+        except versus.Unavailable as error:
+            found[title] = str(error)
+    return guidellm, found
+
+
+def load(args: argparse.Namespace) -> dict[str, Any]:
+    """The record. What does not start or does not fit into the time is in it with the reason."""
+    guidellm, servers = prepared(args)
+    end = time.monotonic() + args.most
     found: dict[str, Any] = {"machine": machine(torch.device("cpu")), "tokens": args.tokens, "seconds": args.seconds}
     found |= {"slots": SLOTS, "guidellm": GUIDELLM, "servers": {}, "missing": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = questions(folder, args.questions, args.tokens)
-        for key in args.servers:
-            title, make = SERVERS[key]
+
+        def ask(server: Server, streams: list[int], seconds: float) -> list[Any]:
+            with running(server, folder / "log", args.start) as address:
+                measured(guidellm, address, server.model, data, [4], min(seconds, 3))
+                return measured(guidellm, address, server.model, data, streams, seconds)
+
+        for title, server in servers.items():
             try:
+                if isinstance(server, str):
+                    raise versus.Unavailable(server)
                 if time.monotonic() + len(args.streams) * args.seconds > end:
                     raise versus.Unavailable(f"no time was left of {args.most:g} s")
-                server = make(args.build)
-                with running(server, folder / "log", args.start) as address:
-                    measured(guidellm, address, server.model, data, [4], min(args.seconds, 3))
-                    found["servers"][title] = measured(
-                        guidellm, address, server.model, data, args.streams, args.seconds
-                    )
+                found["servers"][title] = ask(server, args.streams, args.seconds)
             except versus.Unavailable as error:
                 found["missing"][title] = str(error)
             print(title, json.dumps(found["servers"].get(title, found["missing"].get(title))), flush=True)
@@ -243,7 +257,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "versus")
     parser.add_argument("--dry", action="store_true", help="print, but keep the record and the page as they are")
+    parser.add_argument("--prepare", action="store_true", help="make the environments, and measure nothing")
     args = parser.parse_args(argv)
+    if args.prepare:
+        print(prepared(args))
+        return 0
     found = load(args)
     if not args.dry:
         serve_page.write("load", found, sheets(found))

@@ -17,7 +17,7 @@ from typing import Any
 
 from .common import asked, data_url, encoded, noise
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 REFUSED = frozenset({400, 404, 413, 422, 429})
 READ = REFUSED | {200}  # what is broken may still have a meaning
 

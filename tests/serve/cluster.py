@@ -19,8 +19,10 @@ from typing import Any
 
 import httpx
 import ray
+import torch
 from ray import serve
 
+from benchmarks.common import machine
 from benchmarks.report import Sheet
 from dyvte_engine import Engine
 from dyvte_engine.serve.ray import Arguments, build_app
@@ -171,6 +173,7 @@ async def drained(address: str, fewer: int) -> dict[str, Any]:
 
 def cluster(sizes: list[int], seconds: float, every: float, clients: int, pool: int) -> dict[str, Any]:
     """The record."""
+    about = machine(torch.device("cpu"))
     engine = Engine.from_pretrained("nano", "keep-all", device="cpu", max_batch=2)
     rng = random.Random(0)
     made = [answered(engine, rng) for _ in range(pool)]
@@ -182,8 +185,9 @@ def cluster(sizes: list[int], seconds: float, every: float, clients: int, pool: 
         for size in sizes:
             deploy(size)
             found[str(size)] = asyncio.run(_one_size(address, size, made, seconds, every, clients))
+            print(size, json.dumps(found[str(size)]), flush=True)
         deploy(1, max_batch=1, max_queue=1)
-        return {"ray": ray.__version__, "replicas": found, "full": asyncio.run(full(address))}
+        return {"machine": about, "ray": ray.__version__, "replicas": found, "full": asyncio.run(full(address))}
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -227,7 +231,9 @@ def sheets(record: dict[str, Any]) -> list[Sheet]:
         cells = [f"{load['killed']} in {load['seconds']:g} s", met, f"{load['longest_s']:g} s", moved]
         rows.append([size, *cells, f"{drain['whole']} of {drain['streams']}"])
     full = ", ".join(f"{status}: {count}" for status, count in sorted(record["full"]["statuses"].items()))
-    note = f"Ray {record['ray']}; a deployment with 2 places, asked 12 times at once: {full}"
+    about = record["machine"]
+    note = f"{about['cpu']}, load {about['load']} at the start; Ray {record['ray']}; "
+    note += f"a deployment with 2 places, asked 12 times at once: {full}"
     note += "".join(f"; {one}" for one in record["findings"])
     columns = ["replicas", "killed", "requests", "longest", "sessions that moved after one kill", "streams whole after"]
     columns[-1] += " a redeployment"

@@ -1,6 +1,6 @@
 """Thousands of requests at once against a server's process, every fifth broken: `python -m tests.serve.faults`.
 
-A finding is: an answer other than the engine's alone, a status that does not fit, no answer within 60 s, a server that
+A finding is: an answer other than the engine's alone, a status that does not fit, no answer within 120 s, a server that
 ended or logged an error, pages, connections or threads that are still held when all clients are gone, memory that
 grows. Each is printed with the number that repeats the request: `--only NUMBER`. Numbers depend on the seed.
 """
@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 import sys
 import tempfile
 import time
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
+from benchmarks.common import machine
 from benchmarks.report import Sheet
 from dyvte_engine import NANO_HEADS, DynamicExit, Engine
 from tools import serve_page
@@ -197,6 +200,7 @@ class Campaign:
 
 def campaign(numbers: list[int], seed: int, pool: int, seconds: float, log: Path) -> dict[str, Any]:
     """Run it; the record."""
+    about = machine(torch.device("cpu"))
     engine = Engine.from_pretrained("nano", "keep-all", device="cpu", max_batch=2)
     rng = random.Random(seed)
     made = [answered(engine, rng) for _ in range(pool)]
@@ -212,6 +216,7 @@ def campaign(numbers: list[int], seed: int, pool: int, seconds: float, log: Path
         server.kill()
     memory = under_way.memory or [0.0]
     return {
+        "machine": about,
         "seed": seed,
         "requests": sent,
         "clients": CLIENTS,
@@ -233,12 +238,20 @@ def sheets(found: dict[str, Any]) -> list[Sheet]:
     for kind, statuses in found["statuses"].items():
         answers = ", ".join(f"{status}: {count:,}" for status, count in statuses.items())
         rows.append([kind.replace("_", " "), f"{sum(statuses.values()):,}", answers])
-    memory = found["memory_mib"]
-    note = f"seed {found['seed']}, {found['clients']} clients at once, {found['seconds']:g} s; memory after a fifth "
-    note += f"{memory['after_a_fifth']} MiB, at the end {memory['at_the_end']}; "
-    note += "the server ended with 0 and all its pages" if not found["findings"] else "; ".join(found["findings"])
+    memory, about = found["memory_mib"], found["machine"]
+    note = (
+        f"{about['cpu']}, load {about['load']} at the start; seed {found['seed']}, {found['clients']} clients at once, "
+    )
+    note += f"{found['seconds']:g} s; memory after a fifth {memory['after_a_fifth']} MiB, at the end "
+    note += f"{memory['at_the_end']}; {_in_short(found['findings']) or 'the server ended with 0 and all its pages'}"
     title = f"{found['requests']:,} requests, {len(found['findings'])} findings"
     return [Sheet(title, ["kind", "requests", "answers"], rows, note)]
+
+
+def _in_short(findings: list[str]) -> str:
+    """Their kinds, counted."""
+    kinds = Counter(re.sub(r"^request \d+ \((\w+)\): (.{0,20}).*", r"\1: \2", one, flags=re.DOTALL) for one in findings)
+    return "; ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
 
 
 def main(argv: list[str] | None = None) -> int:
