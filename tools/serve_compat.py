@@ -92,9 +92,17 @@ def lm_eval(run: Run) -> tuple[str, str]:
         words += ["--include_path", CLIENTS / "lm_eval", "--output_path", out]
         chat = ["--apply_chat_template"] if "chat" in model else []
         run.call(python, *words, *chat)
-        results = json.loads(next(out.rglob("results*.json")).read_text())
+        results = _results(out)
         scores[f"{model}, {task}"] = results["results"][task]["exact_match,none"]
     return f"lm-eval {_version(python, 'lm_eval')}", _scores(scores)
+
+
+def _results(out: Path) -> dict[str, Any]:
+    """What a harness wrote. Raises Failed."""
+    found = list(out.rglob("*results*.json"))
+    if not found:
+        raise Failed("it wrote no results")
+    return json.loads(found[0].read_text())
 
 
 def _scores(scores: dict[str, float]) -> str:
@@ -105,7 +113,7 @@ def _scores(scores: dict[str, float]) -> str:
 
 
 def lmms_eval(run: Run) -> tuple[str, str]:
-    python = run.python("lmms-eval", "lmms-eval", _torch())
+    python = run.python("lmms-eval", "lmms-eval", "filelock<4", _torch())  # 4 lacks what it imports
     # It comes as a dependency, built for another torch than the one installed, and breaks importing transformers.
     run.call(python, "-m", "pip", "uninstall", "-q", "-y", "torchvision")
     out = run.folder / "lmms"
@@ -113,7 +121,7 @@ def lmms_eval(run: Run) -> tuple[str, str]:
     words = ["-m", "lmms_eval", "--model", "openai", "--model_args", given, "--tasks", "nano_picture"]
     words += ["--include_path", CLIENTS / "lmms_eval", "--output_path", out, "--batch_size", "1"]
     run.call(python, *words)
-    results = json.loads(next(out.rglob("*results.json")).read_text())
+    results = _results(out)
     score = results["results"]["nano_picture"]["exact_match,none"]
     return f"lmms-eval {_version(python, 'lmms_eval')}", _scores({"nano_picture": score})
 
