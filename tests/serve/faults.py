@@ -143,7 +143,7 @@ class Campaign:
                 for number in left:
                     await self._one(client, number)
                     next(sent)
-                    if time.monotonic() > end:
+                    if time.monotonic() > end or self.server.process.poll() is not None:
                         return
 
             await asyncio.gather(*(work() for _ in range(CLIENTS)))
@@ -166,7 +166,7 @@ class Campaign:
         self.statuses.setdefault(kind, Counter())[what if right else "wrong"] += 1
         if not right:
             self._found(f"request {number} ({kind}): {what}"[:600])
-        if number % 50 == 0:
+        if number % 50 == 0 and self.server.process.poll() is None:
             self.memory.append(self.server.memory)
 
     def _found(self, what: str) -> None:
@@ -176,6 +176,9 @@ class Campaign:
     def idle_again(self, before: dict[str, int]) -> None:
         """After the last client: nothing is held, and the process ends as it should."""
         server = self.server
+        if server.process.poll() is not None:
+            self._found(f"the server ended by itself with {server.process.poll()}: {server.log.read_text()[-400:]}")
+            return
         held: dict[str, int] = {}
 
         def let_go() -> bool:

@@ -1,5 +1,6 @@
 """The commands that try the server for long: their short forms, and their records in the documentation."""
 
+import asyncio
 import importlib
 import json
 
@@ -23,6 +24,12 @@ def test_a_wrong_answer_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.setattr(faults, "_shown", lambda text, end, stop: (text + "!", end))
     found = faults.campaign(list(range(6)), seed=0, pool=2, seconds=60, log=tmp_path / "log")
     assert found["findings"] and all("wanted" in one for one in found["findings"])
+
+
+def test_a_server_that_ends_is_a_finding(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults.Campaign, "_one", lambda self, client, number: asyncio.sleep(0, self.server.kill()))
+    found = faults.campaign([0, 1], seed=0, pool=1, seconds=60, log=tmp_path / "log")
+    assert any("ended by itself with -9" in one for one in found["findings"])
 
 
 def records() -> list[str]:
