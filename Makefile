@@ -18,7 +18,7 @@ DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
-.PHONY: help demo docs test build lint fuzz mutants format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check gpu-prebuild gpu-rehearsal doctor clean distclean FORCE
+.PHONY: help demo docs serve serve-compat serve-faults serve-load serve-ray test build lint fuzz mutants format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check gpu-prebuild gpu-rehearsal doctor clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,6 +31,10 @@ help: ## this list
 
 demo: build ## three pictures answered by the embedded model, with and without the exit; writes a PNG
 	$(PY) -m dyvte_engine.commands.demo
+
+POLICY ?= dynamic:auto,0.5
+serve: build ## OpenAI's HTTP interface for nano on 127.0.0.1:8000 (docs/serving.md)
+	$(VENV)/bin/dyvte-engine serve nano --allow-policy '$(POLICY)'
 
 test: build ## the test suite (GPU tests run where there is a GPU)
 	$(PY) -m pytest -q
@@ -74,6 +78,20 @@ CALLS ?= 2000
 SEED ?= 0
 fuzz: build ## the engine called with random odd arguments; CALLS=20000 SEED=1 for a long run
 	$(PY) -m tests.fuzz --calls $(CALLS) --seed $(SEED)
+
+REQUESTS ?= 10000
+serve-faults: build ## a server under REQUESTS requests (10000), every fifth broken; figures into docs/serving.md
+	$(PY) -m tests.serve.faults --requests $(REQUESTS) --seed $(SEED) --record
+
+serve-compat: build ## lm-eval, lmms-eval, LangChain and schemathesis against a server; figures into docs/serving.md
+	$(PY) -m tools.serve_compat --record
+
+serve-load: build ## guidellm on this server and on others (at most 12 minutes); figures into docs/serving.md
+	$(PY) -m tools.serve_load
+
+serve-ray: build ## Ray Serve with 2 and 4 replicas, killed under load; figures into docs/serving.md
+	$(PIP) install -q 'ray[serve]>=2.60'
+	$(PY) -m tests.serve.cluster --record
 
 MUTANTS ?=
 mutants: build ## mutation testing, hours for all: MUTANTS=dyvte_engine/heads for a part, MUTANTS='--sample 200' for some

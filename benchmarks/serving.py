@@ -166,7 +166,7 @@ def llama_server(build: Path) -> Path:
     if binary.is_file():
         return binary
     folder.mkdir(parents=True, exist_ok=True)
-    download = ("-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:")
+    download = ("-m", "pip", "download", "-q", "--no-deps", "--no-binary", versus.LLAMA_PACKAGE.partition("==")[0])
     versus.command(sys.executable, *download, "-d", folder, versus.LLAMA_PACKAGE, seconds=3600)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")

@@ -165,11 +165,18 @@ class Engine:
         Raises:
             PromptError, ImageError, InvalidArgumentError, ...: at once, before anything is computed.
         """
-        handle = self._enqueue(self._prepare_request(request))[0]
-        self._worker.start()
-        return handle
+        return self.submit_all([request])[0]
 
-    def _prepare_request(self, request: Request) -> list[sequence.Sequence]:
+    def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
+        """As `submit`, of several, all or none; the processor sees a prompt once, however many of them hold it."""
+        seen: dict[tuple[Any, ...], list[TokenizedPrompt]] = {}
+        handles = self._enqueue([one for request in requests for one in self._prepare_request(request, seen)])
+        self._worker.start()
+        return handles
+
+    def _prepare_request(
+        self, request: Request, seen: dict[tuple[Any, ...], list[TokenizedPrompt]]
+    ) -> list[sequence.Sequence]:
         if not isinstance(request, Request):
             raise InvalidArgumentError(f"request is a {type(request).__name__}; accepted: a Request")
         if not is_single(request.prompt):
@@ -180,7 +187,9 @@ class Engine:
             raise InvalidArgumentError(f"request.options is a {type(request.options).__name__}; accepted: a mapping")
         _check_hooks(request, self.model.shape.vocab_size)
         config = self._config(request.generation_config, dict(request.options))
-        inputs = self._tokenize(request.prompt, request.images, request.videos, request.video_fps, request.chat)
+        given = request.prompt, request.images, request.videos, request.video_fps, request.chat
+        same = *map(id, given[:3]), *given[3:]  # objects, which the requests keep alive
+        inputs = seen[same] if same in seen else seen.setdefault(same, self._tokenize(*given))
         hooks = request.processors, request.stop_text, request.logprobs
         return self._sequences(inputs, request.policy, [request.seed], config, request.priority, *hooks)
 
@@ -319,7 +328,7 @@ class Engine:
 
     def _enqueue(self, sequences: list[sequence.Sequence], chunks: deque[StreamChunk] | None = None) -> list[Handle]:
         for s in sequences:
-            s.handle = Handle(self._worker, functools.partial(self._cancel, s), chunks)
+            s.handle = Handle(self._worker, functools.partial(self._cancel, s), chunks, len(s.prompt.input_ids))
         self._scheduler.submit(sequences)
         return [s.handle for s in sequences if s.handle is not None]
 

@@ -136,11 +136,17 @@ def _nothing() -> None:
 class Handle:
     """A request under way. Iterate over it for `StreamChunk`s, with `for` or `async for`, or wait for its `result`.
 
-    Its chunks are handed out once: two loops over one handle share them.
+    Its chunks are handed out once: two loops over one handle share them. `prompt_tokens`: visual ones included.
     """
 
-    def __init__(self, worker: Worker, cancel: Callable[[], None], chunks: deque[StreamChunk] | None = None):
-        self._worker, self._cancel = worker, cancel
+    def __init__(
+        self,
+        worker: Worker,
+        cancel: Callable[[], None],
+        chunks: deque[StreamChunk] | None = None,
+        prompt_tokens: int = 0,
+    ):
+        self._worker, self._cancel, self.prompt_tokens = worker, cancel, prompt_tokens
         self._chunks: deque[StreamChunk] = deque() if chunks is None else chunks
         self._result: GenerationResult | None = None
         self._error: BaseException | None = None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from ..requests import GenerationStats, StreamChunk, TokenLogprobs
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _ENDS = {"stop": "stop", "stop_string": "stop", "length": "length", "time": "length"}
 
 
@@ -77,7 +81,18 @@ def chat_logprobs(deltas: list[Delta], tokenizer: Any) -> dict[str, Any] | None:
 
 def _entry(token: int, logprob: float, tokenizer: Any) -> dict[str, Any]:
     text = tokenizer.decode([token])
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(_bytes(token, text, tokenizer))}
+
+
+def _bytes(token: int, text: str, tokenizer: Any) -> bytes:
+    """Of a token that may be a part of a character only: then its name says which bytes."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    if "\ufffd" not in text or name is None:
+        return text.encode()
+    if _BYTE.fullmatch(name):  # SentencePiece's
+        return bytes.fromhex(name[3:5])
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return bytes(letters[c] for c in name) if letters.keys() >= set(name) else text.encode()
 
 
 def completion_logprobs(deltas: list[Delta], tokenizer: Any, offset: int = 0) -> dict[str, Any] | None:

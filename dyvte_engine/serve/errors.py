@@ -101,7 +101,7 @@ def from_validation(errors: list[Any]) -> ApiError:
     """Of pydantic's list: each place and reason once, none of the values."""
     seen: dict[str, str] = {}
     for error in errors[:8]:
-        place = ".".join(str(part)[:64] for part in error["loc"] if part != "body") or "body"
+        place = ".".join(str(part)[:64] for part in error["loc"] if part != "body" and "[" not in str(part)) or "body"
         reason = "not supported" if error["type"] == "extra_forbidden" else error["msg"]
         if error["type"] == "json_invalid":
             place, reason = "body", "no JSON"

@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -44,7 +45,14 @@ class Front:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status[0] = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = state["request_id"]
+                answered = MutableHeaders(scope=message)
+                answered["x-request-id"] = state["request_id"]
+                if self._options.replica is not None:
+                    answered["x-replica"] = self._options.replica
+            elif status[0] == 413 and not message.get("more_body", False):
+                await send(dict(message, more_body=True))
+                await _ignore_rest(receive, self._options.linger_seconds)
+                message = dict(type="http.response.body")
             await send(message)
 
         try:
@@ -102,6 +110,17 @@ class Front:
             return message
 
         return bounded
+
+
+async def _ignore_rest(receive: Receive, seconds: float) -> None:
+    """Let the client send what it will: closed before that, its connection may lose the answer."""
+
+    async def ignore() -> None:
+        while (await receive()).get("more_body", False):
+            pass
+
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(ignore(), seconds)
 
 
 def _write(scope: Scope, status: int, seconds: float) -> None:

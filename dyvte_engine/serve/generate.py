@@ -138,18 +138,17 @@ async def _events(
     request: fastapi.Request,
 ) -> AsyncIterator[dict[str, Any]]:
     lengths: dict[int, int] = {}
+    asked = body.stream_options
     async for index, delta in deltas:
-        if index not in lengths:
-            lengths[index] = 0
-            opening = shape.opening(index)
-            if opening is not None:
-                yield opening
-        for event in shape.deltas(index, delta, lengths[index]):
-            yield event
-        lengths[index] += len(delta.text)
+        events = shape.deltas(index, delta, lengths.get(index, 0))
+        opening = None if index in lengths else shape.opening(index)
+        counts = {"usage": call.counts(prompts)} if asked is not None and asked.continuous_usage_stats else {}
+        for event in [*filter(None, [opening]), *events]:
+            yield event | counts
+        lengths[index] = lengths.get(index, 0) + len(delta.text)
     figures = usage(call.answers, prompts)
     _note(request, body, figures)
-    if body.stream_options is not None and body.stream_options.include_usage:
+    if asked is not None and asked.include_usage:
         yield shape.usage(figures)
 
 

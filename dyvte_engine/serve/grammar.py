@@ -18,6 +18,9 @@ from .protocol import ChatRequest, CompletionRequest
 # A small model that may write blanks for ever does.
 _COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+# A tenth of its own: expressions such as (a{1000}){1000} would hold up everybody's tokens for seconds.
+_LIMITS: Any = {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 20_000, "step_max_items": 5_000}
+
 
 class Grammars:
     """Makes processors for what a request says of its answer's form.
@@ -47,7 +50,7 @@ class Grammars:
             name = "ignore_eos" if body.ignore_eos else "min_tokens"
             raise ApiError(400, f"{name} and {place} are given; accepted: one of the two", name)
         try:
-            from llguidance import LLMatcher
+            from llguidance import LLMatcher, LLParserLimits
         except ImportError:
             raise ApiError(400, f"{place} needs llguidance, which this server does not have", place) from None
         text = json.dumps(given)
@@ -57,12 +60,13 @@ class Grammars:
         try:
             make = LLMatcher.grammar_from_regex
             grammar = make(given) if kind == "regex" else LLMatcher.grammar_from_json_schema(text, overrides=_COMPACT)
-            matchers = [LLMatcher(table, grammar, log_level=0) for _ in range(n)]
+            first = LLMatcher(table, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+            first.compute_bitmask()  # the longest one, here and not between the tokens of others
         except (ValueError, TypeError) as e:
             raise ApiError(400, f"{place} is not accepted: {first_line(e)}", place) from None
-        if matchers[0].is_error():
-            raise ApiError(400, f"{place} is not accepted: {matchers[0].get_error().splitlines()[0][:300]}", place)
-        return [Constraint(matcher, place) for matcher in matchers]
+        if first.is_error():
+            raise ApiError(400, f"{place} is not accepted: {first.get_error().splitlines()[0][:300]}", place)
+        return [Constraint(matcher, place) for matcher in (first, *(first.deep_copy() for _ in range(n - 1)))]
 
     def _tokens(self, place: str) -> Any:
         from llguidance.hf import from_tokenizer

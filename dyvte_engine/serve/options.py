@@ -40,8 +40,10 @@ class ServeOptions:
         max_text_characters: of all messages or prompts together.
         body_bytes, body_seconds: the size of a request's body, and the time in which it must have come.
         bodies_bytes: of all requests' bodies together that are under way; more get 503.
+        linger_seconds: a client that sends too much may send on for so long, to read its refusal.
         stall_seconds: a stream whose reader takes nothing for so long is closed.
         threads: that decode pictures and tokenize.
+        replica: what answers carry as x-replica; none by default.
     """
 
     model_name: str = "nano"
@@ -58,5 +60,7 @@ class ServeOptions:
     body_bytes: int = 36 * 2**20
     body_seconds: float = 60.0
     bodies_bytes: int = 512 * 2**20
+    linger_seconds: float = 2.0
     stall_seconds: float = 60.0
     threads: int = 2
+    replica: str | None = None

@@ -104,6 +104,7 @@ class StructuredOutputs(_Body):
 
 class StreamOptions(_Body):
     include_usage: Flag = False
+    continuous_usage_stats: Flag = False  # vLLM's: the counts so far in every event
 
 
 class _Generation(_Body):

@@ -7,10 +7,12 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from .options import MediaLimits, ServeOptions
 
 _BODY_OF_MEDIA = 1.5  # base64 is a third longer, and there is text
+_BY_SESSION = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 
 
 class Arguments(BaseModel):
@@ -38,14 +40,16 @@ class Arguments(BaseModel):
 def build_app(args: Arguments) -> Any:
     """An application of one deployment named "dyvte". Each replica has an engine, warmed up before it takes requests.
 
-    A replica takes as many requests as it has places, so Ray sends others elsewhere and 429 means that all are full.
+    A replica takes as many requests as it has places. Requests with the same header `x-session-id` come to the same
+    replica, whose engine knows their pictures, while it is there and has a place; then to the next one on Ray's ring.
+    As many as a replica's queue may wait outside; what comes then is a 429.
     """
 
     def app() -> FastAPI:
         from .build import build
 
         given: dict[str, Any] = dict(max_queue=args.max_queue, api_keys=tuple(args.api_keys))
-        given["body_bytes"] = int(args.max_media_bytes * _BODY_OF_MEDIA)
+        given.update(body_bytes=int(args.max_media_bytes * _BODY_OF_MEDIA), replica=_replica_id())
         if args.served_model_name is not None:
             given["model_name"] = args.served_model_name
         media = dict(domains=tuple(args.allow_domain), bytes=args.max_media_bytes)
@@ -54,6 +58,15 @@ def build_app(args: Arguments) -> Any:
         built.state.service.warm_up_here()
         return built
 
-    places = args.max_batch + args.max_queue
-    deployment = serve.deployment(name="dyvte", max_ongoing_requests=places)(serve.ingress(app)())
+    deployment = serve.deployment(
+        name="dyvte",
+        max_ongoing_requests=args.max_batch + args.max_queue,
+        max_queued_requests=max(args.max_queue, 1),
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        request_router_config=RequestRouterConfig(request_router_class=_BY_SESSION),
+    )(serve.ingress(app)())
     return deployment.bind()
+
+
+def _replica_id() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)

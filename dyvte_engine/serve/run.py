@@ -31,6 +31,7 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: int, max_connection
 
     Raises:
         SourceError: the address is not free, or not of this machine.
+        CacheError: pages of the K/V pool are still held at the end, which is a bug.
     """
     _log_to_stderr()
     config = uvicorn.Config(
@@ -44,6 +45,7 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: int, max_connection
         timeout_graceful_shutdown=drain_seconds,
     )
     Server(config).run(sockets=[_listen(host, port)])
+    app.state.service.engine.check_integrity()
 
 
 def _listen(host: str, port: int) -> socket.socket:

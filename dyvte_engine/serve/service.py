@@ -137,14 +137,15 @@ class Call:
         await self._service.in_thread(partial(self._submit, make))
 
     def _submit(self, make: Callable[[], list[Request]]) -> None:
-        for request in make():
-            if self._closed:
-                return
-            handle = self._service.engine.submit(request)
-            with self._mutex:
-                self._handles.append(handle)
-                late = self._closed
-            if late:  # the client went away meanwhile
+        requests = make()
+        if self._closed:
+            return
+        handles = self._service.engine.submit_all(requests)
+        with self._mutex:
+            self._handles += handles
+            late = self._closed
+        if late:  # the client went away meanwhile
+            for handle in handles:
                 handle.cancel()
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
@@ -172,6 +173,12 @@ class Call:
                 came.put_nowait((index, delta))
         except Exception as error:
             came.put_nowait((index, error))
+
+    def counts(self, prompts: int) -> dict[str, int]:
+        """OpenAI's token counts so far; `prompts`: different ones, each with equally many answers."""
+        prompt = sum(handle.prompt_tokens for handle in self._handles[:: self._choices // prompts])
+        new = sum(len(answer.times) for answer in self.answers)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     async def close(self) -> None:
         """Cancel what is under way and leave the queue; only the first time counts."""

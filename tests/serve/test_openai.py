@@ -1,10 +1,12 @@
 """The `openai` package against a real server, and errors as it knows them."""
 
 import asyncio
+import re
 
 import openai
 import pytest
 
+from dyvte_engine import EXAMPLES
 from dyvte_engine.serve.options import ServeOptions
 
 from .common import PICTURE, QUESTION, asked, listening
@@ -52,6 +54,19 @@ def test_sixteen_at_once(address, engine):
     options = dict(do_sample=True, temperature=2.0, top_k=0, max_new_tokens=6)
     assert asyncio.run(all_of_them()) == [engine.generate(QUESTION, PICTURE, seed=i, **options).text for i in range(16)]
     engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "page, wanted", [("README.md", "exit after layer"), ("docs/serving.md", "The rectangle is blue")]
+)
+def test_the_client_of_a_page(engine, page, wanted, monkeypatch, capsys):
+    root = EXAMPLES.parents[2]
+    code = next(c for c in re.findall(r"```python\n(.*?)```", (root / page).read_text(), re.DOTALL) if "openai" in c)
+    monkeypatch.chdir(root)
+    code = code.replace('"picture.png"', repr(str(PICTURE)))
+    with listening(engine, ServeOptions(policies={"dynamic:auto,0.5": "keep-all"})) as (url, _):
+        exec(compile(code.replace("http://127.0.0.1:8000", url), page, "exec"), {})
+    assert wanted in capsys.readouterr().out
 
 
 def test_completions_and_models(client):

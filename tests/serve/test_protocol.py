@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from dyvte_engine import Engine
-from dyvte_engine.requests import StreamChunk
-from dyvte_engine.serve.answer import Answer
+from dyvte_engine.requests import StreamChunk, TokenLogprobs
+from dyvte_engine.serve.answer import Answer, Delta, chat_logprobs
 
 from .common import PICTURE, QUESTION, SHIPPED, asked, chat_body, data_url, encoded, image_part, noise
 
@@ -42,6 +42,17 @@ def test_a_stream_is_role_deltas_finish_usage_done(app):
     assert [choice["finish_reason"] for choice in choices[:-1]] == [None] * (len(choices) - 1)
     assert choices[-1]["finish_reason"] == "stop" and choices[-1]["delta"] == {}
     assert len({event["id"] for event in events[:-1]}) == 1
+
+
+def test_counts_so_far_where_they_are_asked_for(app):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = chat_body(n=2, temperature=1.5, seed=4)
+    *events, last, _ = app.events(**body, stream_options=options)
+    counts = [event["usage"] for event in events]
+    assert {c["prompt_tokens"] for c in counts} == {last["usage"]["prompt_tokens"]}
+    assert all(c["total_tokens"] == c["prompt_tokens"] + c["completion_tokens"] for c in counts)
+    new = [c["completion_tokens"] for c in counts]
+    assert new == sorted(new) and new[0] >= 1 and new[-1] == last["usage"]["completion_tokens"]
 
 
 def test_without_include_usage_there_is_none(app):
@@ -135,6 +146,39 @@ def test_logprobs_of_chat_and_completions(app, engine):
     cut = [given["text"][a:b] for a, b in pairwise(starts)]
     assert cut == given["logprobs"]["tokens"]
     assert app.chat().json()["choices"][0]["logprobs"] is None
+
+
+def test_bytes_of_tokens_that_are_parts_of_a_character(app, engine):
+    tokenizer = engine.model.processor.tokenizer
+    for text in ("é日", "🙂"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert len(ids) > len(text)
+        for token in ids:
+            bias = {str(token): 100}
+            row = app.complete(logit_bias=bias, logprobs=0, max_tokens=1)  # its text is a replacement character
+            assert row.json()["choices"][0]["logprobs"]["tokens"] == ["\ufffd"]
+        rows = [app.chat(logit_bias={str(t): 100}, logprobs=True, max_tokens=1).json() for t in ids]
+        found = [row["choices"][0]["logprobs"]["content"][0]["bytes"] for row in rows]
+        assert bytes(b for one in found for b in one).decode() == text
+
+
+@pytest.mark.parametrize("tokens, wanted", [(["<0xE2>", "<0x82>", "<0xAC>"], "€"), (["â", "Ĥ¬"], "€"), (["a"], "a")])
+def test_bytes_of_both_kinds_of_tokenizers(tokens, wanted):
+    class Tokenizer:
+        def decode(self, ids):
+            return tokens[ids[0]] if wanted == "a" else "\ufffd"
+
+        def convert_ids_to_tokens(self, token):
+            return tokens[token]
+
+    given = [Delta("", i, TokenLogprobs(-1.0), None) for i in range(len(tokens))]
+    rows = chat_logprobs(given, Tokenizer())["content"]
+    assert bytes(b for row in rows for b in row["bytes"]).decode() == wanted
+
+
+def test_places_of_wrong_values_are_the_client_s(app):
+    refused = app.complete(prompt=[1, 2]).json()["error"]
+    assert refused["param"] == "prompt" and "[" not in refused["message"] and "_unicode" not in refused["message"]
 
 
 def test_completions_of_several_prompts(app, engine):

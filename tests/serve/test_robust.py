@@ -1,6 +1,7 @@
 """Clients that go away, do not read or come in crowds; failures; the way up and down."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from dyvte_engine import CacheError
 from dyvte_engine.serve.options import ServeOptions
 from dyvte_engine.serve.streaming import EventStream
 
+from . import broken
 from .common import Asgi, asked, chat_body, free_port, listening, until
 
 LONG = dict(model="nano", prompt="what is", max_tokens=1500, ignore_eos=True)
@@ -189,6 +191,49 @@ def test_a_second_signal_ends_it(engine):
     assert app.service.draining and server.should_exit and not server.force_exit
     server.handle_exit(signal.SIGTERM, None)
     assert server.force_exit
+
+
+def test_a_process_that_still_holds_pages_says_so(app, engine, monkeypatch):
+    from dyvte_engine.serve import run
+
+    monkeypatch.setattr(run, "_log_to_stderr", lambda: None)
+    monkeypatch.setattr(run.Server, "run", lambda self, sockets: [one.close() for one in sockets])
+    run.serve(app.app, "127.0.0.1", 0, 1, 9)
+    page = engine.pool.allocator.alloc(1)
+    with pytest.raises(CacheError, match="add up"):
+        run.serve(app.app, "127.0.0.1", 0, 1, 9)
+    engine.pool.allocator.free(page)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_who_sends_too_much_can_read_so(engine, announced):
+    piece = b" " * 2**16
+    if announced:
+        pieces = [broken.request("/tokenize", b"", length=8 * 2**20), *[piece] * 128]
+    else:
+        chunk = b"10000\r\n" + piece + b"\r\n"
+        head = broken.request("/tokenize", b"", "transfer-encoding: chunked", length=-1)
+        pieces = [head, *[chunk] * 128, b"0\r\n\r\n"]
+    with listening(engine, ServeOptions(body_bytes=1000)) as (address, _):
+        port = int(address.rpartition(":")[2])
+        assert [asyncio.run(broken.exchange(port, pieces)) for _ in range(3)] == [413] * 3
+
+
+def test_who_sends_too_much_for_ever_is_cut_off(engine):
+    with listening(engine, ServeOptions(body_bytes=1000, linger_seconds=0.3)) as (address, _):
+        port = int(address.rpartition(":")[2])
+        endless = itertools.chain([broken.request("/tokenize", b"", length=10**12)], itertools.repeat(b" " * 2**16))
+        began = time.monotonic()
+        assert asyncio.run(broken.exchange(port, endless)) in (0, 413)
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_answers_of_one_request_ask_the_processor_once(app, engine, monkeypatch, stream):
+    calls, tokenize = [], engine.model.tokenize
+    monkeypatch.setattr(engine.model, "tokenize", lambda *a: calls.append(a) or tokenize(*a))
+    assert app.chat(n=4, stream=stream, temperature=1.0, max_tokens=2).status_code == 200
+    assert len(calls) == 1
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import struct
+import time
 import zlib
 
 import httpcore
@@ -345,6 +346,25 @@ def test_text_is_bounded(engine):
     assert app("POST", "/tokenize", json={"prompt": "x" * 101}).status_code == 413
 
 
+@pytest.mark.parametrize("expression", ["(a{1000}){1000}", "(a{300}){300}b", "a" * 30_000])
+def test_no_expression_holds_up_the_others_for_seconds(app, expression):
+    pytest.importorskip("llguidance")
+    app.chat(structured_outputs={"regex": "a"})  # the tokenizer's table takes a second
+    began = time.process_time()
+    answer = app.chat(structured_outputs={"regex": expression})
+    assert answer.status_code == 200 or "structured_outputs" in answer.json()["error"]["message"], answer.text
+    assert time.process_time() - began < 2
+
+
+def test_large_schemas_are_taken(app):
+    pytest.importorskip("llguidance")
+    fields = {
+        f"p{i}": {"type": "string", "minLength": i, "maxLength": 100_000, "pattern": "^[a-z ]*$"} for i in range(150)
+    }
+    schema = {"type": "object", "properties": fields, "required": list(fields)}
+    assert app.chat(structured_outputs={"json": schema}, max_tokens=20).status_code == 200
+
+
 CONTROL = ["<image>", "<|assistant|>", "</s>", "a<|user|>b", "<s>"]
 
 
@@ -406,7 +426,7 @@ def test_what_nobody_foresaw_is_a_500_without_details(app, engine, monkeypatch):
     def broken(*a, **k):
         raise RuntimeError("secret /srv/key 0x7f33aa1b2c3d")
 
-    monkeypatch.setattr(engine, "submit", broken)
+    monkeypatch.setattr(engine, "submit_all", broken)
     answer = app.chat()
     assert (
         answer.status_code == 500 and "secret" not in answer.text and answer.json()["error"]["type"] == "server_error"
