@@ -134,7 +134,7 @@ def _plot(
     kind: str = "",
     height: float = _HEIGHT,
 ) -> str:
-    """A titled plot over `count` layers; ticks: (share of the height from the top, label); `spoken` says it in words."""
+    """A titled plot over `count` layers; ticks: (share of the height from the top, label); `spoken`: in words."""
     labels = "".join(f'<span style="top:{100 * at:.2f}%">{text}</span>' for at, text in ticks)
     grid = "".join(
         f'<line class="dy-grid" x1="0" x2="100%" y1="{at * height:.1f}" y2="{at * height:.1f}"/>' for at, _ in ticks

@@ -23,6 +23,8 @@ _HERE = Path(__file__).parent
 HEAD = f"<style>{(_HERE / 'style.css').read_text()}</style><script>{(_HERE / 'page.js').read_text()}</script>"
 _POLICIES = ["auto", "keep-all", "fixed:3", "fastv:2,0.5", "fastv:2,0.5+dynamic:auto", "visionzip", "divprune", "tome"]
 _COMPARE = "keep-all\nauto\nfixed:3\nfastv:2,0.5"
+# gradio would open an upload before the engine has checked it, and say in its own words what is wrong with it.
+_RAW: dict[str, Any] = dict(preprocess=False)
 _TOGETHER = 8  # questions of all tabs that are answered at a time; the engine batches them
 _EXAMPLES: list[dict[str, str]] = json.loads((EXAMPLES / "examples.json").read_text())
 
@@ -117,8 +119,6 @@ def _inputs(inspector: Inspector, webcam: bool) -> tuple[Controls, Any, Any, Any
     picture = gr.Image(
         first, label="Picture", sources=sources, type="filepath", height=190, elem_id="picture", buttons=[]
     )
-    # Nobody opens an upload before the engine has checked it. (A subclass would make gradio write a .pyi file here.)
-    picture.preprocess = lambda payload: None if payload is None else payload.path
     shown = tables.examples([(EXAMPLES / e["file"], e["prompt"]) for e in _EXAMPLES])
     examples = gr.HTML(shown, js_on_load=_TELL_EXAMPLE, elem_id="examples")
     question = gr.Textbox(_EXAMPLES[0]["prompt"], label="Question", lines=1, max_lines=1, elem_id="question")
@@ -210,15 +210,15 @@ def _compare(inspector: Inspector, c: Controls, problem: Any) -> None:
     button = gr.Button("Compare", variant="primary", elem_id="run-compare")
     table = gr.HTML(elem_id="comparison")
 
-    def compared(picture: str | None, question: str, policies: str, *settings: Any) -> tuple[str, Any]:
+    def compared(picture: Any, question: str, policies: str, *settings: Any) -> tuple[str, Any]:
         lines = [line.strip() for line in policies.splitlines() if line.strip()]
         try:
-            runs = inspector.compare(question, read_picture(picture), Settings(*settings), lines)
+            runs = inspector.compare(question, read_picture(_path(picture)), Settings(*settings), lines)
         except DyvteError as error:
             return tables.refused(str(error)), ""
         return "", tables.comparison(runs)
 
-    button.click(compared, [c.picture, c.question, policies, *c.asked], [problem, table])
+    button.click(compared, [c.picture, c.question, policies, *c.asked], [problem, table], **_RAW)
 
 
 def _batch(inspector: Inspector, c: Controls, problem: Any) -> None:
@@ -241,6 +241,11 @@ def _batch(inspector: Inspector, c: Controls, problem: Any) -> None:
     button.click(asked, [files, question, *c.asked], [problem, table])
 
 
+def _path(uploaded: dict[str, Any] | None) -> str | None:
+    """Where gradio has put an upload."""
+    return None if uploaded is None else uploaded["path"]
+
+
 @dataclass
 class _Asked:
     """Asks a question from the controls' values, and shows the run in `outputs` as it goes on."""
@@ -254,7 +259,12 @@ class _Asked:
     def event(self) -> dict[str, Any]:
         """Arguments of every event that asks `controls.question`."""
         return dict(
-            fn=self.answer, **self.places, show_progress="hidden", concurrency_limit=_TOGETHER, concurrency_id="ask"
+            fn=self.answer,
+            **self.places,
+            **_RAW,
+            show_progress="hidden",
+            concurrency_limit=_TOGETHER,
+            concurrency_id="ask",
         )
 
     @property
@@ -262,9 +272,9 @@ class _Asked:
         c = self.controls
         return dict(inputs=[c.session, c.picture, c.layer, c.question, *c.asked], outputs=self.outputs)
 
-    def answer(self, session: Session, picture: str | None, layer: int, question: str, *settings: Any) -> Iterator[Any]:
+    def answer(self, session: Session, uploaded: Any, layer: int, question: str, *settings: Any) -> Iterator[Any]:
         try:
-            chosen = Settings(*settings)
+            picture, chosen = _path(uploaded), Settings(*settings)
             state = link.State(link.example_of(picture), question, chosen, layer)
             shown = read_picture(picture)
             if session.about != picture:
@@ -308,9 +318,12 @@ def _wire(page: gr.Blocks, asked: _Asked, slider: Any, ask: Any, stop: Any, exam
         one = _EXAMPLES[int(event.number)]
         return str(EXAMPLES / one["file"]), one["prompt"]
 
-    def moved(policy: str, event: gr.EventData) -> tuple[float | None, Any]:
+    def moved(*values: Any, event: gr.EventData) -> Iterator[Any]:
+        *before, policy, _, tokens, temperature, seed = values
         chosen = event.threshold
-        return chosen, _slider(inspector.threshold(policy)) if chosen is None else gr.skip()
+        own = _slider(inspector.threshold(policy)) if chosen is None else gr.skip()
+        for shown in asked.answer(*before, policy, chosen, tokens, temperature, seed):
+            yield [chosen, own, *shown]
 
     def another(policy: str) -> tuple[None, Any, str]:
         try:
@@ -322,7 +335,6 @@ def _wire(page: gr.Blocks, asked: _Asked, slider: Any, ask: Any, stop: Any, exam
         return _opened(inspector, dict(request.query_params))
 
     chosen = examples.chosen(example, None, [c.picture, c.question], show_progress="hidden")
-    shifted = slider.moved(moved, c.policy, [c.threshold, slider], show_progress="hidden", trigger_mode="always_last")
     places = [
         problem,
         c.picture,
@@ -340,12 +352,15 @@ def _wire(page: gr.Blocks, asked: _Asked, slider: Any, ask: Any, stop: Any, exam
         ask.click(**asked.event),
         c.question.submit(**asked.event),
         chosen.then(**asked.event),
-        shifted.then(**asked.event),
+        slider.moved(
+            **{**asked.event, "fn": moved, "outputs": [c.threshold, slider, *asked.outputs]}, trigger_mode="always_last"
+        ),
         started.then(**{**asked.event, "fn": asked.if_linked, "inputs": [asked.by_link, *asked.places["inputs"]]}),
         again.submit(**{**asked.event, "inputs": [again if i is c.question else i for i in asked.places["inputs"]]}),
     ]
     c.policy.input(another, c.policy, [c.threshold, slider, problem], show_progress="hidden")
-    stop.click(lambda session: tables.answer(session.run, stopped=True), c.session, asked.outputs[2], cancels=events)
+    stopped = stop.click(None, cancels=events)
+    stopped.then(lambda session: tables.answer(session.run, stopped=True), c.session, asked.outputs[2])
 
 
 def _opened(inspector: Inspector, query: dict[str, str]) -> list[Any]:

@@ -68,13 +68,6 @@ class Look:
     grid: tuple[int, int] | None
     seen: Image.Image
 
-    def exit_at(self, threshold: float) -> int | None:
-        """The layer after which the heads would let the picture go with this threshold; None: it stays."""
-        assert self.p_exit is not None and self.rule is not None
-        said = torch.tensor([[*self.p_exit, 0.0]])
-        layer = int(replace(self.rule, threshold=threshold).first_exits(said)[0])
-        return None if layer == len(self.p_exit) else layer
-
 
 @dataclass(frozen=True, eq=False)
 class Run:
