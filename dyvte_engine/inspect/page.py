@@ -318,7 +318,7 @@ def _wire(page: gr.Blocks, asked: _Asked, slider: Any, ask: Any, stop: Any, exam
         one = _EXAMPLES[int(event.number)]
         return str(EXAMPLES / one["file"]), one["prompt"]
 
-    def moved(*values: Any, event: gr.EventData) -> Iterator[Any]:
+    def moved(event: gr.EventData, *values: Any) -> Iterator[Any]:
         *before, policy, _, tokens, temperature, seed = values
         chosen = event.threshold
         own = _slider(inspector.threshold(policy)) if chosen is None else gr.skip()
