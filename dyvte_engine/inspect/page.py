@@ -34,7 +34,11 @@ element.addEventListener('change', (event) => {
     if (number && event.target !== element) trigger('moved', {threshold: Number(number.value)});
 });
 element.addEventListener('click', (event) => {
-    if (event.target.closest('button')) trigger('moved', {threshold: null});
+    const button = event.target.closest('button'), number = element.querySelector('input[type=number]');
+    if (!button) return;
+    number.value = button.value;
+    number.dispatchEvent(new Event('input', {bubbles: true}));
+    trigger('moved', {threshold: null});
 });
 """
 _TELL_EXAMPLE = """
@@ -53,11 +57,15 @@ _SAVE = """(file) => {
 
 @dataclass
 class Session:
-    """What one browser tab has seen: its last run, those about the same picture, and where that is."""
+    """What one browser tab has seen: its last run, those about the same picture, and where that is.
+
+    newest: number of the last question asked; those before it end at their next token.
+    """
 
     run: Run | None = None
     about: str | None = None
     history: list[Run] = field(default_factory=list)
+    newest: int = 0
 
 
 @dataclass
@@ -183,16 +191,17 @@ def _inside(inspector: Inspector, controls: Controls) -> tuple[list[Any], Any]:
     return [answer, savings, layers, heat, attention, query, note], slider
 
 
-def _slider(threshold: float | None) -> str:
-    """Of the threshold, in logits, as the chart has it; nothing where the policy has none."""
-    if threshold is None:
+def _slider(standard: float | None, threshold: float | None = None) -> str:
+    """Of the threshold, in logits, as the chart has it; nothing where the policy has none. standard: the policy's own."""
+    if standard is None:
         return ""
     low, high = (charts.logit(p) for p in charts.SHOWN)
+    value = standard if threshold is None else threshold
     return (
         '<div class="dy-slider"><label>Threshold <input type="range" aria-label="threshold" '
-        f'min="{low:.4f}" max="{high:.4f}" step="0.05" value="{charts.logit(threshold):.4f}"></label>'
-        f'<input type="number" aria-label="threshold, exactly" min="0" max="1" step="any" value="{threshold:.6g}">'
-        '<button type="button">as calibrated</button></div>'
+        f'min="{low:.4f}" max="{high:.4f}" step="0.05" value="{charts.logit(value):.4f}"></label>'
+        f'<input type="number" aria-label="threshold, exactly" min="0" max="1" step="any" value="{value:.6g}">'
+        f'<button type="button" value="{standard:.6g}">as calibrated</button></div>'
     )
 
 
@@ -265,6 +274,7 @@ class _Asked:
             show_progress="hidden",
             concurrency_limit=_TOGETHER,
             concurrency_id="ask",
+            trigger_mode="multiple",
         )
 
     @property
@@ -279,8 +289,11 @@ class _Asked:
             shown = read_picture(picture)
             if session.about != picture:
                 session.about, session.history = picture, []
-            before: Run | None = None
+            session.newest += 1
+            mine, before = session.newest, None
             for run in self.inspector.ask(question, shown, chosen, state.example or "uploaded picture"):
+                if session.newest != mine:
+                    return
                 if run.result is not None and (before is None or before.result is None):
                     session.history.append(run)
                 session.run = run
@@ -320,10 +333,8 @@ def _wire(page: gr.Blocks, asked: _Asked, slider: Any, ask: Any, stop: Any, exam
 
     def moved(event: gr.EventData, *values: Any) -> Iterator[Any]:
         *before, policy, _, tokens, temperature, seed = values
-        chosen = event.threshold
-        own = _slider(inspector.threshold(policy)) if chosen is None else gr.skip()
-        for shown in asked.answer(*before, policy, chosen, tokens, temperature, seed):
-            yield [chosen, own, *shown]
+        for shown in asked.answer(*before, policy, event.threshold, tokens, temperature, seed):
+            yield [event.threshold, *shown]
 
     def another(policy: str) -> tuple[None, Any, str]:
         try:
@@ -352,9 +363,7 @@ def _wire(page: gr.Blocks, asked: _Asked, slider: Any, ask: Any, stop: Any, exam
         ask.click(**asked.event),
         c.question.submit(**asked.event),
         chosen.then(**asked.event),
-        slider.moved(
-            **{**asked.event, "fn": moved, "outputs": [c.threshold, slider, *asked.outputs]}, trigger_mode="always_last"
-        ),
+        slider.moved(**{**asked.event, "fn": moved, "outputs": [c.threshold, *asked.outputs]}),
         started.then(**{**asked.event, "fn": asked.if_linked, "inputs": [asked.by_link, *asked.places["inputs"]]}),
         again.submit(**{**asked.event, "inputs": [again if i is c.question else i for i in asked.places["inputs"]]}),
     ]
@@ -374,8 +383,15 @@ def _opened(inspector: Inspector, query: dict[str, str]) -> list[Any]:
         standard = inspector.threshold(s.policy)
     except DyvteError as error:
         return [False, tables.refused(str(error)), *as_it_is]
-    slider = _slider(standard if standard is None or s.threshold is None else s.threshold)
-    values = [s.policy, s.threshold, slider, s.max_new_tokens, s.temperature, s.seed, state.layer]
+    values = [
+        s.policy,
+        s.threshold,
+        _slider(standard, s.threshold),
+        s.max_new_tokens,
+        s.temperature,
+        s.seed,
+        state.layer,
+    ]
     return [bool(state.question), "", str(link.pictures()[state.example]), state.question, *values]
 
 
