@@ -192,7 +192,7 @@ def _inside(inspector: Inspector, controls: Controls) -> tuple[list[Any], Any]:
 
 
 def _slider(standard: float | None, threshold: float | None = None) -> str:
-    """Of the threshold, in logits, as the chart has it; nothing where the policy has none. standard: the policy's own."""
+    """Of the threshold, in logits as in the chart; nothing without heads. standard: what the policy itself has."""
     if standard is None:
         return ""
     low, high = (charts.logit(p) for p in charts.SHOWN)
