@@ -13,7 +13,7 @@ from .output import loading, quiet
 def inspect(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
     policy: Annotated[
         str, typer.Option(help="The policy that the page begins with; it may name a heads file.")
     ] = "auto",
@@ -27,7 +27,10 @@ def inspect(
     ] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
-    """Open a page that shows which layers still look at the picture (docs/inspector.md)."""
+    """Show in a browser which layers still look at the picture.
+
+    docs/inspector.md has the controls.
+    """
     try:
         from ..inspect.app import create_app, serve
     except ModuleNotFoundError as e:
