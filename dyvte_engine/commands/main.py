@@ -16,6 +16,7 @@ from .analysis import analyze, reproduce
 from .convert import convert
 from .evaluation import evaluate, sweep
 from .guard import CLOSED, guarded
+from .inspect import inspect
 from .output import err, loading, quiet
 from .serve import serve
 from .training import ablate_heads, label, test_heads, train_heads
@@ -149,6 +150,7 @@ ANSWER, HEADS, JUDGE, TOOLS = "Answer questions", "Train exit heads", "Judge a m
 COMMANDS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (  # panel of the help, name, function, examples
     (ANSWER, "generate", generate, ("--image a.png --prompt 'What is this?'", "--prompt 'Say hello.' --json")),
     (ANSWER, "serve", serve, ("nano --port 8000", "MODEL --policy keep-all --allow-policy early=fixed:8")),
+    (ANSWER, "inspect", inspect, ("nano --port 7860", "MODEL --policy dynamic:heads.safetensors,0.9")),
     (HEADS, "label", label, ("MODEL --data questions.jsonl --out labels",)),
     (HEADS, "train-heads", train_heads, ("labels --kind light --out heads.safetensors",)),
     (HEADS, "ablate-heads", ablate_heads, ("labels --out ablation",)),

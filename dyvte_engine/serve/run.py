@@ -44,11 +44,12 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: int, max_connection
         limit_concurrency=max_connections,
         timeout_graceful_shutdown=drain_seconds,
     )
-    Server(config).run(sockets=[_listen(host, port)])
+    Server(config).run(sockets=[listen(host, port)])
     app.state.service.engine.check_integrity()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, announced in the log. Raises SourceError as `serve` does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
