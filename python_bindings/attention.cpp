@@ -95,6 +95,32 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_p
   return out;
 }
 
+namespace {
+
+// The arguments that both forms take. K and V have been checked, and hold `heads_kv` heads.
+Tensor run_varlen(VarlenAttentionParams& p, const View& q, const View& k, const View& v, const View& cu, double scale,
+                  int64_t heads_kv) {
+  p.heads_q = q.size[1];
+  p.heads_kv = heads_kv;
+  p.dim = q.size[2];
+  check_head_dim(q, p.dim);
+  check_groups(q, p.heads_q, k, p.heads_kv);
+  p.q = q.data;
+  p.k = k.data;
+  p.v = v.data;
+  p.q_stride = q.row_stride();
+  p.cu = cu.as<int32_t>();
+  for (int64_t b = 0; b < p.batch; ++b) p.longest = std::max<int64_t>(p.longest, p.cu[b + 1] - p.cu[b]);
+  p.scale = static_cast<float>(scale);
+  Tensor out = empty({q.size[0], p.heads_q, p.dim}, q.dtype, q);
+  p.out = out.data_ptr();
+  if (recording) fail(q.op, ": a tape cannot hold it: its work is laid out by the offsets of this call");
+  if (p.longest * p.heads_q > 0) check_status(q.op, varlen_attention_cpu(p, torch_parallel_for));
+  return out;
+}
+
+}  // namespace
+
 Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                         bool causal) {
   constexpr const char* op = "varlen_attention";
@@ -109,29 +135,46 @@ Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
     check_like(*t, vq);
     check_dense(*t, 1);
   }
-  p.heads_q = vq.size[1];
-  p.heads_kv = vk.size[1];
-  p.dim = vq.size[2];
-  check_head_dim(vq, p.dim);
-  check_groups(vq, p.heads_q, vk, p.heads_kv);
   p.batch = check_offsets(cu);
   check_device(vq, {&vk, &vv, &cu});
   check_cumulative(cu, vq.size[0]);
-  p.q = vq.data;
-  p.k = vk.data;
-  p.v = vv.data;
-  p.q_stride = vq.row_stride();
   p.k_stride = vk.row_stride();
   p.v_stride = vv.row_stride();
-  p.cu = cu.as<int32_t>();
-  for (int64_t b = 0; b < p.batch; ++b) p.longest = std::max<int64_t>(p.longest, p.cu[b + 1] - p.cu[b]);
-  p.scale = static_cast<float>(scale);
   p.causal = causal;
-  Tensor out = empty({vq.size[0], p.heads_q, p.dim}, vq.dtype, vq);
-  p.out = out.data_ptr();
-  if (recording) fail(op, ": a tape cannot hold it: its work is laid out by the offsets of this call");
-  if (p.longest * p.heads_q > 0) check_status(op, varlen_attention_cpu(p, torch_parallel_for));
-  return out;
+  return run_varlen(p, vq, vk, vv, cu, scale, vk.size[1]);
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
+                       const Tensor& before, const Tensor& cu_seqlens, double scale) {
+  constexpr const char* op = "paged_attention";
+  const View vq(op, "q", q), k(op, "k_pool", k_pool), v(op, "v_pool", v_pool), table(op, "block_table", block_table),
+      known(op, "before", before), cu(op, "cu_seqlens", cu_seqlens);
+  if (vq.on_cuda()) fail(op, ": q must be on the CPU; FlashAttention serves CUDA");
+  VarlenAttentionParams p{};
+  p.dtype = data_type(vq);
+  const KvPool pool = check_pool(k, v);
+  check_like(k, vq);
+  check_shape(vq, {-1, -1, pool.dim}, "[N, Hq, D]");
+  check_dense(vq, 1);
+  p.batch = check_offsets(cu);
+  check_int32(table);
+  check_shape(table, {p.batch, -1}, "[B, M]");
+  check_dense(table, 1);
+  check_index(known, {p.batch}, "[B]");
+  check_device(vq, {&k, &table, &known, &cu});
+  check_cumulative(cu, vq.size[0]);
+  p.block_table = table.as<int32_t>();
+  p.table_stride = table.row_stride();
+  p.before = known.as<int32_t>();
+  p.page = pool.page;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t rows = cu.as<int32_t>()[b + 1] - cu.as<int32_t>()[b];
+    check_value(known, b, 0, table.size[1] * pool.page - rows);
+    check_pages(table, b * p.table_stride, 0, p.before[b] + rows, pool);
+  }
+  p.k_stride = p.v_stride = pool.heads * pool.dim;
+  p.causal = true;
+  return run_varlen(p, vq, k, v, cu, scale, pool.heads);
 }
 
 }  // namespace dyvte::bind

@@ -18,6 +18,9 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
       "decode_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor kv_lens, float scale) -> "
       "Tensor");
   m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal=True) -> Tensor");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor before, Tensor cu_seqlens, "
+      "float scale) -> Tensor");
   m.def("add_rms_norm_(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
@@ -39,6 +42,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("token_score", TORCH_BOX(&token_score));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("silu_mul", TORCH_BOX(&silu_mul));

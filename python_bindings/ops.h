@@ -24,6 +24,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_p
                         const Tensor& kv_lens, double scale);
 Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                         bool causal);
+Tensor paged_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
+                       const Tensor& before, const Tensor& cu_seqlens, double scale);
 Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor silu_mul(const Tensor& gate_up);

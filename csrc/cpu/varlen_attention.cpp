@@ -43,7 +43,7 @@ void product(const float* a, int64_t a_row, int64_t a_col, int64_t m, const floa
 template <class T, int V>
 struct Block {
   const VarlenAttentionParams& p;
-  int64_t first_row, rows, kv_head, first_slot, slots;
+  int64_t seq, first_row, rows, before, kv_head, first_slot, slots;
   alignas(64) float q[kMaxHeadDim * kSlots];  // [dim][slots], scaled
   alignas(64) float s[kKeys * kSlots];        // [keys][slots], scores, then exp(score - largest)
   alignas(64) float acc[kMaxHeadDim * kSlots];
@@ -52,9 +52,15 @@ struct Block {
   Vec largest[V], total[V];
 
   // Not an aggregate: the arrays stay uninitialised.
-  Block(const VarlenAttentionParams& params, int64_t first_row_, int64_t rows_, int64_t kv_head_, int64_t first_slot_,
-        int64_t slots_)
-      : p(params), first_row(first_row_), rows(rows_), kv_head(kv_head_), first_slot(first_slot_), slots(slots_) {}
+  Block(const VarlenAttentionParams& params, int64_t seq_, int64_t kv_head_, int64_t first_slot_, int64_t slots_)
+      : p(params),
+        seq(seq_),
+        first_row(p.cu[seq]),
+        rows(p.cu[seq + 1] - first_row),
+        before(p.before ? p.before[seq] : 0),
+        kv_head(kv_head_),
+        first_slot(first_slot_),
+        slots(slots_) {}
 
   // Row of its sequence, and where the query lies in a tensor [rows, heads_q, dim] with that row stride.
   int64_t row(int64_t slot) const { return (first_slot + slot) / (p.heads_q / p.heads_kv); }
@@ -68,25 +74,42 @@ struct Block {
       const int64_t slot = min64(i, slots - 1);  // lanes to spare repeat the last query
       const T* from = static_cast<const T*>(p.q) + at(slot, p.q_stride);
       for (int64_t c = 0; c < p.dim; ++c) q[c * kSlots + i] = to_float(from[c]) * p.scale;
-      seen[i] = static_cast<int32_t>(p.causal ? row(slot) : rows - 1);
+      seen[i] = static_cast<int32_t>(before + (p.causal ? row(slot) : rows - 1));
     }
   }
 
-  // Keys or values [n, dim] from row `key` on as floats, and their row stride.
-  const float* floats(const void* base, int64_t stride, int64_t key, int64_t n, int64_t* float_stride) {
-    const T* from = static_cast<const T*>(base) + (first_row + key) * stride + kv_head * p.dim;
-    if constexpr (std::is_same_v<T, float>) {
-      *float_stride = stride;
-      return from;
-    } else {
-      *float_stride = p.dim;
-      for (int64_t j = 0; j < n; ++j) {
-        int64_t c = 0;
-        for (; c + kLanes <= p.dim; c += kLanes) store(converted + j * p.dim + c, load(from + j * stride + c));
-        for (; c < p.dim; ++c) converted[j * p.dim + c] = to_float(from[j * stride + c]);
-      }
-      return converted;
+  // Where the keys or values from number `key` on are; of at most n of them `run` follow one another there.
+  const T* rows_at(const void* base, int64_t stride, int64_t key, int64_t n, int64_t* run) const {
+    int64_t at = first_row + key;
+    *run = n;
+    if (p.block_table) {
+      const int32_t* page = p.block_table + seq * p.table_stride + key / p.page;
+      at = *page * p.page + key % p.page;
+      int64_t here = p.page - key % p.page;  // neighbours in the table are often neighbours in memory
+      for (; here < n && page[1] == page[0] + 1; ++page) here += p.page;
+      *run = min64(n, here);
     }
+    return static_cast<const T*>(base) + at * stride + kv_head * p.dim;
+  }
+
+  // Calls body(numbers, their row stride, j, run) for keys or values key + j to key + j + run, until there were n.
+  template <class Body>
+  void as_floats(const void* base, int64_t stride, int64_t key, int64_t n, const Body& body) {
+    int64_t run;
+    for (int64_t first = 0; first < n; first += run) {
+      const T* from = rows_at(base, stride, key + first, n - first, &run);
+      if constexpr (std::is_same_v<T, float>) {
+        body(from, stride, first, run);
+      } else {
+        for (int64_t j = 0; j < run; ++j) {
+          float* to = converted + (first + j) * p.dim;
+          int64_t c = 0;
+          for (; c + kLanes <= p.dim; c += kLanes) store(to + c, load(from + j * stride + c));
+          for (; c < p.dim; ++c) to[c] = to_float(from[j * stride + c]);
+        }
+      }
+    }
+    if constexpr (!std::is_same_v<T, float>) body(converted, p.dim, 0, n);
   }
 
   void hide_later_keys(int64_t key, int64_t n) {
@@ -142,29 +165,29 @@ struct Block {
     const int64_t keys = seen[slots - 1] + 1;
     for (int64_t key = 0; key < keys; key += kKeys) {
       const int64_t n = min64(kKeys, keys - key);
-      int64_t stride;
-      const float* k = floats(p.k, p.k_stride, key, n, &stride);
-      product<V, false>(k, stride, 1, n, q, p.dim, s);
+      as_floats(p.k, p.k_stride, key, n, [&](const float* k, int64_t stride, int64_t j, int64_t run) {
+        product<V, false>(k, stride, 1, run, q, p.dim, s + j * kSlots);
+      });
       if (key + n - 1 > seen[0]) hide_later_keys(key, n);
       take_in(n, key == 0);
-      const float* v = floats(p.v, p.v_stride, key, n, &stride);
-      if (key == 0) {
-        product<V, false>(v, 1, stride, p.dim, s, n, acc);
-      } else {
-        product<V, true>(v, 1, stride, p.dim, s, n, acc);
-      }
+      as_floats(p.v, p.v_stride, key, n, [&](const float* v, int64_t stride, int64_t j, int64_t run) {
+        if (key + j == 0) {
+          product<V, false>(v, 1, stride, p.dim, s, run, acc);
+        } else {
+          product<V, true>(v, 1, stride, p.dim, s + j * kSlots, run, acc);
+        }
+      });
     }
     write();
   }
 };
 
 template <class T, int V = kVecs>
-void run_block(const VarlenAttentionParams& p, int64_t first_row, int64_t rows, int64_t kv_head, int64_t first_slot,
-               int64_t slots) {
+void run_block(const VarlenAttentionParams& p, int64_t seq, int64_t kv_head, int64_t first_slot, int64_t slots) {
   if constexpr (V > 1) {
-    if (slots <= (V - 1) * kLanes) return run_block<T, V - 1>(p, first_row, rows, kv_head, first_slot, slots);
+    if (slots <= (V - 1) * kLanes) return run_block<T, V - 1>(p, seq, kv_head, first_slot, slots);
   }
-  Block<T, V>(p, first_row, rows, kv_head, first_slot, slots).run();
+  Block<T, V>(p, seq, kv_head, first_slot, slots).run();
 }
 
 template <class T>
@@ -177,7 +200,7 @@ void varlen_attention(const VarlenAttentionParams& p, ParallelFor parallel_for) 
     for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) {
       const int64_t seq = task % heads / p.heads_kv, first_slot = (blocks - 1 - task / heads) * kSlots;
       const int64_t rows = p.cu[seq + 1] - p.cu[seq], slots = min64(kSlots, rows * group - first_slot);
-      if (slots > 0) run_block<T>(p, p.cu[seq], rows, task % p.heads_kv, first_slot, slots);
+      if (slots > 0) run_block<T>(p, seq, task % p.heads_kv, first_slot, slots);
     }
   });
 }

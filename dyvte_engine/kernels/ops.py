@@ -27,6 +27,7 @@ from .ref import (
     exit_head_ref,
     kv_compact_ref,
     linear_ref,
+    paged_attention_ref,
     rms_norm_ref,
     rope_append_ref,
     silu_mul_ref,
@@ -55,6 +56,8 @@ __all__ = [
     "linear",
     "linear_ref",
     "load_library",
+    "paged_attention",
+    "paged_attention_ref",
     "rms_norm",
     "rms_norm_ref",
     "rope_append_",
@@ -103,6 +106,7 @@ _rope_append = torch.ops.dyvte.rope_append_.default
 _token_score = torch.ops.dyvte.token_score.default
 _decode_attention = torch.ops.dyvte.decode_attention.default
 _varlen_attention = torch.ops.dyvte.varlen_attention.default
+_paged_attention = torch.ops.dyvte.paged_attention.default
 _add_rms_norm = torch.ops.dyvte.add_rms_norm_.default
 _rms_norm = torch.ops.dyvte.rms_norm.default
 _linear = torch.ops.dyvte.linear.default
@@ -242,6 +246,30 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
     return _varlen_attention(q, k, v, cu_seqlens, scale, causal)
 
 
+def paged_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    before: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention of packed sequences over the cache, which holds them behind what came before. CPU only.
+
+    Row i of a sequence sees cache rows 0 to before[b] + i. The same bits as `varlen_attention` gives with all rows.
+
+    Args:
+        q: [N, Hq, D], rotated; k_pool, v_pool: [P, page, Hkv, D]; block_table: int32 [B, M].
+        before: int32 [B]; cu_seqlens: int32 [B + 1], where each sequence's rows begin.
+        scale: factor on q k^T.
+
+    Returns:
+        [N, Hq, D].
+    """
+    return _paged_attention(q, k_pool, v_pool, block_table, before, cu_seqlens, scale)
+
+
 def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x, both [..., d]; returns `rms_norm(residual, weight, eps)`."""
     return _add_rms_norm(residual, x, weight, eps)
@@ -321,6 +349,7 @@ def _(q: Tensor, k: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("dyvte::varlen_attention")
 @torch.library.register_fake("dyvte::decode_attention")
+@torch.library.register_fake("dyvte::paged_attention")
 def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 

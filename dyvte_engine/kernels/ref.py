@@ -146,6 +146,28 @@ def varlen_attention_ref(
     return out
 
 
+def paged_attention_ref(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    before: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+) -> Tensor:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for b, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        seen = int(before[b]) + end - begin
+        pages = block_table[b, : -(-seen // k_pool.shape[1])].long()
+        k, v = (pool[pages].flatten(0, 1)[:seen] for pool in (k_pool, v_pool))
+        s = _scores(q[begin:end], k, scale)  # [Hq, n, m]
+        later = torch.ones(s.shape[1:], dtype=torch.bool, device=s.device).triu(1 + int(before[b]))
+        values = v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        weights = s.masked_fill(later, -torch.inf).softmax(-1)
+        out[begin:end] = torch.einsum("hnm,mhd->nhd", weights, values).to(q.dtype)
+    return out
+
+
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return scaled.to(x.dtype) * weight
