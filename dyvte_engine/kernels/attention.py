@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import DeviceError
+from .transfer import to_device
 
 # Modules of the flash-attn packages 3, 4 and 2, which share a function's name and arguments.
 _PACKAGES = {"flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute", "flash_attn": "flash_attn"}
@@ -26,23 +29,35 @@ class Lengths:
     cu: Tensor
     host: list[int]
 
+    @classmethod
+    def of(cls, host: list[int], device: torch.device) -> Lengths:
+        return cls(to_device([0, *accumulate(host)], device, torch.int32), host)
 
-AttentionFn = Callable[[Tensor, Tensor, Tensor, Lengths, float], Tensor]  # q [N,Hq,D], k, v [N,Hkv,D] -> [N,Hq,D]
+
+class AttentionFn(Protocol):
+    """q [N, Hq, D], k and v [M, Hkv, D] -> [N, Hq, D].
+
+    A sequence's queries are its last rows; `keys` are the lengths of k and v where they are not those of q.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, keys: Lengths | None = None
+    ) -> Tensor: ...
 
 
 def _package(module: str) -> AttentionFn:
     """The attention of an installed flash-attn package; ImportError comes with the first call."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
-        longest = max(lengths.host)
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, keys: Lengths | None = None) -> Tensor:
+        keys = keys or lengths
         out = importlib.import_module(module).flash_attn_varlen_func(
             q,
             k,
             v,
             cu_seqlens_q=lengths.cu,
-            cu_seqlens_k=lengths.cu,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
+            cu_seqlens_k=keys.cu,
+            max_seqlen_q=max(lengths.host),
+            max_seqlen_k=max(keys.host),
             softmax_scale=scale,
             causal=True,
         )
@@ -51,23 +66,28 @@ def _package(module: str) -> AttentionFn:
     return attend
 
 
-def _torch_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
-    longest = max(lengths.host)
+def _torch_flash(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, keys: Lengths | None = None
+) -> Tensor:
+    keys = keys or lengths
+    longest = max(lengths.host), max(keys.host)
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, lengths.cu, lengths.cu, longest, longest, 0.0, True, False, scale=scale
+        q, k, v, lengths.cu, keys.cu, *longest, 0.0, True, False, scale=scale
     )[0]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
-    parts, start = [], 0
-    for n in lengths.host:
-        rows = slice(start, start + n)
-        q_b, k_b, v_b = (t[None, rows].transpose(1, 2) for t in (q, k, v))  # [1, H, n, D]
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, keys: Lengths | None = None) -> Tensor:
+    parts, start, first = [], 0, 0
+    for n, m in zip(lengths.host, (keys or lengths).host, strict=True):
+        q_b, k_b, v_b = (
+            t[None].transpose(1, 2) for t in (q[start : start + n], *(t[first : first + m] for t in (k, v)))
+        )
+        mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         o = torch.nn.functional.scaled_dot_product_attention(
-            q_b, k_b, v_b, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q_b, k_b, v_b, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         parts.append(o[0].transpose(0, 1))
-        start += n
+        start, first = start + n, first + m
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -76,12 +96,50 @@ def native_gains(dtype: torch.dtype, longest: int) -> bool:
     return dtype == torch.float32 or longest <= 256 or not torch.cpu._is_amx_tile_supported()
 
 
-def _native(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> Tensor:
-    if not native_gains(q.dtype, max(lengths.host)):
-        return _sdpa(q, k, v, lengths, scale)
+def _native(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, keys: Lengths | None = None) -> Tensor:
+    if keys is not None or not native_gains(q.dtype, max(lengths.host)):
+        return _sdpa(q, k, v, lengths, scale, keys)
     from . import ops  # the other backends work, and tell so, without the native library
 
     return ops.varlen_attention(q, k, v, lengths.cu, scale)
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Where packed sequences are in the cache: block_table int32 [B, M], before int32 [B] cached rows that come first,
+    and `rows`, for each sequence all its rows there.
+    """
+
+    k_pool: Tensor
+    v_pool: Tensor
+    block_table: Tensor
+    before: Tensor
+    rows: Lengths
+
+
+def attend_pages(attend: AttentionFn, q: Tensor, lengths: Lengths, scale: float, cached: Paged) -> Tensor:
+    """Causal attention [N, Hq, D] of q over what the cache holds of its sequences, which includes their own rows.
+
+    On a CPU the pages are read where they are; for the backends of CUDA, K and V are put together first.
+    """
+    if attend is _native and native_gains(q.dtype, max(lengths.host)):
+        from . import ops
+
+        pools = cached.k_pool, cached.v_pool
+        return ops.paged_attention(q, *pools, cached.block_table, cached.before, lengths.cu, scale)
+    k, v = gather(cached)
+    return attend(q, k, v, lengths, scale, cached.rows)
+
+
+def gather(cached: Paged) -> tuple[Tensor, Tensor]:
+    """K and V [M, Hkv, D] of all rows of all sequences, packed."""
+    page = cached.k_pool.shape[1]
+    slots = []
+    for b, n in enumerate(cached.rows.host):
+        at = torch.arange(n, device=cached.block_table.device)
+        slots.append(cached.block_table[b, at // page].long() * page + at % page)
+    where = torch.cat(slots)
+    return cached.k_pool.flatten(0, 1)[where], cached.v_pool.flatten(0, 1)[where]
 
 
 _FUNCTIONS: dict[str, AttentionFn] = {

@@ -153,6 +153,12 @@ class Decoder:
         """hidden [N, d] at the decoder's entry -> the same, normalised for layer 0."""
         return ops.rms_norm(hidden, self.layers[0].input_norm, self.eps)
 
+    def reenter(self, layer: int, hidden: Tensor) -> Tensor:
+        """As `enter`, before any layer: rounded as if the pass were not interrupted, where the norm comes with a sum."""
+        if layer == 0:
+            return self.enter(hidden)
+        return ops.add_rms_norm_(hidden, torch.zeros_like(hidden), self.layers[layer].input_norm, self.eps)
+
     def layer(self, layer: int, hidden: Tensor, x: Tensor, rows: LayerRows) -> tuple[Tensor, Tensor]:
         """One layer of any pass: prefill, captured or not, and decoding.
 

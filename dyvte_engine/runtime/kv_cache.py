@@ -2,14 +2,15 @@
 
 After a visual-token exit the layers hold different numbers of rows, so nothing here assumes one length
 per sequence. A layer takes pages when the prompt reaches it and not before. Whoever will need pages claims them first:
-claims never exceed the pool, so a sequence within its claim always gets its pages.
+claims never exceed the pool, so a sequence within its claim always gets its pages. Sequences that begin alike read the
+same pages (`SharedPages`), which are full, and which nobody writes any more.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -41,7 +42,10 @@ class PagePool:
         self.allocator = ops.PageAllocator(n_pages)
         self.n_pages = self.spare = n_pages
         self.claimed = 0  # pages that somebody holds or may still take
-        self._lock = threading.RLock()  # of `claimed`: a cache that nobody closed gives up when it is collected
+        self.idle = 0  # further ones, shared pages that no sequence reads
+        self.reclaim: Callable[[int], object] = lambda pages: None  # makes idle ones leave: so many at least
+        self.released: Callable[[], object] = lambda: None  # called when sequences left
+        self.lock = threading.RLock()  # of both: a cache that nobody closed gives up when it is collected
 
     def pages(self, rows: int) -> int:
         """Pages that so many rows fill in one layer."""
@@ -49,28 +53,81 @@ class PagePool:
 
     def claim(self, n: int) -> None:
         """Make sure of n more pages (fewer, if negative). Raises CacheError when they are not to be had."""
-        with self._lock:
+        with self.lock:
             if n > self.claimable:
                 free = f"{n} pages asked, {self.claimable} not spoken for"
                 raise CacheError(f"the K/V pool is out of pages: {free}; raise kv_memory, max_batch or max_len")
+            short = n + self.idle - self.claimable
+            if short > 0:
+                self.reclaim(short)
             self.claimed += n
 
-    def recount(self, held: Sequence[int], claimed: int) -> None:
-        """These pages are held, so many are claimed, and all others are free."""
+    def recount(self, held: Sequence[int], claimed: int, idle: int) -> None:
+        """These pages are held, so many of them idle, so many are claimed, and all others are free."""
         allocator = ops.PageAllocator(self.n_pages)
         allocator.free(sorted(set(allocator.alloc(self.n_pages)) - set(held)))
-        with self._lock:
-            self.allocator, self.claimed = allocator, claimed
+        with self.lock:
+            self.allocator, self.claimed, self.idle = allocator, claimed, idle
 
     @property
     def claimable(self) -> int:
-        """Pages that nobody has claimed."""
+        """Pages that nobody has claimed, or that leave when somebody does."""
         return self.n_pages - self.claimed
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the pages that sequences hold now."""
-        return self.allocator.used_count * self.page_bytes
+        """Bytes of the pages that are read now: by sequences, each once."""
+        return (self.allocator.used_count - self.idle) * self.page_bytes
+
+
+class SharedPages:
+    """Full pages that several sequences begin with, in each layer; `numbers[l]`, in order, are claimed by this object.
+
+    They stay until nobody reads them and whoever keeps them has given them up (`discard`).
+    """
+
+    def __init__(self, pool: PagePool):
+        self._pool, self.numbers = pool, [list[int]() for _ in range(pool.num_layers)]
+        self.users, self.kept = 0, True
+
+    @property
+    def count(self) -> int:
+        """Pages over all layers."""
+        return sum(map(len, self.numbers))
+
+    def acquire(self) -> None:
+        """One more sequence reads them, or will."""
+        with self._pool.lock:
+            self.users += 1
+            if self.users == 1:
+                self._wake(self.count)
+
+    def release(self) -> None:
+        """One fewer."""
+        with self._pool.lock:
+            self.users -= 1
+            if self.users == 0:
+                self._wake(-self.count)
+            self._leave()
+
+    def discard(self) -> None:
+        """Nobody else will begin with them: they leave now, or with the last that reads them."""
+        with self._pool.lock:
+            self.kept = False
+            self._leave()
+
+    def _leave(self) -> None:
+        if self.users or self.kept:
+            return
+        pages = [page for numbers in self.numbers for page in numbers]
+        self.numbers = [[] for _ in self.numbers]
+        self._pool.allocator.free(pages)
+        self._pool.idle -= len(pages)
+
+    def _wake(self, pages: int) -> None:
+        """So many are no longer idle but claimed."""
+        self._pool.idle -= pages
+        self._pool.claimed += pages
 
 
 class KVCache:
@@ -88,12 +145,14 @@ class KVCache:
         layers, device = pool.num_layers, pool.k.device
         self._host_table = np.full((layers, slots, pool.pages(max_len)), pool.spare, dtype=np.int32)
         self._held = np.zeros((layers, slots), dtype=np.int64)  # pages
+        self._shared = np.zeros((layers, slots), dtype=np.int64)  # the first of these, which are not its own
         self.host_lens = np.zeros((layers, slots), dtype=np.int64)
         self.block_table = torch.full(self._host_table.shape, pool.spare, dtype=torch.int32, device=device)
         self.lens = torch.zeros(layers, slots, dtype=torch.int32, device=device)
         self.positions = torch.zeros_like(self.lens)
         self.claims = [0] * count
-        self._given_up: set[int] = set()
+        self.leases: list[SharedPages | None] = [None] * count  # what their first pages are of
+        self.given_up: set[int] = set()
 
     @property
     def slots(self) -> int:
@@ -108,13 +167,42 @@ class KVCache:
         self.pool.claim(pages - self.claims[sequence])
         self.claims[sequence] = pages
 
+    def lease(self, sequence: int, shared: SharedPages) -> None:
+        """The sequence begins with what is in these pages (`share`), until it leaves."""
+        shared.acquire()
+        self.leases[sequence] = shared
+
+    def share(self, layers: range, sequence: int, pages: np.ndarray) -> None:
+        """It has no page in these layers; its first ones are somebody else's: int [layers, n]."""
+        n = pages.shape[1]
+        if n == 0 or sequence in self.given_up:
+            return
+        place = slice(layers.start, layers.stop), sequence
+        self._host_table[place][:, :n] = pages
+        self._held[place] = self._shared[place] = n
+        pages = torch.from_numpy(np.ascontiguousarray(pages, dtype=np.int32))
+        self.block_table[place][:, :n].copy_(to_device(pages, self.lens.device, torch.int32))
+
+    def donate(self, layer: int, sequence: int, n: int) -> None:
+        """Its first n pages of this layer, which are full, belong to its lease from here on."""
+        lease, shared = self.leases[sequence], int(self._shared[layer, sequence])
+        if lease is None or n <= shared:
+            return
+        lease.numbers[layer] += self._host_table[layer, sequence, shared:n].tolist()
+        self._shared[layer, sequence] = n
+        self.claims[sequence] -= n - shared
+
+    def pages_of(self, layers: range, sequence: int, first: int, end: int) -> np.ndarray:
+        """int32 [layers, end - first], numbers of its pages from `first` on."""
+        return self._host_table[layers.start : layers.stop, sequence, first:end]
+
     def reserve(self, layers: range, rows: Sequence[int]) -> None:
         """Take pages so that sequence b of these layers can hold `rows[b]` rows; one small copy to the device.
 
         Raises:
             CacheError: beyond what was claimed, and the pool is out of pages.
         """
-        wanted = np.array([0 if b in self._given_up else self.pool.pages(n) for b, n in enumerate(rows)])
+        wanted = np.array([0 if b in self.given_up else self.pool.pages(n) for b, n in enumerate(rows)])
         missing = np.zeros_like(self._held)
         missing[layers.start : layers.stop, : len(rows)] = wanted - self._held[layers.start : layers.stop, : len(rows)]
         self._take(missing.clip(0))
@@ -163,46 +251,60 @@ class KVCache:
         ops.kv_compact_(self.pool.k, self.pool.v, self.block_table[:layers], self.lens[:layers], keep, keep_cu)
         self.host_lens[:layers] = kept
         for b, n in enumerate(kept):
-            self._free(b, layers, 0 if b in self._given_up else self.pool.pages(n))
+            self._free(b, layers, 0 if b in self.given_up else self.pool.pages(n))
 
     def _free(self, sequence: int, layers: int, keep: int = 0) -> None:
         """The first `layers` give back all but `keep` pages of the sequence."""
-        held, pages = self._held[:layers, sequence], self._host_table[:layers, sequence]
+        held, shared = self._held[:layers, sequence], self._shared[:layers, sequence]
+        pages = self._host_table[:layers, sequence]
         places = np.arange(pages.shape[1])
-        self.pool.allocator.free(pages[(places >= keep) & (places < held[:, None])].tolist())
+        own = (places >= np.maximum(shared, keep)[:, None]) & (places < held[:, None])
+        self.pool.allocator.free(pages[own].tolist())
         np.minimum(held, keep, out=held)
+        np.minimum(shared, keep, out=shared)
+
+    def _leave(self, sequence: int) -> None:
+        """It gives back all it has."""
+        self._free(sequence, len(self._held))
+        self.claim(sequence, 0)
+        lease, self.leases[sequence] = self.leases[sequence], None
+        if lease is not None:
+            lease.release()
 
     def give_up(self, sequence: int) -> None:
         """Free a sequence of a prefill that is under way: its rows are still computed, into the spare page."""
-        self._free(sequence, len(self._held))
-        self.claim(sequence, 0)
-        self._given_up.add(sequence)
+        self._leave(sequence)
+        self.given_up.add(sequence)
         self._host_table[:, sequence] = self.pool.spare
         self.block_table[:, sequence].fill_(self.pool.spare)
 
     def join(self, other: KVCache) -> None:
         """Take over the sequences of `other`, which is empty afterwards. There must be slots for them."""
         new, theirs = slice(self.count, self.count + other.count), slice(other.count)
-        for name in ("_host_table", "_held", "host_lens"):
+        for name in ("_host_table", "_held", "_shared", "host_lens"):
             getattr(self, name)[:, new] = getattr(other, name)[:, theirs]
         for name in ("block_table", "lens", "positions"):
             getattr(self, name)[:, new].copy_(getattr(other, name)[:, theirs])
         self.claims += other.claims
+        self.leases += other.leases
         self.count = new.stop
-        other.claims, other.count = [], 0
-        other._held[:] = 0
+        other.claims, other.leases, other.count = [], [], 0
+        other._held[:] = other._shared[:] = 0
 
     def select(self, keep: Sequence[int]) -> None:
         """Continue with the sequences listed, each once, in that order; the others give their pages back."""
-        for b in set(range(self.count)) - set(keep):
-            self._free(b, len(self._held))
-            self.claim(b, 0)
+        left = set(range(self.count)) - set(keep)
+        for b in left:
+            self._leave(b)
+        if left:
+            self.pool.released()
         before, order = self.count, list(keep)
         self.count = now = len(order)
         self.claims = [self.claims[b] for b in order]
-        self._given_up = {new for new, b in enumerate(order) if b in self._given_up}
+        self.leases = [self.leases[b] for b in order]
+        self.given_up = {new for new, b in enumerate(order) if b in self.given_up}
         index = to_device(order, self.lens.device, torch.int64)
-        for name, empty in (("_host_table", self.pool.spare), ("_held", 0), ("host_lens", 0)):
+        for name, empty in (("_host_table", self.pool.spare), ("_held", 0), ("_shared", 0), ("host_lens", 0)):
             state = getattr(self, name)
             state[:, :now] = state[:, order]
             state[:, now:before] = empty
@@ -218,24 +320,28 @@ class KVCache:
         return int(self.host_lens.max(initial=0))
 
     def held(self, sequence: int) -> int:
-        """Pages that one sequence holds over all layers."""
-        return int(self._held[:, sequence].sum())
+        """Pages of its own that one sequence holds over all layers."""
+        return int(self._held[:, sequence].sum()) - self.shared(sequence)
+
+    def shared(self, sequence: int) -> int:
+        """Pages over all layers that it reads and others may read."""
+        return int(self._shared[:, sequence].sum())
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the pages these sequences hold."""
-        return int(self._held.sum()) * self.pool.page_bytes
+        """Bytes of the pages that are these sequences' own."""
+        return int((self._held - self._shared).sum()) * self.pool.page_bytes
 
     def bytes_of(self, sequence: int) -> int:
-        """Bytes of the pages one sequence holds over all layers."""
-        return self.held(sequence) * self.pool.page_bytes
+        """Bytes of the pages one sequence reads over all layers, its own and shared ones."""
+        return int(self._held[:, sequence].sum()) * self.pool.page_bytes
 
     def pages_held(self) -> list[int]:
-        """Their numbers, each as often as it is held."""
+        """The numbers of those that are their own, each as often as it is held."""
         if not self._held.any():
             return []
-        held = np.arange(self._host_table.shape[2]) < self._held[..., None]
-        return self._host_table[held].tolist()
+        places = np.arange(self._host_table.shape[2])
+        return self._host_table[(places >= self._shared[..., None]) & (places < self._held[..., None])].tolist()
 
     def close(self) -> None:
         """Give every page back."""
@@ -243,11 +349,13 @@ class KVCache:
 
     def forget(self) -> None:
         """Be empty without giving anything back: `PagePool.recount` follows."""
-        self.count, self.claims = 0, []
-        self._given_up.clear()
-        self._held[:] = 0
+        for lease in self.leases:
+            if lease is not None:
+                lease.users -= 1
+        self.count, self.claims, self.leases = 0, [], []
+        self.given_up.clear()
+        self._held[:] = self._shared[:] = 0
 
     def __del__(self) -> None:
-        for b in range(len(getattr(self, "claims", ()))):
-            self._free(b, len(self._held))
-            self.claim(b, 0)
+        for b in range(len(getattr(self, "leases", ()))):
+            self._leave(b)

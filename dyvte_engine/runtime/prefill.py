@@ -85,6 +85,17 @@ class Prefill:
         self._x = decoder.enter(self._hidden)
         self.workspace = decoder.workspace(len(self._hidden))
 
+    def resume(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor) -> None:
+        """Begin as if all rows had passed the layers up to this one: the cache has them, `hidden` [N, d] left it.
+
+        q [N, Hq, D] and k [N, Hkv, D] are the layer's, rotated.
+        """
+        self.next = self._reserved = layer + 1
+        self._seen = [self.rows] * (layer + 1)
+        self._hidden, self._x = hidden, self.decoder.reenter(layer + 1, hidden)
+        if self._asked(layer):
+            self._decide(layer, q, k)
+
     @property
     def done(self) -> bool:
         return self.next == self._layers

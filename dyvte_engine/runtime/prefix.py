@@ -1,30 +1,44 @@
 """Prefixes of prompts, up to the last visual token, each as deep as somebody has needed (docs/again.md).
 
 Visual tokens come before the question, so what they are in layer k does not depend on it, nor on the exit: an exit only
-says how deep they are computed. Entries have memory of their own, apart from the K/V pool.
+says how deep they are computed. Their K and V are pages of the pool, which those who ask again read.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..policies import DynamicExit, FixedExit, KeepAll, VisualTokenPolicy
+from ..policies import Composed, DynamicExit, FixedExit, VisualTokenPolicy
+from .kv_cache import PagePool, SharedPages
 
 HEAD, REST = 0, 1
 """The parts of a prefix: its text before the first visual token, which no exit touches, and all that follows."""
 
 
-def shares(policy: VisualTokenPolicy) -> bool:
-    """Whether visual tokens are the same under it as without it until all of a sequence leave at once."""
-    if type(policy) is DynamicExit:
-        return policy.keep == 0
-    return type(policy) is KeepAll or (type(policy) is FixedExit and policy.layer >= 0)
+def acts_after(policy: VisualTokenPolicy, layers: int) -> int | None:
+    """Up to this layer visual tokens are the same under the policy as without it; -1: before the first.
+
+    None: until all of a sequence leave at once, by a decision that reads no more of them than their pooled states.
+    """
+    together = type(policy) is DynamicExit and policy.keep == 0 or type(policy) is FixedExit and policy.layer >= 0
+    if isinstance(policy, Composed):
+        together = all(acts_after(part, layers) is None for part in policy.parts)
+    return None if together else min(policy.layers(layers) - {layers - 1}, default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """All rows of a prefix behind a layer, for a policy that looks at them: [n, d], and the queries [n, Hq, D] there."""
+
+    hidden: Tensor
+    queries: Tensor
 
 
 class Prefix:
@@ -32,49 +46,54 @@ class Prefix:
 
     Attributes:
         visual, between: int64, the numbers of its visual and its text rows among those of the second part.
+        ends: of each part, the rows up to its end.
         depth: of each part, the last layer it has passed; -1 before the first.
         hidden: of each part the residual stream [rows, d] after that layer; None before the first and after the last.
-        kv: K and V [m, Hkv, D] in each layer, m the rows of the parts that have passed it; None where none has.
+        pages: of K and V, those that are full. tails: [2, L, m, Hkv, D], K and V of the rows behind them, for the
+            first part and for both; valid in the layers that have been passed.
         texts: [rows, d], the residual stream of `between` after each layer that the second part has passed.
         pooled: [2, d] there, two rows that have the mean and the last row of its visual rows.
+        marks: by layers.
     """
 
-    def __init__(self, visual: Tensor, layers: int, device: torch.device):
+    def __init__(self, visual: Tensor, pool: PagePool):
         """visual: bool [n], on the host, its last true."""
-        first = int(visual.nonzero()[0])
-        self.sizes = first, len(visual) - first
+        first, device = int(visual.nonzero()[0]), pool.k.device
+        self.ends = first, len(visual)
         self.visual, self.between = (mask.nonzero()[:, 0].to(device) for mask in (visual[first:], ~visual[first:]))
-        self.depth = [-1, -1] if first else [layers - 1, -1]
+        self.depth = [-1, -1] if first else [pool.num_layers - 1, -1]
         self.hidden: list[Tensor | None] = [None, None]
-        self.kv: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.pages, self._page = SharedPages(pool), pool.page_size
+        self.tails = [
+            pool.k.new_empty(2, pool.num_layers, end % pool.page_size, *pool.k.shape[2:]) for end in self.ends
+        ]
         self.texts: list[Tensor] = []
         self.pooled: list[Tensor] = []
-        self.users = self.counted = 0  # who uses it, and its bytes as the store counts them
+        self.marks: dict[int, Mark] = {}
+        self.counted = 0  # its bytes as the store counts them
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return self.ends[REST]
 
-    @property
-    def nbytes(self) -> int:
-        tensors = [t for pair in self.kv if pair is not None for t in pair]
-        tensors += [t for t in self.hidden if t is not None]
-        return sum(t.nbytes for t in (*tensors, *self.texts, *self.pooled))
+    def nbytes(self, page_bytes: int) -> int:
+        tensors = [*self.tails, *self.texts, *self.pooled, *(t for t in self.hidden if t is not None)]
+        tensors += [t for mark in self.marks.values() for t in (mark.hidden, mark.queries)]
+        return self.pages.count * page_bytes + sum(t.nbytes for t in tensors)
 
-    def keys_values(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
-        """[rows, Hkv, D] each, of its first rows."""
-        pair = self.kv[layer]
-        assert pair is not None and len(pair[0]) >= rows
-        return pair[0][:rows], pair[1][:rows]
+    def known(self, part: int, layer: int) -> int:
+        """How many of the rows up to the end of this part have K and V in the layer."""
+        if self.depth[HEAD] < layer:
+            return 0
+        return self.ends[REST if part == REST and self.depth[REST] >= layer else HEAD]
 
-    def append(self, layer: int, known: int, k: Tensor, v: Tensor) -> None:
-        """Copy K and V [n, Hkv, D] of this layer, of the rows behind the first `known`."""
-        if len(k) == 0:
-            return
-        if known == 0:
-            self.kv[layer] = k.clone(), v.clone()
-        else:
-            before_k, before_v = self.keys_values(layer, known)
-            self.kv[layer] = torch.cat((before_k, k)), torch.cat((before_v, v))
+    def full_pages(self, layers: range, rows: int) -> np.ndarray:
+        """int [layers, n], those of its first rows."""
+        n = rows // self._page
+        return np.array([self.pages.numbers[layer][:n] for layer in layers], dtype=np.int32).reshape(len(layers), n)
+
+    def marked(self, layer: int) -> bool:
+        """Whether it has a mark there, or is going to have one when it has been computed so far."""
+        return layer in self.marks or all(depth < layer for depth, n in zip(self.depth, self.ends, strict=True) if n)
 
     def passed(self, layer: int, part: int, hidden: Tensor) -> None:
         """A part has passed this layer; hidden [rows, d] leaves it, and is read, not kept."""
@@ -90,56 +109,77 @@ class Prefix:
 class PrefixStore:
     """Prefixes by what they hold, at most `budget` bytes of them apart from those in use; the latest used stay.
 
-    The caller holds the device's lock.
+    A prefix is in use while a sequence reads its pages (`KVCache.lease`). The caller holds the device's lock.
     """
 
-    def __init__(self, budget: int):
-        self.budget = budget
-        self.bytes_held = 0  # of what was given back at least once, as it was then
+    def __init__(self, budget: int, pool: PagePool):
+        self.budget, self._pool = budget, pool
+        self.bytes_held = 0
+        self.busy: dict[Prefix, None] = {}  # those that are being changed, and may be half done
         self._entries: OrderedDict[Hashable, Prefix] = OrderedDict()
+        pool.reclaim, pool.released = self._make_room, self.trim
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def take(self, key: Hashable, visual: Tensor, layers: int, device: torch.device) -> Prefix:
-        """The prefix of this key, or a new one, for somebody who gives it back."""
-        if key not in self._entries:
-            self._entries[key] = Prefix(visual, layers, device)
-        self._entries.move_to_end(key)
-        prefix = self._entries[key]
-        prefix.users += 1
+    def find(self, key: bytes, visual: Tensor, stop: int | None) -> Prefix:
+        """The prefix of this key, or a new one.
+
+        stop: a layer where somebody wants a mark; one that has gone further without is left to others.
+        """
+        for name in (key, (key, stop)):
+            prefix = self._entries.setdefault(name, Prefix(visual, self._pool))
+            self._entries.move_to_end(name)
+            if stop is None or prefix.marked(stop):
+                break
         return prefix
 
-    def give_back(self, prefixes: Iterable[Prefix], whole: bool) -> None:
-        """They are not used any more by who took them. Not `whole`: a layer failed half-way, so they are forgotten."""
-        for prefix in prefixes:
-            prefix.users -= 1
-            if whole:
-                self.bytes_held += prefix.nbytes - prefix.counted
-                prefix.counted = prefix.nbytes
-            else:
-                self._drop([key for key, entry in self._entries.items() if entry is prefix])
+    def settle(self, prefixes: Sequence[Prefix], whole: bool) -> None:
+        """They were changed (see `busy`). Not `whole`: a layer failed half-way, so nobody finds them again."""
+        for prefix in dict.fromkeys(prefixes):
+            self.busy.pop(prefix, None)
+            if not whole:
+                self.forget(prefix)
+            elif prefix.pages.kept:
+                self.bytes_held -= prefix.counted
+                prefix.counted = prefix.nbytes(self._pool.page_bytes)
+                self.bytes_held += prefix.counted
+        self.trim()
+
+    def trim(self) -> None:
+        """As many leave as are too much: the least recently used, and none in use."""
         if self.bytes_held > self.budget:
-            self._drop(self._too_much())
+            self._drop_idle(lambda: self.bytes_held <= self.budget)
+
+    def forget(self, *prefixes: Prefix) -> None:
+        """Nobody finds these again."""
+        for key in [k for k, p in self._entries.items() if p in prefixes]:
+            self._drop(key)
 
     def clear(self) -> None:
-        """Forget all that nobody uses."""
-        self._drop([key for key, prefix in self._entries.items() if not prefix.users])
+        """Nobody finds any of these again; those in use leave with whoever uses them."""
+        self.forget(*self._entries.values())
 
-    def _too_much(self) -> list[Hashable]:
-        """The least recently used that must leave; never one in use."""
-        out, over = list[Hashable](), self.bytes_held - self.budget
-        for key, prefix in self._entries.items():
-            if over <= 0:
+    @property
+    def pages(self) -> list[SharedPages]:
+        """Of all of them."""
+        return [prefix.pages for prefix in self._entries.values()]
+
+    def _make_room(self, pages: int) -> None:
+        """So many pages at least leave, of those that nobody uses."""
+        idle = self._pool.idle - pages
+        self._drop_idle(lambda: self._pool.idle <= idle)
+
+    def _drop_idle(self, enough: Callable[[], bool]) -> None:
+        for key in [k for k, p in self._entries.items() if not p.pages.users]:
+            if enough():
                 break
-            if not prefix.users:
-                out.append(key)
-                over -= prefix.counted
-        return out
+            self._drop(key)
 
-    def _drop(self, keys: list[Hashable]) -> None:
-        for key in keys:
-            self.bytes_held -= self._entries.pop(key).counted
+    def _drop(self, key: Hashable) -> None:
+        prefix = self._entries.pop(key)
+        self.bytes_held -= prefix.counted
+        prefix.pages.discard()
 
 
 def key_of(ids: Sequence[int], pictures: bytes) -> bytes:

@@ -22,9 +22,9 @@ from ..models.tower_graphs import MOST
 from ..policies import VisualTokenPolicy
 from .decode import DecodeGraphs
 from .kv_cache import KVCache, PagePool
-from .picture_cache import PictureCache
+from .picture_cache import PictureCache, digest_of
 from .prefill import Prefill, Watch
-from .prefix import Prefix, PrefixStore, key_of, shares
+from .prefix import Prefix, PrefixStore, acts_after, key_of
 from .running import Running
 from .shared_prefill import SharedPrefill
 from .text_graphs import BUCKETS, TextGraphs
@@ -37,7 +37,6 @@ class Runner:
         self.model, self.config, self.lock = model, config, DeviceLock(config.device)
         self.max_len = model.decoder.max_len
         self.pictures = PictureCache(model, int(config.picture_cache), digests=int(config.prefix_cache) > 0)
-        self.prefixes = PrefixStore(int(config.prefix_cache))
         with self.lock:
             self._set_up(config)
 
@@ -47,6 +46,7 @@ class Runner:
             config.attn_backend, config.device, config.dtype, shape.head_dim
         )
         self.pool = PagePool(shape, self._n_pages(), config.page_size, config.dtype, config.device)
+        self.prefixes = PrefixStore(int(config.prefix_cache), self.pool)
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self.graphs: DecodeGraphs | None = None
         self.text_graphs: TextGraphs | None = None
@@ -63,9 +63,9 @@ class Runner:
     def _n_pages(self) -> int:
         shape, config = self.model.shape, self.config
         one = shape.num_layers * -(-self.max_len // config.page_size)  # a sequence of max_len
-        if config.kv_memory is None:
-            return config.max_batch * one
         page_bytes = config.page_size * shape.kv_bytes_per_row * config.dtype.itemsize
+        if config.kv_memory is None:
+            return config.max_batch * one + int(config.prefix_cache) // page_bytes
         if config.kv_memory < one * page_bytes:
             needed = f"one sequence of max_len {self.max_len} needs {one * page_bytes}"
             raise CacheError(f"kv_memory is {config.kv_memory} bytes; {needed}")
@@ -105,7 +105,7 @@ class Runner:
             return "off"
         if self.config.drop_early_kv:
             return "drop_early_kv"
-        return None if shares(policy) else "policy"
+        return "policy" if acts_after(policy, self.pool.num_layers) == -1 else None
 
     def shared_prefill(
         self,
@@ -116,14 +116,20 @@ class Runner:
         pictures: Sequence[bytes],
     ) -> SharedPrefill:
         """As `prefill`, where nothing speaks against it (`unshared`); each prompt's ids and its pictures' digest."""
-        decoder, rows = self.model.decoder, _rows(prompts, self.model.decoder.cos_sin)
-        embeds, prefixes = torch.cat([p.inputs_embeds for p in prompts]), list[Prefix | None]()
+        decoder, stop = self.model.decoder, acts_after(policy, self.pool.num_layers)
+        prompts = reduce_pictures(policy, prompts)
+        rows, prefixes = _rows(prompts, decoder.cos_sin), list[Prefix | None]()
         for prompt, own, seen, tail in zip(prompts, ids, pictures, rows.n_tail, strict=True):
-            end = len(own) - tail
+            end = len(prompt.visual) - tail
+            if policy.acts_in_tower or policy.acts_before_decoder:  # what it made of the pictures says it all
+                own, seen = (), _digest(prompt, end)
             visual, key = prompt.visual[:end], key_of(own[:end], seen)
-            layers, device = self.pool.num_layers, self.config.device
-            prefixes.append(self.prefixes.take(key, visual, layers, device) if end else None)
-        return SharedPrefill(decoder, self._attention, cache, embeds, rows, policy, prefixes, self.prefixes)
+            prefixes.append(self.prefixes.find(key, visual, stop) if end else None)
+        embeds = torch.cat([p.inputs_embeds for p in prompts])
+        plain = partial(Prefill, decoder, self._attention, cache, embeds, rows, policy, graphs=self.text_graphs)
+        return SharedPrefill(
+            decoder, self._attention, cache, embeds, rows, policy, prefixes, self.prefixes, stop, plain
+        )
 
     @torch.inference_mode()
     def run(
@@ -154,28 +160,40 @@ class Runner:
         """What these hold is free, even if they were left half changed; they are empty from here on."""
         for cache in caches:
             cache.forget()
-        self.pool.recount(
-            [page for cache in list(self._caches) for page in cache.pages_held()],
-            sum(sum(cache.claims) for cache in list(self._caches)),
-        )
+        self.prefixes.forget(*self.prefixes.busy)
+        self.prefixes.busy.clear()
+        held, claims, idle = self._held()
+        self.pool.recount(held, claims, idle)
+
+    def _held(self) -> tuple[list[int], int, int]:
+        """By caches and prefixes: pages, each as often as it is held, how many are claimed, and how many are idle."""
+        caches = list(self._caches)
+        shared = {*self.prefixes.pages, *(lease for cache in caches for lease in cache.leases if lease is not None)}
+        held = [page for cache in caches for page in cache.pages_held()]
+        held += [page for pages in shared for numbers in pages.numbers for page in numbers]
+        claims = sum(sum(cache.claims) for cache in caches) + sum(pages.count for pages in shared if pages.users)
+        return held, claims, sum(pages.count for pages in shared if not pages.users)
 
     def nobody(self, slots: int) -> Running:
         """A batch that prefilled sequences can join: so many slots, all empty."""
         return Running(self.model.decoder, self.cache(slots, 0), None, self.graphs, self.lock)
 
     def check_integrity(self, promised: int = 0) -> None:
-        """Every page is free or held once, and all claims add up; `promised` are those of prompts without a cache yet.
+        """Every page is free, or held once by a sequence or by what several share, and all claims add up.
+
+        promised: pages of prompts without a cache yet.
 
         Raises:
             CacheError: they do not, which is a bug here.
         """
-        caches = list(self._caches)
-        held = [page for cache in caches for page in cache.pages_held()]
-        claims = promised + sum(sum(cache.claims) for cache in caches)
-        if len(set(held)) < len(held) or len(held) != self.pool.allocator.used_count or claims != self.pool.claimed:
-            found = f"{len(held)} pages held ({len(set(held))} different), {claims} claimed"
-            counted = f"{self.pool.allocator.used_count} in use, {self.pool.claimed} claimed"
-            raise CacheError(f"the K/V pool does not add up: caches have {found}; the pool counts {counted}")
+        held, claims, idle = self._held()
+        found = len(held), len(set(held)), claims + promised, idle
+        counted = self.pool.allocator.used_count, self.pool.allocator.used_count, self.pool.claimed, self.pool.idle
+        if found != counted:
+            raise CacheError(
+                "the K/V pool does not add up: pages held, different ones, claimed and idle are "
+                f"{found}; the pool counts {counted}"
+            )
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
@@ -213,3 +231,10 @@ def _rows(prompts: Sequence[PreparedPrompt], cos_sin: torch.Tensor) -> Rows:
         for k in range(max(len(p.additions) for p in prompts))
     ]
     return Rows.from_sequences([p.visual for p in prompts], [p.positions for p in prompts], rotations, additions)
+
+
+def _digest(prompt: PreparedPrompt, end: int) -> bytes:
+    """Of the first rows as they enter the decoder."""
+    entering = dict(rows=prompt.inputs_embeds, visual=prompt.visual, positions=prompt.positions)
+    entering |= {} if prompt.rotations is None else {"rotations": prompt.rotations}
+    return digest_of({name: tensor[:end].cpu() for name, tensor in entering.items()})

@@ -128,7 +128,7 @@ class _Group:
             s = self.sequences[b]
             s.prefilled(self._runner.model.decoder, cache, done, b, self._runner.unshared(s.policy))
             rows = cache.host_lens[:, b] + s.max_new_tokens - 1
-            cache.claim(b, sum(map(pool.pages, rows.tolist())))
+            cache.claim(b, sum(map(pool.pages, rows.tolist())) - cache.shared(b))
         hidden = done.hidden
         if len(left) < len(self.sequences):
             cache.select(left)

@@ -190,17 +190,23 @@ def test_bytes_are_bounded_and_what_left_comes_again():
 
 
 def test_one_in_use_does_not_leave():
-    store = PrefixStore(0)
-    visual = torch.tensor([False, True])
-    a, b = (store.take(key, visual, 2, torch.device("cpu")) for key in "ab")
-    assert store.take("a", visual, 2, torch.device("cpu")) is a
-    for prefix in (a, b):
-        for known in (0, 1):
-            prefix.append(0, known, *torch.ones(2, 1, 1, 4))
-    store.give_back([a, b], whole=True)
-    assert len(store) == 1 and store.bytes_held == a.nbytes > 0
-    store.give_back([a], whole=True)
-    assert len(store) == 0 and store.bytes_held == 0
+    """What a sequence reads stays until it ends, found or not; then the store keeps to its budget."""
+    engine, _ = build(max_len=192, page_size=4, prefix_cache=1)
+    pool, store = engine.pool, engine.runner.prefixes
+    handle = begin(engine, "w1 <image> w2", PICTURES[:1], 40)
+    for _ in range(5):
+        engine._scheduler.step()
+    (prefix,) = store._entries.values()
+    shared = prefix.pages.count
+    assert prefix.pages.users == 1 and shared == LAYERS * (1 + ROWS) // 4 and pool.idle == 0
+    store.trim()
+    assert len(store) == 1
+    engine.forget()
+    assert len(store) == store.bytes_held == 0 and not prefix.pages.kept and prefix.pages.count == shared
+    engine.runner.check_integrity()
+    handle.cancel()
+    assert prefix.pages.count == pool.claimed == pool.idle == pool.allocator.used_count == 0
+    engine.check_integrity()
 
 
 def test_what_cannot_share_says_so():
@@ -213,7 +219,7 @@ def test_what_cannot_share_says_so():
             say[name, type(policy).__name__] = stats.prefix
             assert stats.prefix_frontier is None or name == ""
     assert {reason for (name, _), reason in say.items() if name} == {"off", "drop_early_kv"}
-    assert [say["", p] for p in ("KeepAll", "FastV", "FixedExit", "DynamicExit")] == ["miss", *["policy"] * 3]
+    assert [say["", p] for p in ("KeepAll", "FastV", "FixedExit", "DynamicExit")] == ["miss", "miss", "policy", "miss"]
     stats = engine.generate("w1 w2", chat=False, max_new_tokens=2).stats
     assert stats.prefix == "no picture" and stats.prefix_frontier is None
 
@@ -246,7 +252,7 @@ def test_a_layer_that_fails_half_way_leaves_no_broken_prefix(monkeypatch):
         ask(engine, 2, 1, "keep-all")
     monkeypatch.undo()
     engine.check_integrity()
-    assert len(engine.runner.prefixes) == 0 and engine.pool.claimed == 0
+    assert len(engine.runner.prefixes) == engine.pool.claimed == engine.pool.idle == 0
     assert ask(engine, 2, 1, "keep-all").prefix == "miss"
 
 

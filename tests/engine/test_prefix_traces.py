@@ -7,6 +7,7 @@ import functools
 import os
 import random
 import threading
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dyvte_engine import FastV, Request, RequestCancelledError, ToMe
-from dyvte_engine.runtime.shared_prefill import SharedPrefill
 from tests.engine.conftest import build
 from tests.engine.test_prefix import BEGINNINGS, QUESTIONS, policies
 
@@ -90,11 +90,18 @@ class Traces(RuleBasedStateMachine):
         with self.engine.runner.lock:
             group = self.scheduler._group
             self.engine.runner.check_integrity(sum(group.promised) if group else 0)
-            entries = list(self.prefixes._entries.values())
-            shared = group is not None and isinstance(group._prefill, SharedPrefill)
-            in_use = [p for p in group._prefill._prefixes if p is not None] if shared else []
-            assert sum(p.users for p in entries) == len(in_use) and all(p in entries for p in in_use)
-            assert in_use or self.prefixes.bytes_held <= BUDGET
+            caches = list(self.engine.runner._caches)
+            leases = Counter(lease for cache in caches for lease in cache.leases if lease is not None)
+            entries = [prefix.pages for prefix in self.prefixes._entries.values()]
+            assert all(pages.users == leases[pages] for pages in (*entries, *leases))
+            assert all(pages.kept == (pages in entries) for pages in (*entries, *leases))
+            assert all(pages.users for pages in entries) or self.prefixes.bytes_held <= BUDGET
+            for cache in caches:
+                for b, lease in enumerate(cache.leases):
+                    for layer, n in enumerate(cache._shared[:, b].tolist()):
+                        assert cache._host_table[layer, b, :n].tolist() == (
+                            [] if lease is None else lease.numbers[layer][:n]
+                        )
 
     def teardown(self):
         while self.scheduler.has_work:
