@@ -424,7 +424,7 @@ class Engine:
         for prompt, own, videos_of in zip(batch, pictures, clips, strict=True):
             check_processed(own, getattr(self.model.processor, "image_processor", None))
             texts.append(render(prompt, len(own), self.model.processor, chat, len(videos_of)))
-        return self.model.tokenize(texts, pictures, clips, video_fps)
+        return self.model.tokenize(texts, pictures, clips, video_fps, self.runner.pictures.processor)
 
     def prepare(
         self, prompts: Any, images: Any, chat: bool = True, policy: VisualTokenPolicy | str | None = None

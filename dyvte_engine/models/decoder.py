@@ -154,7 +154,7 @@ class Decoder:
         return ops.rms_norm(hidden, self.layers[0].input_norm, self.eps)
 
     def reenter(self, layer: int, hidden: Tensor) -> Tensor:
-        """As `enter`, before any layer: rounded as if the pass were not interrupted, where the norm comes with a sum."""
+        """As `enter`, for any layer: rounded as in a pass without a stop, where the norm comes with a sum."""
         if layer == 0:
             return self.enter(hidden)
         return ops.add_rms_norm_(hidden, torch.zeros_like(hidden), self.layers[layer].input_norm, self.eps)

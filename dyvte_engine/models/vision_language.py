@@ -171,25 +171,27 @@ class VisionLanguageModel:
         images: Sequence[Sequence[Any]],
         videos: Sequence[Sequence[Any]] | None = None,
         video_fps: float = 2.0,
+        processor: Any = None,
     ) -> list[TokenizedPrompt]:
         """Run the processor on each text (marks inside) with its PIL pictures and its videos, uint8 [T, H, W, 3].
 
-        All frames are used; `video_fps` of them are a second. Raises InvalidArgumentError where the family takes none.
+        All frames are used; `video_fps` of them are a second. `processor`: one that gives the same as the checkpoint's.
+        Raises InvalidArgumentError where the family takes none.
         """
         videos = [[] for _ in texts] if videos is None else videos
         return [
-            self._tokenize_one(text, pictures, clips, video_fps)
+            self._tokenize_one(text, pictures, clips, video_fps, processor or self.processor)
             for text, pictures, clips in zip(texts, images, videos, strict=True)
         ]
 
     def _tokenize_one(
-        self, text: str, pictures: Sequence[Any], clips: Sequence[Any], video_fps: float
+        self, text: str, pictures: Sequence[Any], clips: Sequence[Any], video_fps: float, processor: Any
     ) -> TokenizedPrompt:
         started = time.perf_counter()
         bos = getattr(self.processor.tokenizer, "bos_token", None)
         arguments = self._video_arguments(pictures, clips, video_fps) if clips else {}
         try:
-            encoded = self.processor(
+            encoded = processor(
                 text=[text],
                 images=[list(pictures)] if pictures else None,
                 return_tensors="pt",

@@ -180,8 +180,8 @@ class KVCache:
         place = slice(layers.start, layers.stop), sequence
         self._host_table[place][:, :n] = pages
         self._held[place] = self._shared[place] = n
-        pages = torch.from_numpy(np.ascontiguousarray(pages, dtype=np.int32))
-        self.block_table[place][:, :n].copy_(to_device(pages, self.lens.device, torch.int32))
+        numbers = torch.from_numpy(np.ascontiguousarray(pages, dtype=np.int32))
+        self.block_table[place][:, :n].copy_(to_device(numbers, self.lens.device, torch.int32))
 
     def donate(self, layer: int, sequence: int, n: int) -> None:
         """Its first n pages of this layer, which are full, belong to its lease from here on."""

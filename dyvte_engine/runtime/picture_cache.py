@@ -1,16 +1,21 @@
 """Pictures that vision tower and projector have seen are kept as the rows they became, for every later request.
 
-A picture is known by what the processor made of it (each tensor's name, shape, dtype and bytes), never by a path.
+A picture is known by what the processor made of it (each tensor's name, shape, dtype and bytes), never by a path. What
+the processor makes of equal pixels is kept too.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
@@ -53,6 +58,10 @@ class PictureCache:
         self._model, self.budget, self._digests = model, budget, digests
         self.bytes_held = 0
         self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()  # [n, d] each
+        self.processor = model.processor
+        if budget and getattr(model.processor, "image_processor", None) is not None:
+            self.processor = copy.copy(model.processor)
+            self.processor.image_processor = _Remembering(model.processor.image_processor, budget // 4)
 
     @torch.inference_mode()
     def prepare(self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy) -> list[Seen]:
@@ -99,6 +108,55 @@ class PictureCache:
         self.bytes_held += rows.nbytes
         while self.bytes_held > self.budget:
             self.bytes_held -= self._rows.popitem(last=False)[1].nbytes
+
+
+class _Remembering:
+    """An image processor that gives again what it made of the same pixels: `budget` bytes of it, the latest used.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, processor: Any, budget: int):
+        self._processor, self._budget, self._bytes = processor, budget, 0
+        self._made: OrderedDict[bytes, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, images: Any, **options: Any) -> Any:
+        pixels = hashlib.sha256(repr(sorted(options.items())).encode())
+        if not _add_pixels(pixels, images):
+            return self._processor(images, **options)
+        key = pixels.digest()
+        with self._lock:
+            if key in self._made:
+                self._made.move_to_end(key)
+                return copy.copy(self._made[key])
+        made = self._processor(images, **options)
+        with self._lock:
+            if key not in self._made and _bytes(made) <= self._budget:
+                self._made[key] = copy.copy(made)
+                self._bytes += _bytes(made)
+            while self._bytes > self._budget:
+                self._bytes -= _bytes(self._made.popitem(last=False)[1])
+        return made
+
+
+def _add_pixels(digest: Any, images: Any) -> bool:
+    """Add what an image processor looks at; False where that is more than RGB pictures in lists."""
+    if isinstance(images, (list, tuple)):
+        digest.update(f"{len(images)} pictures ".encode())
+        return all([_add_pixels(digest, image) for image in images])
+    if not isinstance(images, Image.Image) or images.mode != "RGB":
+        return False
+    digest.update(f"{images.size} ".encode())
+    digest.update(images.tobytes())
+    return True
+
+
+def _bytes(made: Any) -> int:
+    return sum(t.nbytes for t in made.values() if isinstance(t, Tensor))
 
 
 def digest_of(inputs: dict[str, Tensor]) -> bytes:

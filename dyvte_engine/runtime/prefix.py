@@ -27,7 +27,7 @@ def acts_after(policy: VisualTokenPolicy, layers: int) -> int | None:
 
     None: until all of a sequence leave at once, by a decision that reads no more of them than their pooled states.
     """
-    together = type(policy) is DynamicExit and policy.keep == 0 or type(policy) is FixedExit and policy.layer >= 0
+    together = (type(policy) is DynamicExit and policy.keep == 0) or (type(policy) is FixedExit and policy.layer >= 0)
     if isinstance(policy, Composed):
         together = all(acts_after(part, layers) is None for part in policy.parts)
     return None if together else min(policy.layers(layers) - {layers - 1}, default=None)
@@ -35,7 +35,7 @@ def acts_after(policy: VisualTokenPolicy, layers: int) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """All rows of a prefix behind a layer, for a policy that looks at them: [n, d], and the queries [n, Hq, D] there."""
+    """All rows of a prefix behind a layer, [n, d], and their queries there, [n, Hq, D], for policies that look at them."""
 
     hidden: Tensor
     queries: Tensor

@@ -1,8 +1,8 @@
 """The prompt's way through the layers where its beginning has been there before, or will be asked for again.
 
-As `prefill.Prefill`. What a sequence computes itself are the rows behind its prefix; the prefix is computed by the first
-that needs it deeper than it is, in pages that are everybody's afterwards. A policy that looks at single visual tokens
-gets them all behind the first layer that it is asked about, and from there on a plain prefill goes on.
+As `prefill.Prefill`. What a sequence computes itself are the rows behind its prefix; the prefix is computed by the
+first that needs it deeper than it is, in pages that are everybody's afterwards. A policy that looks at single visual
+tokens gets them all behind the first layer that it is asked about, and from there on a plain prefill goes on.
 """
 
 from __future__ import annotations
@@ -376,12 +376,11 @@ class SharedPrefill:
 
     def _state(self, layer: int, shown: list[Tensor], watching: list[bool]) -> LayerState:
         """shown: of each sequence that is watched two visual rows, and of every sequence its own."""
-        hidden, visual, sizes, parts = torch.cat(shown), list[bool](), list[int](), iter(shown)
+        hidden, visual, sizes, parts = torch.cat(shown), list[bool](), list[int](), map(len, shown)
         for watched in watching:
-            rows = [*([2] if watched else []), 0]
-            rows = [len(next(parts)) for _ in rows]
-            visual += [True] * sum(rows[:-1]) + [False] * rows[-1]
-            sizes.append(sum(rows))
+            two, own = next(parts) if watched else 0, next(parts)
+            visual += [True] * two + [False] * own
+            sizes.append(two + own)
         every = torch.arange(len(hidden), device=hidden.device)
         n_visual = [2 * watched for watched in watching]
         rows = Rows(

@@ -6,9 +6,21 @@ import random
 import pytest
 import torch
 
-from dyvte_engine import DynamicExit, FastV, FixedExit, InvalidArgumentError, KeepAll
+from dyvte_engine import (
+    DivPrune,
+    Downsample,
+    DynamicExit,
+    FastV,
+    FixedExit,
+    InvalidArgumentError,
+    KeepAll,
+    PyramidDrop,
+    Random,
+    ToMe,
+    VisionZip,
+    compose,
+)
 from dyvte_engine.kernels import ops
-from dyvte_engine.runtime.prefix import PrefixStore
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
@@ -95,6 +107,50 @@ def test_the_frontier_moves_as_deep_as_somebody_needs(first, second):
         # Text before the pictures has gone through all layers; text between them depends on the exit.
         want = head + visual + between if layer <= known else head
         assert b.rows_reused[layer] == want, layer
+
+
+@functools.cache
+def looking():
+    """Policies that take some visual tokens out, with the layer up to which they share; and what they share with."""
+    own = {
+        "fastv 1": (FastV(1, 0.5), 0),
+        "fastv 3": (FastV(3, 0.4, "all"), 2),
+        "pyramid": (PyramidDrop(), 0),
+        "renumbered": (PyramidDrop((0.75, 0.5, 0.25), renumber=True), 0),
+        "random": (Random(2, 0.5), 1),
+        "best": (DynamicExit(random_heads(0), 0.5, min_layer=1, keep=3), 1),
+        "both": (compose(FastV(2, 0.5), DynamicExit(random_heads(2, STATES), 0.5, min_layer=2)), 1),
+        "pruned": (DivPrune(0.4), None),
+        "coarse": (compose(Downsample(2), FixedExit(1)), None),
+        "merged": (compose(ToMe(0.5), DynamicExit(random_heads(4, STATES), 0.5)), None),
+        "merged, fastv": (compose(ToMe(0.5), FastV(2, 0.5)), 1),
+        "zip": (VisionZip(6, 2), None),
+    }
+    return own | {name: (policy, None) for name, policy in policies().items()}
+
+
+@pytest.mark.parametrize("beginning", [0, 2, 3])
+def test_policies_that_look_share_up_to_the_layer_where_they_do(beginning):
+    engine, _ = build(max_len=192)
+    text, pictures = BEGINNINGS[beginning]
+    names, deepest = [*looking()] * 2, {}
+    random.Random(beginning).shuffle(names)
+    for i, name in enumerate(names):
+        policy, stop = looking()[name]
+        options = dict(chat=False, max_new_tokens=4, policy=policy)
+        given = f"{text} {QUESTIONS[i % len(QUESTIONS)]}"
+        got, want = (e.generate(given, pictures, **options) for e in (engine, fresh()))
+        assert figures(got) == figures(want), name
+        if stop is not None:
+            before, after = got.stats.prefix_frontier
+            assert after >= stop and (name not in deepest or before >= stop)
+            if name in deepest:
+                known = got.stats.tokens_per_layer[0] - len(QUESTIONS[i % len(QUESTIONS)].split())
+                assert got.stats.rows_reused == [known] * (stop + 1) + [0] * (LAYERS - 1 - stop)
+        assert name not in deepest or got.stats.prefix == "hit"
+        deepest[name] = got.stats.prefix_frontier
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
 
 
 def test_questions_asked_together_compute_their_prefix_once():
@@ -198,7 +254,7 @@ def test_one_in_use_does_not_leave():
         engine._scheduler.step()
     (prefix,) = store._entries.values()
     shared = prefix.pages.count
-    assert prefix.pages.users == 1 and shared == LAYERS * (1 + ROWS) // 4 and pool.idle == 0
+    assert prefix.pages.users == 1 and shared == LAYERS * ((1 + ROWS) // 4) and pool.idle == 0
     store.trim()
     assert len(store) == 1
     engine.forget()
@@ -219,7 +275,7 @@ def test_what_cannot_share_says_so():
             say[name, type(policy).__name__] = stats.prefix
             assert stats.prefix_frontier is None or name == ""
     assert {reason for (name, _), reason in say.items() if name} == {"off", "drop_early_kv"}
-    assert [say["", p] for p in ("KeepAll", "FastV", "FixedExit", "DynamicExit")] == ["miss", "miss", "policy", "miss"]
+    assert [say["", p] for p in ("KeepAll", "FastV", "FixedExit", "DynamicExit")] == ["miss", "miss", "policy", "hit"]
     stats = engine.generate("w1 w2", chat=False, max_new_tokens=2).stats
     assert stats.prefix == "no picture" and stats.prefix_frontier is None
 
