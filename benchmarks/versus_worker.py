@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from typing import ClassVar
 
 from PIL import Image
 
@@ -16,13 +17,15 @@ from PIL import Image
 class Dyvte:
     """This project; `option` is the dtype and the policy in its notation."""
 
+    kept: ClassVar = {"picture_cache": 0, "prefix_cache": 0}
+
     def __init__(self, folder, option):
         from dyvte_engine import Engine
         from dyvte_engine.policies import parse
 
         dtype, policy = option.split(" ", 1)
         self.engine = Engine.from_pretrained(
-            folder, dtype=dtype, device="cpu", policy=parse(policy), max_batch=1, picture_cache=0, prefix_cache=0
+            folder, dtype=dtype, device="cpu", policy=parse(policy), max_batch=1, **self.kept
         )
 
     def run(self, picture, text, new_tokens, ends):
@@ -60,7 +63,10 @@ class OpenVino:
 
         self.numpy, self.openvino, self.genai = numpy, openvino, openvino_genai
         settings = {} if option == "default" else {"INFERENCE_PRECISION_HINT": option}
-        self.pipeline = openvino_genai.VLMPipeline(folder, "CPU", **settings)
+        self.pipeline = openvino_genai.VLMPipeline(folder, "CPU", **settings, **self.scheduling())
+
+    def scheduling(self):
+        return {}
 
     def run(self, picture, text, new_tokens, ends):
         config = self.genai.GenerationConfig()
@@ -114,19 +120,24 @@ class LlamaCpp:
 
     def prefill(self, picture, text):
         """The whole prompt into an empty cache."""
+        mtmd, chunks, end = self.mtmd, self.chunks(picture, text), self.llama.llama_pos()
+        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), False)
+        at = (0, 0, self.model.n_batch, True, ctypes.byref(end))
+        self.done(mtmd.mtmd_helper_eval_chunks(self.pictures, self.context, chunks, *at))
+        mtmd.mtmd_input_chunks_free(chunks)
+
+    def chunks(self, picture, text):
+        """The prompt cut at its picture."""
         mtmd, pixels = self.mtmd, picture.tobytes()
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         prompt = self.template.render(messages=chat, add_generation_prompt=True, **self.ends).encode()
         chunks = mtmd.mtmd_input_chunks_init()
         bitmap = mtmd.mtmd_bitmap_init(*picture.size, (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels))
         words = ctypes.byref(mtmd.mtmd_input_text(prompt, len(prompt), False, True))
-        bitmaps, end = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), self.llama.llama_pos()
+        bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
         self.done(mtmd.mtmd_tokenize(self.pictures, chunks, words, bitmaps, 1))
-        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), False)
-        at = (0, 0, self.model.n_batch, True, ctypes.byref(end))
-        self.done(mtmd.mtmd_helper_eval_chunks(self.pictures, self.context, chunks, *at))
-        mtmd.mtmd_input_chunks_free(chunks)
         mtmd.mtmd_bitmap_free(bitmap)
+        return chunks
 
     def done(self, status):
         if status:

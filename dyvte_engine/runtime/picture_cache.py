@@ -147,7 +147,7 @@ def _add_pixels(digest: Any, images: Any) -> bool:
     """Add what an image processor looks at; False where that is more than RGB pictures in lists."""
     if isinstance(images, (list, tuple)):
         digest.update(f"{len(images)} pictures ".encode())
-        return all([_add_pixels(digest, image) for image in images])
+        return all(_add_pixels(digest, image) for image in images)
     if not isinstance(images, Image.Image) or images.mode != "RGB":
         return False
     digest.update(f"{images.size} ".encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,6 +122,9 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __iter__(self) -> Iterator[Prefix]:
+        return iter(self._entries.values())
+
     def find(self, key: bytes, visual: Tensor, stop: int | None) -> Prefix:
         """The prefix of this key, or a new one.
 
@@ -158,12 +161,12 @@ class PrefixStore:
 
     def clear(self) -> None:
         """Nobody finds any of these again; those in use leave with whoever uses them."""
-        self.forget(*self._entries.values())
+        self.forget(*self)
 
     @property
     def pages(self) -> list[SharedPages]:
         """Of all of them."""
-        return [prefix.pages for prefix in self._entries.values()]
+        return [prefix.pages for prefix in self]
 
     def _make_room(self, pages: int) -> None:
         """So many pages at least leave, of those that nobody uses."""

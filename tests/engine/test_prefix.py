@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from benchmarks.again import prefix_bytes
 from dyvte_engine import (
     DivPrune,
     Downsample,
@@ -228,6 +229,21 @@ def test_other_pictures_or_words_before_are_another_prefix():
         stats = engine.generate(f"{text} w3", pictures, chat=False, max_new_tokens=2).stats
         assert stats.prefix == "miss"
     assert len(engine.runner.prefixes) == 5
+
+
+@pytest.mark.parametrize("page_size", [3, 16])
+@pytest.mark.parametrize("name", ["keep-all", "fixed 0", "fixed 2", "pyramid", "fastv 3"])
+@pytest.mark.parametrize("beginning", range(len(BEGINNINGS)))
+def test_bytes_follow_the_formula_and_are_those_of_pool_and_tensors(beginning, name, page_size):
+    engine, _ = build(max_len=192, page_size=page_size)
+    text, pictures = BEGINNINGS[beginning]
+    policy = looking()[name][0]
+    for question in QUESTIONS[:2]:
+        stats = engine.generate(f"{text} {question}", pictures, chat=False, max_new_tokens=3, policy=policy).stats
+        (prefix,) = engine.runner.prefixes
+        assert engine.runner.prefixes.bytes_held == prefix_bytes(engine, prefix)
+        assert prefix.pages.count == engine.pool.idle == engine.pool.allocator.used_count
+        assert stats.prefix_frontier is not None
 
 
 def test_bytes_are_bounded_and_what_left_comes_again():
