@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, a page and a plot for each record, and the tables of README.md and docs/nano.md.
+"""Writes docs/benchmarks.md, a page and a plot for each record, and tables of README.md, docs/nano.md, docs/again.md.
 
 Records are in benchmarks/results. `python -m benchmarks.document` works from them; with `--results
 outputs/benchmarks` it takes what is there among them first.
@@ -12,12 +12,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import again
 from benchmarks.common import Data
 from benchmarks.conclusions import conclusion
-from benchmarks.report import limits_line, markdown, save_figure
+from benchmarks.report import into_page, limits_line, markdown, save_figure
 from benchmarks.summary import NO_GPU, nano, overview, readme
 
 ROOT = Path(__file__).parent.parent
+OWN_PAGE = "again"  # docs/again.md has its tables
 ORDER = ("policies", "curves", "breakdown", "decisions", "growth", "capacity", "kernels", "versus", "serving")
 INTRO = """# Benchmarks
 
@@ -86,6 +88,13 @@ def _machine(data: Data) -> str:
     return f"{data['date']}; {where}, {rest}. {limits_line(data)}"
 
 
+def again_page(text: str, results: Sequence[tuple[str, Data]]) -> str:
+    """docs/again.md with what `benchmarks.again` measured between its marks."""
+    found = [(name, data) for name, data in results if data["benchmark"] == OWN_PAGE]
+    parts = [part for name, data in found for part in (_machine(data), again.section(name, data))]
+    return into_page(text, "again", "\n\n".join(parts) or "Not measured yet.")
+
+
 def records(root: Path) -> list[tuple[str, Data]]:
     """(file name, data) of every record below a repository's root."""
     return [(p.stem, json.loads(p.read_text())) for p in sorted((root / "benchmarks" / "results").glob("*.json"))]
@@ -94,7 +103,7 @@ def records(root: Path) -> list[tuple[str, Data]]:
 def take(path: Path, root: Path) -> None:
     """Put a result among the records. Raises ValueError for one that does not tell where it was measured."""
     data = json.loads(path.read_text())
-    if data.get("benchmark") not in ORDER:
+    if data.get("benchmark") not in (*ORDER, OWN_PAGE):
         print(f"{path}: left out, no benchmark of this page")
         return
     about = data["machine"]
@@ -118,11 +127,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_figure(module.figure(data), args.root / "docs" / "benchmarks" / f"{name}.png")
     for name, data in _sorted(found):
         (args.root / "docs" / "benchmarks" / f"{name}.md").write_text(record_page(name, data))
-    entry, detail, own = (args.root / name for name in ("README.md", "docs/benchmarks.md", "docs/nano.md"))
+    pages = ("README.md", "docs/benchmarks.md", "docs/nano.md", "docs/again.md")
+    entry, detail, own, asked = (args.root / name for name in pages)
     entry.write_text(readme(entry.read_text(), found))
     detail.write_text(overview_page(found))
     own.write_text(nano(own.read_text()))
-    print(entry, detail, own)
+    asked.write_text(again_page(asked.read_text(), found))
+    print(entry, detail, own, asked)
 
 
 if __name__ == "__main__":

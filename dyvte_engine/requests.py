@@ -53,7 +53,8 @@ class Request:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """Figures of one answer. Bytes are those of the pages held right after the prefill.
+    """Figures of one answer. Bytes are those of the pages read right after the prefill, `kv_bytes_shared` of those of
+    them that other questions about these pictures may read too.
 
     Attributes:
         exit_layer: layer after which the last visual token left (-1: before the first); None if some stayed or there
@@ -62,7 +63,7 @@ class GenerationStats:
         tokens_per_layer: prompt rows that each layer has; rows_reused: how many of them it did not compute, because
             another question about these pictures was there before or is computed together with this one.
         prefix: whether what comes before the question was known: "hit", "miss", "no picture", or why it is not looked
-            for: "off", "policy" (it takes some visual tokens out, or looks at the question), "drop_early_kv".
+            for: "off", "policy" (it takes visual tokens out before the first layer), "drop_early_kv".
         prefix_frontier: last layer that the visual tokens of this prefix were known in before and after; -1: in none.
         ttft_s: seconds from the call to this prompt's first token (waiting, processor, vision, prefill, sampling).
         queued_s: the part of it before its turn came; vision_s: in processor, vision tower and projector.
@@ -92,6 +93,7 @@ class GenerationStats:
     prefill_tflops_true: float
     prefill_tflops_true_keep_all: float
     kv_bytes: int
+    kv_bytes_shared: int
     kv_bytes_keep_all: int
 
 

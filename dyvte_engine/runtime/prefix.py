@@ -35,7 +35,7 @@ def acts_after(policy: VisualTokenPolicy, layers: int) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """All rows of a prefix behind a layer, [n, d], and their queries there, [n, Hq, D], for policies that look at them."""
+    """For policies that look at it: all rows of a prefix behind a layer, [n, d], and the queries there, [n, Hq, D]."""
 
     hidden: Tensor
     queries: Tensor

@@ -98,6 +98,7 @@ class Sequence:
             prefill_tflops_true=true_flops(shape, rows, under) / 1e12,
             prefill_tflops_true_keep_all=true_flops(shape, full, without) / 1e12,
             kv_bytes=cache.bytes_of(b),
+            kv_bytes_shared=cache.shared(b) * pool.page_bytes,
             kv_bytes_keep_all=shape.num_layers * pool.pages(n) * pool.page_bytes,
         )
 

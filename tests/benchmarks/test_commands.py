@@ -305,6 +305,7 @@ def repository(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "README.md").write_text(README)
     (tmp_path / "docs" / "nano.md").write_text(NANO_PAGE)
+    (tmp_path / "docs" / "again.md").write_text("<!-- again: begin -->\n<!-- again: end -->\n")
     return tmp_path
 
 
@@ -436,9 +437,12 @@ def test_pages_in_the_repository_are_those_of_its_records():
     assert own == summary.nano(own)
     docs = document.ROOT / "docs"
     assert (docs / "benchmarks.md").read_text() == document.overview_page(found)
-    assert all((docs / "benchmarks" / f"{name}.md").read_text() == document.record_page(name, d) for name, d in found)
+    asked = (docs / "again.md").read_text()
+    assert asked == document.again_page(asked, found)
+    shown = [(name, data) for name, data in found if data["benchmark"] != document.OWN_PAGE]
+    assert all((docs / "benchmarks" / f"{name}.md").read_text() == document.record_page(name, d) for name, d in shown)
     files = sorted(p.name for p in (docs / "benchmarks").iterdir())
-    assert files == sorted(f"{name}{kind}" for name, _ in found for kind in (".md", ".png"))
+    assert files == sorted([f"{name}.png" for name, _ in found] + [f"{name}.md" for name, _ in shown])
 
 
 def test_conclusions_say_what_the_records_say():
