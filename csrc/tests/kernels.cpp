@@ -227,6 +227,19 @@ void decode_attention(DType dtype, const std::vector<int64_t>& lens, int64_t hea
           });
 }
 
+void compare_varlen(const std::string& what, VarlenAttentionParams& p, int64_t rows, int64_t shift) {
+  compare(what, rounding(p.dtype), [&](const Implementation& with) {
+    const Values out(p.dtype, rows * p.heads_q * p.dim, shift);
+    out.fill(NAN);
+    p.out = out.data();
+    const auto kernel = with.varlen_attention ? with.varlen_attention : generic::varlen_attention_cpu;
+    check(kernel(p, threaded_for), "varlen_attention");
+    std::vector<float> result;
+    out.append_to(result);
+    return result;
+  });
+}
+
 void varlen_attention(DType dtype, const std::vector<int64_t>& lengths, int64_t heads_q, int64_t heads, int64_t dim,
                       bool causal, int64_t shift) {
   const Ints cu = cumulative(lengths);
@@ -247,17 +260,43 @@ void varlen_attention(DType dtype, const std::vector<int64_t>& lengths, int64_t 
   p.scale = 1.0f / std::sqrt(static_cast<float>(dim));
   p.causal = causal;
   p.dtype = dtype;
-  compare(label("varlen_attention", dtype, {rows, p.longest, heads_q, heads, dim, causal, shift}), rounding(dtype),
-          [&](const Implementation& with) {
-            const Values out(dtype, rows * heads_q * dim, shift);
-            out.fill(NAN);
-            p.out = out.data();
-            const auto kernel = with.varlen_attention ? with.varlen_attention : generic::varlen_attention_cpu;
-            check(kernel(p, threaded_for), "varlen_attention");
-            std::vector<float> result;
-            out.append_to(result);
-            return result;
-          });
+  compare_varlen(label("varlen_attention", dtype, {rows, p.longest, heads_q, heads, dim, causal, shift}), p, rows,
+                 shift);
+}
+
+// The same over pages, which hold `before[b]` rows that come first and then those of the queries.
+void paged_attention(DType dtype, const std::vector<int64_t>& before, const std::vector<int64_t>& lengths,
+                     int64_t heads_q, int64_t heads, int64_t dim, int64_t page, int64_t shift) {
+  const Ints cu = cumulative(lengths);
+  VarlenAttentionParams p{};
+  p.batch = static_cast<int64_t>(lengths.size());
+  p.longest = *std::max_element(lengths.begin(), lengths.end());
+  int64_t most = 0;
+  Ints known(p.batch);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    known[b] = static_cast<int32_t>(before[b]);
+    most = std::max(most, before[b] + lengths[b]);
+  }
+  const Cache cache(dtype, p.batch, (most + page - 1) / page, page, heads, dim, shift);
+  p.heads_q = heads_q;
+  p.heads_kv = heads;
+  p.dim = dim;
+  p.q_stride = heads_q * dim + shift;
+  p.k_stride = p.v_stride = heads * dim;
+  const Values q(dtype, cu[p.batch] * p.q_stride, shift);
+  p.q = q.data();
+  p.k = cache.k.data();
+  p.v = cache.v.data();
+  p.cu = cu.data();
+  p.block_table = cache.table.data();
+  p.table_stride = cache.max_pages;
+  p.before = known.data();
+  p.page = page;
+  p.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  p.causal = true;
+  p.dtype = dtype;
+  compare_varlen(label("paged_attention", dtype, {cu[p.batch], most, heads_q, heads, dim, page, shift}), p,
+                 cu[p.batch], shift);
 }
 
 void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t states, float rms_eps, bool bias,
@@ -343,6 +382,10 @@ void attention(DType dtype, int64_t shift) {
     varlen_attention(dtype, {65, 17}, 3, 1, 83, causal, shift);
     varlen_attention(dtype, {31}, 2, 2, 256, causal, shift);
   }
+  paged_attention(dtype, {0}, {1}, 1, 1, 1, 1, shift);
+  paged_attention(dtype, {144, 0, 70, 9}, {20, 65, 0, 1}, 6, 2, 64, 16, shift);
+  paged_attention(dtype, {129}, {17}, 3, 1, 83, 5, shift);
+  paged_attention(dtype, {31, 200}, {2, 70}, 2, 2, 256, 64, shift);
   token_score(dtype, {1}, {83}, 2, 2, 64, shift);
   token_score(dtype, {1, 0, 7, 40, 5, 3}, {149, 9, 7, 67, 0, 1}, 6, 2, 83, shift);
   token_score(dtype, {0, 0}, {3, 4}, 2, 1, 7, shift);

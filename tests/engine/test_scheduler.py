@@ -249,7 +249,7 @@ def test_what_cannot_be_queued_is_refused_at_once():
 
 
 def test_pages_held_by_an_open_prefill_are_not_waited_for():
-    engine, _ = build(page_size=4, max_batch=1, max_len=32)
+    engine, _ = build(page_size=4, max_batch=1, max_len=32, prefix_cache=0)
     texts, images = tiny.prompts(seed=3, n=1, images=(0,))
     running = engine.prefill_prepared(engine.prepare(texts, images, chat=False))
     with pytest.raises(CacheError, match=r"Engine\.prefill"):
