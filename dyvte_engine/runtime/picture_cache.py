@@ -125,7 +125,7 @@ class _Remembering:
         return getattr(self._processor, name)
 
     def __call__(self, images: Any, **options: Any) -> Any:
-        pixels = hashlib.sha256(repr(sorted(options.items())).encode())
+        pixels = hashlib.sha256(repr((vars(self._processor), sorted(options.items()))).encode())  # all it goes by
         if not _add_pixels(pixels, images):
             return self._processor(images, **options)
         key = pixels.digest()

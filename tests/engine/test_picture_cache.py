@@ -185,3 +185,45 @@ def test_tiles_that_fill_up_are_no_part_of_a_picture():
     (seen,) = cache.prepare([both], policy)
     assert widest[0] < widest[1] and seen.reused == 1
     equal(seen.prompt, model.prepare([both], policy)[0])
+
+
+def test_what_the_processor_makes_is_kept_by_pixels_and_settings(monkeypatch):
+    """Equal pixels are worked on once; turned ones, other modes, options and settings are others."""
+    engine, _ = build(max_len=192)
+    processor, inner = engine.runner.pictures.processor, engine.model.processor.image_processor
+    calls, real = [], type(inner).__call__
+    monkeypatch.setattr(type(inner), "__call__", lambda self, *a, **o: calls.append(1) or real(self, *a, **o))
+    a = tiny.picture(random.Random(1)).convert("RGB")
+    grey, turned = a.convert("L").convert("RGB"), a.transpose(Image.Transpose.TRANSPOSE)
+
+    def made(image, **options):
+        before = len(calls)
+        got = processor(text=["<image>"], images=[[image]], return_tensors="pt", **options)["pixel_values"]
+        kept = len(calls) == before
+        want = engine.model.processor(text=["<image>"], images=[[image]], return_tensors="pt", **options)
+        assert torch.equal(got, want["pixel_values"])
+        return kept
+
+    assert [made(a), made(a.copy()), made(turned), made(grey), made(grey), made(a)] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert [made(a, do_normalize=False), made(a, do_normalize=False), made(a)] == [False, True, True]
+    assert [made(a.convert("L")), made(a.convert("L"))] == [False, False]
+    monkeypatch.setattr(inner, "image_mean", [0.1, 0.2, 0.3])
+    assert [made(a), made(a)] == [False, True]
+    kept = processor.image_processor
+    assert 0 < kept._bytes <= kept._budget and kept._bytes == sum(m["pixel_values"].nbytes for m in kept._made.values())
+    kept._budget = 3 * a.size[0] * a.size[1] * 4  # of one picture
+    made(turned.rotate(90, expand=True))
+    assert len(kept._made) <= 1 and kept._bytes <= kept._budget
+    assert build(picture_cache=0)[0].runner.pictures.processor is not processor
+
+
+def test_an_engine_that_keeps_nothing_uses_the_processor_itself():
+    engine, _ = build(picture_cache=0)
+    assert engine.runner.pictures.processor is engine.model.processor
