@@ -100,7 +100,7 @@ class Prefix:
         self.depth[part] = layer
         if part == HEAD:
             return
-        visual = hidden[self.visual]
+        visual = hidden[self.visual] if len(self.between) else hidden
         last = visual[-1:].float()
         self.pooled.append(torch.cat((2 * visual.float().mean(0, keepdim=True) - last, last)).to(hidden.dtype))
         self.texts.append(hidden[self.between])
