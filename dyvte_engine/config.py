@@ -92,14 +92,14 @@ class EngineOptions(TypedDict, total=False):
             layers without visual tokens (not with "sdpa") and towers of one picture size.
         warm_up: capture all CUDA graphs now, some seconds, with a progress bar; else each at its first use, which
             the request that needs it waits for. A tape takes one step more at its first use.
-        kv_memory: bytes of the K/V pool; default: what `max_batch` sequences of `max_len` tokens need. With less,
-            requests wait until it can promise them all they may need.
+        kv_memory: bytes of the K/V pool; default: what `max_batch` sequences of `max_len` tokens need, and
+            `prefix_cache`. With less, requests wait until it can promise them all they may need.
         max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens
             (at least one layer or one picture); 0 is 1024 on a CPU, 8192 on CUDA.
         picture_cache: bytes for the rows that vision tower and projector made of pictures; later requests take
             them from there (docs/again.md). "auto" is 256 MiB, 0 none.
-        prefix_cache: bytes for what prompts are up to their last visual token, layer by layer; another question
-            about the same pictures computes only its own text. "auto" is 1 GiB on a CPU, none on CUDA.
+        prefix_cache: bytes for what prompts are up to their last visual token, most of them in the K/V pool; another
+            question about the same pictures computes only its own text. "auto" is 1 GiB on a CPU, none on CUDA.
         pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout the matrix units read
             (faster prompts); "auto": where all weights take at most a quarter of the machine's memory.
     """
