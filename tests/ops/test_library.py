@@ -39,7 +39,7 @@ def test_lower_instruction_sets(isa: str) -> None:
         pytest.skip("already running with DYVTE_CPU_ISA")
     here = Path(__file__).parent
     names = ("test_fusions.py", "test_linear.py", "test_rope_append.py", "test_decode_attention.py")
-    names += ("test_varlen_attention.py",)
+    names += ("test_varlen_attention.py", "test_paged_attention.py")
     files = [str(here / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", *files]
     run = subprocess.run(command, env=os.environ | {"DYVTE_CPU_ISA": isa}, capture_output=True, text=True)
