@@ -105,7 +105,7 @@ def test_errors() -> None:
         ("v_pool", good["v_pool"][1:], ""),
         ("block_table", good["block_table"].long(), ""),
         ("block_table", good["block_table"][:1], ""),
-        ("block_table", good["block_table"] * 0 - 1, ""),
+        ("block_table", good["block_table"] * 0 - 1, r"block_table\[0\] must be in 0..\d+, got -1"),
         ("before", int32([5], "cpu"), ""),
         ("before", int32([5, -1], "cpu"), r"before\[1\] must be in 0..\d+, got -1"),
         ("before", int32([5, 90], "cpu"), r"before\[1\] must be in 0..\d+, got 90"),
