@@ -295,8 +295,8 @@ void paged_attention(DType dtype, const std::vector<int64_t>& before, const std:
   p.scale = 1.0f / std::sqrt(static_cast<float>(dim));
   p.causal = true;
   p.dtype = dtype;
-  compare_varlen(label("paged_attention", dtype, {cu[p.batch], most, heads_q, heads, dim, page, shift}), p,
-                 cu[p.batch], shift);
+  compare_varlen(label("paged_attention", dtype, {cu[p.batch], most, heads_q, heads, dim, page, shift}), p, cu[p.batch],
+                 shift);
 }
 
 void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t states, float rms_eps, bool bias,
