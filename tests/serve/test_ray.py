@@ -53,4 +53,5 @@ def test_answers_streams_and_errors(address, engine):
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model="other", messages=asked())
     assert httpx.post(f"{address}/v1/chat/completions", json=chat_body()).status_code == 401
-    assert httpx.get(f"{address}/health").status_code == 200
+    health = httpx.get(f"{address}/health", headers={"x-session-id": "one"})
+    assert health.status_code == 200 and health.headers["x-replica"]
