@@ -137,7 +137,8 @@ def enable(model: Any, policy: VisualTokenPolicy | str | None = None, **options:
             `Engine.from_pretrained`, but pack_weights is False: with True the weights exist twice.
 
     The model's weights are used where they are. Those that are exchanged later, by `to`, `load_state_dict` or a merged
-    adapter, are read anew at the next call.
+    adapter, are read anew at the next call. With pack_weights so are those that are written to, unless by `.data` into
+    some numbers of a row alone.
 
     Raises:
         ModelError: a family that the engine does not run, or something around the decoder (adapters, hooks, layers of
