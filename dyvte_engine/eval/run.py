@@ -44,7 +44,7 @@ class AnswerFile:
     """Answers on disk, one JSON line each after a first line that names the model."""
 
     def __init__(self, path: Path, model: str):
-        self._lines = LineFile(path, {"model_fingerprint": model}, "answers")
+        self._lines = LineFile(path, {"model_fingerprint": model}, "answers", ["policy", *Answer.__annotations__])
         self.known: dict[tuple[str, str], Answer] = {}
         for entry in self._lines.entries:
             of = {k: v for k, v in entry.items() if k != "policy"}

@@ -267,6 +267,8 @@ def test_the_lower_entry_checks_its_arguments(engine):
         ((x, mask, torch.arange(4)), "position_ids"),
         ((x, mask, torch.tensor([0, 1, 1, 2, 3])), "position_ids"),
         ((x, mask, torch.arange(252, 257)), "position_ids"),
+        *[((x, mask, torch.arange(5).to(t)), "position_ids") for t in (torch.complex64, torch.float16, torch.bool)],
+        *[((x, mask, torch.arange(5, 0, -1).to(t)), "ascend") for t in (torch.uint8, torch.int8, torch.int64)],
         (([x] * 9, [mask] * 9), "max_batch"),
         (([x], [mask] * 2), "visual_mask"),
     ]:
@@ -281,6 +283,9 @@ def test_odd_values_are_named():
             Engine.from_pretrained("nano", **{name: np.empty((0, 3))})
     with pytest.raises(ImageError, match="without numbers"):
         load_video(torch.empty(2, 8, 8, 3, dtype=torch.uint8, device="meta"))
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.bool):
+        with pytest.raises(ImageError, match=rf"an array {dtype} \[2, 8, 8, 3\]; accepted: uint8"):
+            load_video(torch.zeros(2, 8, 8, 3, dtype=torch.uint8).to(dtype))
     with pytest.raises(InvalidArgumentError, match="ExitHeads"):
         DynamicExit([None])
     with pytest.raises(InvalidArgumentError, match="drop_early_kv"):
