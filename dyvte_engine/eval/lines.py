@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..files import parse_json, write_text
 class LineFile:
     """One JSON object a line after a first line that says what they are of; a last line cut off by a kill is dropped.
 
-    names: what each object holds.
+    kinds: what each object holds, by name: a type or several.
 
     Raises:
         InvalidArgumentError: the file is there and its first line is not `header`, or another line is no such object;
@@ -22,7 +22,7 @@ class LineFile:
         FileError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], what: str, names: Iterable[str]):
+    def __init__(self, path: Path, header: dict[str, Any], what: str, kinds: Mapping[str, Any]):
         self.path = path
         if path.exists() and not path.is_file():
             raise InvalidArgumentError(f"{what}: {path} is a folder or a device; accepted: a file")
@@ -40,12 +40,13 @@ class LineFile:
         self.entries: list[dict[str, Any]] = []
         for number, line in enumerate(lines[1:-1], 2):
             try:
-                self.entries.append(parse_json(line))
-                whole = self.entries[-1].keys() == set(names)
+                entry = parse_json(line)
+                whole = entry.keys() == kinds.keys() and all(isinstance(entry[n], kind) for n, kind in kinds.items())
             except (ValueError, AttributeError):
                 whole = False
             if not whole:
                 raise InvalidArgumentError(f"{what}: line {number} of {path} is damaged; remove it or name a new file")
+            self.entries.append(entry)
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
         entries = list(entries)
