@@ -87,14 +87,19 @@ TESTS = {
         "tests/engine/test_errors.py",
         "tests/engine/test_scheduler.py",
     ),
-    "dyvte_engine/runtime/scheduler.py": ("tests/engine/test_scheduler.py", "tests/engine/test_errors.py"),
+    "dyvte_engine/runtime/scheduler.py": (
+        "tests/engine/test_scheduler.py",
+        "tests/engine/test_misuse.py",
+        "tests/engine/test_errors.py",
+        "tests/families/test_videos.py",
+    ),
     "dyvte_engine/runtime/sequence.py": (
         "tests/engine/test_memory.py",
         "tests/engine/test_scheduler.py",
         "tests/engine/test_keep_all.py",
         "tests/engine/test_sampling.py",
     ),
-    "dyvte_engine/runtime/worker.py": ("tests/engine/test_scheduler.py",),
+    "dyvte_engine/runtime/worker.py": ("tests/engine/test_scheduler.py", "tests/engine/test_misuse.py"),
     "dyvte_engine/training/labels.py": (
         "tests/training/test_labels.py",
         "tests/families/test_labels.py",
@@ -172,8 +177,14 @@ def mutants(file: Path) -> list[Mutant]:
 
 
 def _no_code(node: ast.AST) -> Iterator[ast.AST]:
-    """Annotations, and the texts of errors: what they say is not what is tested."""
-    parts = getattr(node, "annotation", None), getattr(node, "returns", None), isinstance(node, ast.JoinedStr) and node
+    """Annotations, the texts of errors (what they say is not what is tested), and `strict` of `zip`, a mere check."""
+    strict = isinstance(node, ast.keyword) and node.arg == "strict" and node.value
+    parts = (
+        getattr(node, "annotation", None),
+        getattr(node, "returns", None),
+        isinstance(node, ast.JoinedStr) and node,
+        strict,
+    )
     for part in filter(None, parts):
         yield from ast.walk(part)
 

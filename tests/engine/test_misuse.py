@@ -27,6 +27,7 @@ from dyvte_engine import (
 )
 from dyvte_engine.policies import VisualTokenPolicy
 from dyvte_engine.requests import Handle
+from dyvte_engine.runtime import worker
 from dyvte_engine.runtime.sequence import Sequence
 from tests import tiny
 from tests.engine.conftest import build
@@ -377,6 +378,16 @@ def test_long_timeouts_are_waited_for_beside_the_thread(engine, timeout):
     assert handle.result(timeout).stats.new_tokens > 0
     with pytest.raises(InvalidArgumentError, match="nan"):
         handle.result(float("nan"))
+
+
+def test_the_thread_ends_when_nothing_comes_and_another_takes_its_place(engine, monkeypatch):
+    monkeypatch.setattr(worker, "_LINGER", 0.05)
+    for _ in range(2):
+        handle = engine.submit(Request("w1 w2", chat=False, options=dict(max_new_tokens=3)))
+        thread = next(t for t in threading.enumerate() if t.name == "dyvte-engine")
+        assert handle.result(60).stats.new_tokens > 0
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_done_requests_are_no_garbage_for_the_collector():

@@ -31,6 +31,8 @@ from dyvte_engine import (
     RequestCancelledError,
     compose,
 )
+from dyvte_engine.runtime.prefill import Prefill
+from dyvte_engine.runtime.shared_prefill import SharedPrefill
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
@@ -299,6 +301,22 @@ def test_an_interrupt_leaves_nothing_behind(where, monkeypatch):
     assert told(engine.generate(r.prompt, r.images, **options)) == want
 
 
+def test_an_interrupt_leaves_those_who_wait(monkeypatch):
+    """Only who has begun ends with it."""
+    engine, _ = build(page_size=4, max_batch=1)
+    chosen = [(i, "fixed", "greedy", 0, 3) for i in range(3)]
+    first, *others = queue(engine, *chosen)
+    monkeypatch.setattr(engine.model.decoder, "layer", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        engine._scheduler.step()
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt):
+        first.result()
+    assert [told(handle.result()) for handle in others] == [answer(spec) for spec in chosen[1:]]
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("sampling", [{}, dict(do_sample=True), dict(repetition_penalty=1.2)])
 def test_logits_that_are_not_finite_end_their_request_alone(value, sampling, monkeypatch):
@@ -364,6 +382,33 @@ def test_a_group_does_not_stall_those_who_run_for_longer_than_a_slice():
             rows = [len(s.prompt.input_ids) for s in group.sequences]
             seen.append(len(rows) == 1 or sum(rows) <= 30)
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize("prefix_cache", [0, 1 << 20])
+@pytest.mark.parametrize(("more", "slices"), [(3.1, [3, 1]), (2.9, [2, 2]), (2, [2, 2]), (0.9, [1, 1, 1, 1])])
+def test_a_slice_is_as_many_layers_as_fit_into_it(prefix_cache, more, slices, monkeypatch):
+    text, rows = next((t, len(t.split())) for t, pictures in zip(TEXTS, IMAGES) if not pictures)
+    engine, _ = build(page_size=4, max_batch=2, max_stall=int(more * rows), prefix_cache=prefix_cache)
+    asked = [
+        Request(t, chat=False, options=dict(max_new_tokens=n, eos_token_id=[])) for t, n in (("w1", 24), (text, 2))
+    ]
+    (first,) = engine._enqueue(engine._prepare_request(asked[0]))
+    engine._scheduler.step()
+    layer, seen, counts = engine.model.decoder.layer, [], []
+
+    def watched(number, hidden, x, of):
+        seen.extend([len(hidden)] if isinstance(of, (Prefill, SharedPrefill)) else [])
+        return layer(number, hidden, x, of)
+
+    monkeypatch.setattr(engine.model.decoder, "layer", watched)
+    (second,) = engine._enqueue(engine._prepare_request(asked[1]))
+    while not second.done:
+        seen.clear()
+        engine._scheduler.step()
+        counts.extend([len(seen)] if seen else [])
+        assert set(seen) <= {rows}
+    assert counts == slices and not first.done
+    assert first.result().stats.new_tokens == 24
 
 
 def queue(engine, *chosen):
