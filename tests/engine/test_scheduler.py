@@ -6,9 +6,11 @@ dozens of traces here; `DYVTE_TRACES=2000` asks for more.
 
 import asyncio
 import functools
+import itertools
 import os
 import threading
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from dyvte_engine import (
     RequestCancelledError,
     compose,
 )
+from dyvte_engine.runtime import sequence as sequence_module
 from dyvte_engine.runtime.prefill import Prefill
 from dyvte_engine.runtime.shared_prefill import SharedPrefill
 from tests import tiny
@@ -533,6 +536,29 @@ def test_a_character_of_several_tokens_comes_when_it_is_whole():
     assert texts == ["a", "", "ß", "", "", "€", "", "", "", "😀", "b"] and result.text == "aß€😀b"
     texts, result = stream(data[:-2], len(data) - 2)
     assert result.text == "".join(texts) == "aß€\ufffd"
+
+
+def test_a_request_is_promised_the_rows_that_transformers_cache_has_in_the_end():
+    engine, hf = build()
+    for new in (1, 2, 5):
+        options = dict(max_new_tokens=new, eos_token_id=[128])
+        (sequence,) = engine._prepare_request(Request(TEXTS[1], IMAGES[1], chat=False, options=options))
+        inputs = engine.model.processor(text=TEXTS[1], images=IMAGES[1] or None, return_tensors="pt")
+        out = hf.generate(**inputs, **options, do_sample=False, return_dict_in_generate=True)
+        assert sequence.rows == out.past_key_values.get_seq_length()
+
+
+def test_times_are_counted_from_the_question(monkeypatch):
+    """On a clock that is half a second on whenever somebody looks: at the question, its turn, and each token."""
+    engine, _ = build()
+    for n, per_second in ((5, 2.0), (1, 0.0)):
+        clock = itertools.count()
+        monkeypatch.setattr(sequence_module, "time", SimpleNamespace(perf_counter=lambda c=clock: next(c) / 2))
+        request = Request("w1", chat=False, options=dict(max_new_tokens=n, eos_token_id=[]))
+        (sequence,) = engine._prepare_request(request)
+        stats = engine._enqueue([sequence])[0].result().stats
+        assert (stats.new_tokens, stats.decode_tokens_per_s) == (n, per_second)
+        assert (stats.queued_s, stats.ttft_s) == pytest.approx((0.5, 1.0 + sequence.prompt.seconds))
 
 
 def answer_figures():
