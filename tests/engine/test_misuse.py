@@ -411,6 +411,15 @@ def test_done_requests_are_no_garbage_for_the_collector():
         gc.enable()
 
 
+def test_a_timeout_ends_while_another_thread_leads(engine, monkeypatch):
+    monkeypatch.setattr(engine._worker, "_leader", -1)
+    ends = threading.Timer(30, engine._worker.notify)  # instead of a test that hangs
+    ends.start()
+    started = time.monotonic()
+    assert engine._worker.run_until(lambda: time.monotonic() > started + 30, 0.05) is False
+    ends.cancel()
+
+
 def test_a_timeout_beside_another_leader_is_a_timeout(engine, monkeypatch):
     """What another thread is just taking over looks like no work at all."""
     monkeypatch.setattr(type(engine._scheduler), "has_work", property(lambda self: threading.current_thread() is main))

@@ -304,17 +304,20 @@ def test_an_interrupt_leaves_nothing_behind(where, monkeypatch):
     assert told(engine.generate(r.prompt, r.images, **options)) == want
 
 
-def test_an_interrupt_leaves_those_who_wait(monkeypatch):
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_interrupt_leaves_those_who_wait(steps, monkeypatch):
     """Only who has begun ends with it."""
     engine, _ = build(page_size=4, max_batch=1)
     chosen = [(i, "fixed", "greedy", 0, 3) for i in range(3)]
     first, *others = queue(engine, *chosen)
-    monkeypatch.setattr(engine.model.decoder, "layer", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for _ in range(steps):
+        engine._scheduler.step()
+    monkeypatch.setattr(engine._scheduler, "_choose", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         engine._scheduler.step()
     monkeypatch.undo()
     with pytest.raises(KeyboardInterrupt):
-        first.result()
+        first.result(0)
     assert [told(handle.result()) for handle in others] == [answer(spec) for spec in chosen[1:]]
     engine.check_integrity()
     assert engine.pool.claimed == 0

@@ -321,6 +321,7 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine() -> None:
     ours = [module.Trainer._schedule(SimpleNamespace(step=step, settings=settings), 100) for step in range(100)]
     assert ours[:10] == [(step + 1) / 10 for step in range(10)]
     assert ours[10:] == pytest.approx([theirs(step) for step in range(10, 100)])
+    assert module.Trainer._schedule(SimpleNamespace(step=0, settings=settings), 1) == 1.0
 
 
 def test_kinds_are_as_documented() -> None:
