@@ -385,7 +385,8 @@ def test_the_thread_ends_when_nothing_comes_and_another_takes_its_place(engine, 
     for _ in range(2):
         handle = engine.submit(Request("w1 w2", chat=False, options=dict(max_new_tokens=3)))
         thread = next(t for t in threading.enumerate() if t.name == "dyvte-engine")
-        assert handle.result(60).stats.new_tokens > 0
+        while not handle.done:  # nobody else runs steps, or wakes it
+            time.sleep(0.01)
         thread.join(60)
         assert not thread.is_alive()
 
