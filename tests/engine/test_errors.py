@@ -32,6 +32,7 @@ from dyvte_engine import (
 from dyvte_engine.heads.rule import ExitRule
 from dyvte_engine.inputs.images import load_video
 from tests import tiny
+from tests.engine.conftest import build
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +295,17 @@ def test_odd_values_are_named():
         ExitHeads(ExitHeadConfig(2**40, 3, 2**20))
     with pytest.raises(InvalidArgumentError, match="pooled"):
         ExitHeads(ExitHeadConfig(4, 3, 2, ("mean_text",)))(torch.zeros(2, 8), 0)
+    for keep in (print, "3", 1.5, True, -1):
+        with pytest.raises(InvalidArgumentError, match="keep is"):
+            DynamicExit(ExitHeads(ExitHeadConfig(8, 3, 4)), keep=keep)
+    engine, _ = build()
+    with pytest.raises(InvalidArgumentError, match=r"temperature is 1e-300; accepted: .* at least 1e-30"):
+        engine.generate("w1", chat=False, do_sample=True, temperature=1e-300)
+    assert engine.generate("w1", chat=False, do_sample=True, temperature=1e-30, max_new_tokens=2).stats.new_tokens == 2
+    with engine.prefill(torch.randn(5, 64), torch.zeros(5, dtype=torch.bool)) as running:
+        for nobody in ("", b""):
+            with pytest.raises(InvalidArgumentError, match="keep is"):
+                running.select(nobody)
     never = ExitRule(0.5, hysteresis=2**31).first_exits(torch.ones(3, 4))
     assert never.tolist() == [3, 3, 3]
 
