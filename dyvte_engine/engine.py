@@ -189,7 +189,7 @@ class Engine:
         _check_hooks(request, self.model.shape.vocab_size)
         config = self._config(request.generation_config, dict(request.options))
         given = request.prompt, request.images, request.videos, request.video_fps, request.chat
-        same = *map(id, given[:3]), *given[3:]  # objects, which the requests keep alive
+        same = tuple(map(id, given))  # objects, which the requests keep alive
         inputs = seen[same] if same in seen else seen.setdefault(same, self._tokenize(*given))
         hooks = request.processors, request.stop_text, request.logprobs
         return self._sequences(inputs, request.policy, [request.seed], config, request.priority, *hooks)
