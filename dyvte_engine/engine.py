@@ -41,6 +41,7 @@ from .runtime.scheduler import Scheduler
 from .runtime.worker import Worker
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _DEFAULT_NEW_TOKENS = 128
 
 
@@ -188,7 +189,7 @@ class Engine:
         _check_hooks(request, self.model.shape.vocab_size)
         config = self._config(request.generation_config, dict(request.options))
         given = request.prompt, request.images, request.videos, request.video_fps, request.chat
-        same = *map(id, given[:3]), *given[3:]  # objects, which the requests keep alive
+        same = tuple(map(id, given))  # objects, which the requests keep alive
         inputs = seen[same] if same in seen else seen.setdefault(same, self._tokenize(*given))
         hooks = request.processors, request.stop_text, request.logprobs
         return self._sequences(inputs, request.policy, [request.seed], config, request.priority, *hooks)
@@ -403,12 +404,12 @@ class Engine:
             raise InvalidArgumentError(f"visual_mask is {mask.dtype} {list(mask.shape)}; accepted: bool [{n}]")
         axes = self.model.family.axes
         shapes = [(n,)] if axes == 1 else [(n,), (axes, n)]
-        if positions.is_floating_point() or positions.shape not in shapes:
+        if positions.dtype not in _WHOLE or positions.shape not in shapes:
             accepted = "integer " + " or ".join(str(list(shape)) for shape in shapes)
             raise InvalidArgumentError(
                 f"position_ids is {positions.dtype} {list(positions.shape)}; accepted: {accepted}"
             )
-        ascends = positions.dim() == 2 or not (positions.diff() <= 0).any()
+        ascends = positions.dim() == 2 or not (positions.long().diff() <= 0).any()  # uint8 would wrap
         if positions.min() < 0 or positions.max() >= self.max_len or not ascends:
             raise InvalidArgumentError(f"position_ids must ascend within 0 to {self.max_len - 1} (max_len - 1)")
 

@@ -1,10 +1,12 @@
-"""Files that are either whole or not there, whenever the process is killed or the disk is full."""
+"""Files that are either whole or not there, whenever the process is killed or the disk is full; and JSON of anybody."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .errors import FileError
 
@@ -41,6 +43,14 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """As `write_bytes`, UTF-8."""
     write_bytes(path, text.encode())
+
+
+def parse_json(text: str) -> Any:
+    """As `json.loads`; raises ValueError also for what is nested deeper than it can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def check_writable(path: str | Path, folder: bool = False) -> None:

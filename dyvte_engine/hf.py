@@ -137,7 +137,8 @@ def enable(model: Any, policy: VisualTokenPolicy | str | None = None, **options:
             `Engine.from_pretrained`, but pack_weights is False: with True the weights exist twice.
 
     The model's weights are used where they are. Those that are exchanged later, by `to`, `load_state_dict` or a merged
-    adapter, are read anew at the next call.
+    adapter, are read anew at the next call. With pack_weights so are those that are written to, unless by `.data` into
+    some numbers of a row alone.
 
     Raises:
         ModelError: a family that the engine does not run, or something around the decoder (adapters, hooks, layers of
@@ -240,6 +241,7 @@ def _generate(
     **model_kwargs: Any,
 ) -> Any:
     """`generate`, with what else transformers' was `asked` for."""
+    _forget_unfilled_cache(model)
     _check_config(generation_config, asked)
     criteria = _with_strings(stopping_criteria, stop_strings, tokenizer)
     state = _exit_of(model, len(input_ids))
@@ -250,6 +252,13 @@ def _generate(
         with state.prefill(engine, prepared, policy) as running:
             streamer = asked.get("streamer")
             return _decode(running, input_ids, logits_processor, criteria, generation_config, streamer)
+
+
+def _forget_unfilled_cache(model: Any) -> None:
+    """transformers 4 keeps a static cache for its next call, which stumbles over one that was never written to."""
+    cache = model.__dict__.get("_cache")
+    if cache is not None and not getattr(cache, "is_initialized", True):
+        del model._cache
 
 
 def _exit_of(model: Any, batch: int) -> Exit:

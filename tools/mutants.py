@@ -1,6 +1,6 @@
 """Mutation testing: changes the package at one place after another and asks the tests whether they notice.
 
-    python tools/mutants.py [PATH ...] [--sample N] [--results FILE]
+    python tools/mutants.py [PATH ...] [--sample N [--seed S]] [--results FILE]
 
 PATH is a file or a folder of dyvte_engine/, default those of TESTS. Mutants: comparisons, arithmetic and logic swapped,
 `not` and unary minus left out, whole numbers plus one, truth values turned, min and max swapped, a `raise` or the value
@@ -87,14 +87,19 @@ TESTS = {
         "tests/engine/test_errors.py",
         "tests/engine/test_scheduler.py",
     ),
-    "dyvte_engine/runtime/scheduler.py": ("tests/engine/test_scheduler.py", "tests/engine/test_errors.py"),
+    "dyvte_engine/runtime/scheduler.py": (
+        "tests/engine/test_scheduler.py",
+        "tests/engine/test_misuse.py",
+        "tests/engine/test_errors.py",
+        "tests/families/test_videos.py",
+    ),
     "dyvte_engine/runtime/sequence.py": (
         "tests/engine/test_memory.py",
         "tests/engine/test_scheduler.py",
         "tests/engine/test_keep_all.py",
         "tests/engine/test_sampling.py",
     ),
-    "dyvte_engine/runtime/worker.py": ("tests/engine/test_scheduler.py",),
+    "dyvte_engine/runtime/worker.py": ("tests/engine/test_scheduler.py", "tests/engine/test_misuse.py"),
     "dyvte_engine/training/labels.py": (
         "tests/training/test_labels.py",
         "tests/families/test_labels.py",
@@ -172,18 +177,24 @@ def mutants(file: Path) -> list[Mutant]:
 
 
 def _no_code(node: ast.AST) -> Iterator[ast.AST]:
-    """Annotations, and the texts of errors: what they say is not what is tested."""
-    parts = getattr(node, "annotation", None), getattr(node, "returns", None), isinstance(node, ast.JoinedStr) and node
+    """Annotations, the texts of errors (what they say is not what is tested), and `strict` of `zip`, a mere check."""
+    strict = isinstance(node, ast.keyword) and node.arg == "strict" and node.value
+    parts = (
+        getattr(node, "annotation", None),
+        getattr(node, "returns", None),
+        isinstance(node, ast.JoinedStr) and node,
+        strict,
+    )
     for part in filter(None, parts):
         yield from ast.walk(part)
 
 
-def tests_of(file: str) -> list[str]:
+def tests_of(file: str) -> tuple[str, ...]:
     fitting = [name for name in TESTS if file == name or file.startswith(f"{name}/")]
-    return [test for test in TESTS[max(fitting, key=len)] if (ROOT / test).exists()] if fitting else []
+    return tuple(test for test in TESTS[max(fitting, key=len)] if (ROOT / test).exists()) if fitting else ()
 
 
-def passed(tests: list[str], limit: float) -> tuple[str, float]:
+def passed(tests: tuple[str, ...], limit: float) -> tuple[str, float]:
     """ "passed", "failed" or "timeout" of the tests on the copy as it is, and the seconds they took."""
     began = time.monotonic()
     child = os.fork()
@@ -211,20 +222,20 @@ def run(wanted: list[Mutant], results: Path) -> list[Mutant]:
     """Those that no test noticed."""
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     outcomes = {Mutant(**{k: v for k, v in entry.items() if k != "outcome"}): entry["outcome"] for entry in known}
-    limits: dict[str, float] = {}
+    limits: dict[tuple[str, ...], float] = {}
     results.parent.mkdir(parents=True, exist_ok=True)
     for number, mutant in enumerate(wanted, 1):
         if mutant in outcomes:
             continue
         tests, target = tests_of(mutant.file), COPY / mutant.file
-        content = (ROOT / mutant.file).read_bytes()
-        if mutant.file not in limits:
+        content = target.read_bytes()
+        if tests not in limits:
             outcome, seconds = passed(tests, 3600)
             if outcome != "passed":
                 raise SystemExit(f"{mutant.file}: its tests {tests} fail as they are")
-            limits[mutant.file] = 3 * seconds + 10
+            limits[tests] = 3 * seconds + 10
         target.write_bytes(content[: mutant.start] + mutant.now.encode() + content[mutant.end :])
-        outcomes[mutant] = passed(tests, limits[mutant.file])[0]
+        outcomes[mutant] = passed(tests, limits[tests])[0]
         target.write_bytes(content)
         with results.open("a") as file:
             file.write(json.dumps(asdict(mutant) | {"outcome": outcomes[mutant]}) + "\n")
@@ -238,12 +249,13 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("paths", nargs="*", default=list(TESTS))
     parser.add_argument("--sample", type=int, help="so many mutants of all, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--results", type=Path, default=ROOT / "outputs" / "mutants.jsonl")
     args = parser.parse_args()
     files = {p for path in args.paths for p in ([ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("*.py"))}
     wanted = [m for file in sorted(files) if file.exists() for m in mutants(file) if tests_of(m.file)]
     if args.sample is not None:
-        wanted = random.Random(0).sample(wanted, min(args.sample, len(wanted)))
+        wanted = random.Random(args.seed).sample(wanted, min(args.sample, len(wanted)))
     shutil.rmtree(COPY, ignore_errors=True)
     for name in ("dyvte_engine", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, COPY / name, ignore=shutil.ignore_patterns("__pycache__", "results"))

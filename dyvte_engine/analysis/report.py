@@ -67,7 +67,8 @@ def analyse(
     dtype = str(engine.config.dtype).removeprefix("torch.")
     header = {"model_fingerprint": engine.model.fingerprint, "dtype": dtype}
     answers = AnswerFile(folder / "answers.jsonl", engine.model.fingerprint)
-    lines = LineFile(folder / "attention.jsonl", header, "attention")
+    kinds = {"exit": str, "key": str, "values": list}
+    lines = LineFile(folder / "attention.jsonl", header, "attention", kinds)
 
     def step(what: str) -> Callable[[int], None]:
         progress(what, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ..training.nano.scenes import SIZE
 from .lines import LineFile
@@ -44,7 +44,8 @@ class AnswerFile:
     """Answers on disk, one JSON line each after a first line that names the model."""
 
     def __init__(self, path: Path, model: str):
-        self._lines = LineFile(path, {"model_fingerprint": model}, "answers")
+        kinds = {"policy": str, **get_type_hints(Answer)}
+        self._lines = LineFile(path, {"model_fingerprint": model}, "answers", kinds)
         self.known: dict[tuple[str, str], Answer] = {}
         for entry in self._lines.entries:
             of = {k: v for k, v in entry.items() if k != "policy"}

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..checks import is_real
 from ..errors import HeadsError, InvalidArgumentError, first_line
-from ..files import write_bytes
+from ..files import parse_json, write_bytes
 from .calibration import Calibration
 from .rule import ExitRule
 
@@ -142,7 +142,7 @@ class ExitHeads(nn.Module):
         """
         try:
             with safe_open(str(path), framework="pt") as f:
-                header = json.loads((f.metadata() or {})["dyvte_exit_heads"])
+                header = parse_json((f.metadata() or {})["dyvte_exit_heads"])
                 tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
             _check_weights(path, tensors)
             config = header.pop("config")

@@ -117,8 +117,12 @@ def load_video(source: Any, place: str = "video") -> np.ndarray:
     """
     if isinstance(source, torch.Tensor) and (source.is_meta or source.is_quantized or source.layout != torch.strided):
         raise ImageError(f"{place} is a tensor without numbers ({source.dtype}, {source.layout}, {source.device})")
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _checked_array(np.asarray(source.detach().cpu() if isinstance(source, torch.Tensor) else source), place)
+    if isinstance(source, torch.Tensor):
+        if source.dtype is not torch.uint8:  # NumPy does not have all of torch's
+            raise _not_frames(source.dtype, source.shape, place)
+        source = source.cpu().numpy()
+    if isinstance(source, np.ndarray):
+        return _checked_array(source, place)
     if not is_video(source):
         accepted = "a list of PIL images, an array uint8 [T, H, W, 3], or the path of an animated picture or a folder"
         raise ImageError(f"{place} is a {type(source).__name__}; accepted: {accepted}")
@@ -139,10 +143,13 @@ def load_video(source: Any, place: str = "video") -> np.ndarray:
 
 def _checked_array(frames: np.ndarray, place: str) -> np.ndarray:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
-        given = f"an array {frames.dtype} {list(frames.shape)}"
-        raise ImageError(f"{place} is {given}; accepted: uint8 [T, H, W, 3]")
+        raise _not_frames(frames.dtype, frames.shape, place)
     _check_video(len(frames), frames.size // 3, place)
     return frames
+
+
+def _not_frames(dtype: Any, shape: Sequence[int], place: str) -> ImageError:
+    return ImageError(f"{place} is an array {dtype} {list(shape)}; accepted: uint8 [T, H, W, 3]")
 
 
 def _check_video(frames: int, pixels: int, place: str) -> None:

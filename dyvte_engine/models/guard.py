@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import DecoderShape
@@ -45,8 +46,8 @@ class Guard:
     def __init__(self, hf_model: Any, language_model: str, shape: DecoderShape):
         self._hf, self._name, self._shape = hf_model, language_model, shape
         self._taken: tuple[Any, ...] = ()
-        self._versions: list[int] = []
         self._copied: list[Tensor] = []
+        self._written: tuple[list[int], Tensor] = ([], torch.empty(0))
 
     def take(self, copied: Iterable[Tensor] = ()) -> None:
         """From here on `changed` compares with what the weights are now; of those `copied`, their values too.
@@ -56,11 +57,23 @@ class Guard:
         self._taken = self._look()
         self._check_layout()
         self._copied = list(copied)
-        self._versions = [version(t) for t in self._copied]
+        self._written = self._values()
 
     def changed(self) -> bool:
-        """Whether a weight has been exchanged since `take` (or, if copied, written to). Raises as `take`."""
-        return self._look() != self._taken or [version(t) for t in self._copied] != self._versions
+        """Whether a weight has been exchanged since `take` (or, if copied, written to). Raises as `take`.
+
+        What writes through `.data` counts no change, as peft where it merges: of these, a number in every row is
+        compared, another column in each.
+        """
+        if self._look() != self._taken:
+            return True
+        (counts, numbers), (counted, held) = self._values(), self._written
+        return counts != counted or not torch.equal(numbers, held)
+
+    def _values(self) -> tuple[list[int], Tensor]:
+        """Of those copied, how often they were changed, and the bits of some of their numbers."""
+        some = [t.detach().flatten()[:: t.shape[-1] + 1] for t in self._copied]
+        return [version(t) for t in self._copied], torch.cat(some).view(torch.uint8) if some else torch.empty(0)
 
     def _look(self) -> tuple[Any, ...]:
         """Identifies the decoder's weights and sizes."""

@@ -7,7 +7,6 @@ stretch the position embedding to the picture at every call; here that is done o
 from __future__ import annotations
 
 import functools
-import json
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ModelError
+from .strict import stored_config
 from .vision_run import VisionRun
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, with which this tower was trained
@@ -52,11 +52,14 @@ def config_for(tower: str, folder: str | Path | None) -> Any:
     import transformers
 
     if folder is not None:
-        given: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text())
+        given = stored_config(folder)
     elif tower.endswith("InternViT-6B-224px"):
         given = dict(_224PX)
     else:
         raise ModelError(f"mm_vision_tower is {tower!r}; give its folder as vision_tower")
+    missing = _224PX.keys() - given.keys() - {"image_size"}
+    if missing:
+        raise ModelError(f"{folder}/config.json has no {min(missing)}")
     accepted = {"norm_type": "rms_norm", "layer_norm_eps": _EPS, "qk_normalization": True, "hidden_act": "gelu"}
     for name, value in accepted.items():
         if given.get(name, value) != value:

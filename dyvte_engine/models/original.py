@@ -7,7 +7,6 @@ is CLIP's, or InternViT-6B (InternVL-Chat-ViT-6B-Vicuna), which models/intern_vi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, first_line
+from ..files import parse_json
 from . import intern_vit
 from .image_processors import pil_image_processor
 from .strict import nobody_asked
@@ -108,7 +108,7 @@ def _convert(source: Path, target: str | Path, vision_tower: str | Path | None, 
 def _read_config(source: Path) -> dict[str, Any]:
     """config.json, checked to be what this file knows."""
     try:
-        config: dict[str, Any] = json.loads((source / "config.json").read_text())
+        config: dict[str, Any] = parse_json((source / "config.json").read_text())
     except (OSError, ValueError) as e:
         raise ModelError(f"{source}/config.json cannot be read: {e}") from e
     if "llm_cfg" in config or "mm_vision_tower" not in config:

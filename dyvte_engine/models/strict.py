@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, first_line
+from ..files import parse_json
 
 _STORED = ("F32", "BF16", "F16", "F64")  # as safetensors names them
 _COUNTERS = ("position_ids", "num_batches_tracked")  # whole numbers that old releases stored with the weights
@@ -40,7 +40,7 @@ def nobody_asked() -> Iterator[None]:
 def stored_config(name: str | Path) -> dict[str, Any]:
     """The config.json of a folder, empty where there is none: what tells the layouts of authors apart."""
     try:
-        found = json.loads((Path(name) / "config.json").read_text())
+        found = parse_json((Path(name) / "config.json").read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -91,7 +91,7 @@ def _stored_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     try:
-        weights = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        weights = parse_json((folder / "model.safetensors.index.json").read_text())["weight_map"]
         return sorted({folder / name for name in weights.values()})
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []

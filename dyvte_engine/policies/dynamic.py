@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import is_whole
 from ..errors import CalibrationError, HeadsError, InvalidArgumentError
 from ..heads.calibration import Calibration
 from ..heads.exit_head import ExitHeads
@@ -62,8 +63,8 @@ class DynamicExit(VisualTokenPolicy):
         if not isinstance(self.heads, ExitHeads):
             raise InvalidArgumentError(f"heads is a {type(self.heads).__name__}; accepted: ExitHeads")
         object.__setattr__(self, "threshold", self.rule.threshold)  # a list became a tuple; and all of it is checked
-        if self.keep < 0:
-            raise InvalidArgumentError(f"keep is {self.keep}; accepted: at least 0")
+        if not (is_whole(self.keep) and self.keep >= 0):
+            raise InvalidArgumentError(f"keep is {self.keep!r}; accepted: whole numbers of at least 0")
 
     @cached_property
     def rule(self) -> ExitRule:

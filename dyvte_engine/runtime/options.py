@@ -63,7 +63,10 @@ _TOKENS: Rule = (lambda v: _is_list(v, _is_token), "a list of token ids")
 _END: Rule = (lambda v: _is_token(v) or _is_list(v, _is_token), "a token id or a list of token ids")
 
 _ONLY_SAMPLING: dict[str, Rule] = {
-    "temperature": (_FACTOR[0], "a number of more than 0 (do_sample=False is greedy)"),
+    "temperature": (  # float32 holds logits divided by it
+        lambda v: _FACTOR[0](v) and v >= 1e-30,
+        "a number of more than 0 (do_sample=False is greedy), at least 1e-30",
+    ),
     "top_h": _PART,
     "top_k": _whole(0, " (0 is off)"),
     "top_p": _SHARE,

@@ -127,7 +127,8 @@ class Running:
         """
         with self._lock:
             count = self.cache.count
-            numbers = isinstance(keep, Sequence) and all(_is_below(b, count) for b in keep)
+            listed = isinstance(keep, Sequence) and not isinstance(keep, (str, bytes))
+            numbers = listed and all(_is_below(b, count) for b in keep)
             if not numbers or len(set(keep)) < len(keep):
                 raise InvalidArgumentError(f"keep is {keep!r}; accepted: numbers from 0 to {count - 1}, each once")
             self.cache.select(keep)

@@ -38,7 +38,7 @@ class Worker:
         Raises DeviceError as `start`.
         """
         self._check_process()
-        end = None if timeout is None else time.monotonic() + timeout
+        end = None if timeout is None else time.monotonic() + float(timeout)
         while not ready():
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:

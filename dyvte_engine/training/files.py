@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dyvte_engine.errors import DataError
-from dyvte_engine.files import write_bytes
+from dyvte_engine.files import parse_json, write_bytes
 
 _KEY = "dyvte"  # one metadata key: safetensors writes several in no fixed order
 
@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            whole = json.loads((file.metadata() or {})[_KEY])
+            whole = parse_json((file.metadata() or {})[_KEY])
         header, written = whole["header"], whole["sha256"]
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path} is not a readable file of this project: {error}") from error

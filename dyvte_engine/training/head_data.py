@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from dyvte_engine.errors import DataError, ImageError
+from dyvte_engine.files import parse_json
 from dyvte_engine.inputs.images import load_image
 
 SHOWN = 10  # bad lines named in one error
@@ -132,13 +133,13 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Parse]]:
 
 
 def _parse_line(line: str, folder: Path, name: str) -> Example:
-    entry = json.loads(line)
+    entry = parse_json(line)
     return Example(folder / entry["image"], _text(entry, "prompt"), _answer(entry.get("answer")), name)
 
 
 def _llava(path: Path, text: str) -> Iterator[tuple[str, Parse]]:
     try:
-        entries = json.loads(text)
+        entries = parse_json(text)
     except ValueError as error:
         raise DataError(f"data: {path} is not JSON: {error}") from error
     if not isinstance(entries, list):

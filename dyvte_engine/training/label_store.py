@@ -18,10 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dyvte_engine.checks import is_whole
 from dyvte_engine.config import EngineConfig
 from dyvte_engine.engine import Engine
 from dyvte_engine.errors import DataError, InvalidArgumentError, PromptError
-from dyvte_engine.files import write_bytes
+from dyvte_engine.files import parse_json, write_bytes
 from dyvte_engine.flops import leaving_flops, vision_flops
 from dyvte_engine.heads.exit_head import STATE_BITS
 from dyvte_engine.inputs.prompts import render
@@ -40,7 +41,11 @@ REPORT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class LabelInfo:
-    """What a folder of labels is of. A folder is only continued by a run with the same."""
+    """What a folder of labels is of. A folder is only continued by a run with the same.
+
+    Raises:
+        ValueError: a count below 1, or of another type.
+    """
 
     mode: Mode
     samples: int
@@ -54,9 +59,19 @@ class LabelInfo:
     shard: int
     max_new_tokens: int
 
+    def __post_init__(self) -> None:
+        for name in ("samples", "hidden_size", "num_layers", "batch", "shard", "max_new_tokens"):
+            value = getattr(self, name)
+            if not (is_whole(value) and value >= 1):
+                raise ValueError(f"{name} is {value!r}; accepted: whole numbers above 0")
+
+    @property
+    def shard_count(self) -> int:
+        return -(-self.samples // self.shard)
+
     @property
     def shards(self) -> list[str]:
-        return [f"shard-{number:05d}.safetensors" for number in range(-(-self.samples // self.shard))]
+        return [f"shard-{number:05d}.safetensors" for number in range(self.shard_count)]
 
     def header(self, number: int) -> dict[str, Any]:
         """What shard `number` says about itself."""
@@ -67,7 +82,7 @@ class LabelInfo:
     def read(cls, folder: Path) -> LabelInfo:
         """Raises DataError when the folder holds no labels."""
         try:
-            return cls(**json.loads((folder / "labels.json").read_text()))
+            return cls(**parse_json((folder / "labels.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{folder} is not a folder of labels (`dyvte-engine label` writes one): {error}") from error
 
@@ -195,9 +210,9 @@ def load_labels(folder: str | Path, states: Sequence[str], rule: Rule = "auto") 
     """
     folder = Path(folder)
     info = LabelInfo.read(folder)
-    there = [name for name in info.shards if (folder / name).exists()]
-    if len(there) < len(info.shards):
-        given = f"{folder} holds {len(there)} of {len(info.shards)} shards"
+    there = sum(1 for _ in folder.glob("shard-*.safetensors"))
+    if there < info.shard_count:
+        given = f"{folder} holds {there} of {info.shard_count} shards"
         raise DataError(f"{given}; the same `dyvte-engine label` command again makes the rest")
     ordered = [s for s in STATE_BITS if s in states]
     parts = []

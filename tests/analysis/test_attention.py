@@ -183,11 +183,12 @@ def test_measured_once_and_kept(tmp_path):
     texts = [text.replace("<image>", " ").strip() or "w1" for text in texts]
     samples = [sample(t, i[0], f"s{n}") for n, (t, i) in enumerate(zip(texts, images))]
     header = {"model_fingerprint": engine.model.fingerprint}
-    file = LineFile(tmp_path / "lines.jsonl", header, "attention")
+    names = {"exit": str, "key": str, "values": list}
+    file = LineFile(tmp_path / "lines.jsonl", header, "attention", names)
     steps = []
     first = attention.measure(engine, samples[:4], 1, file, steps.append)
     assert engine.policy == FixedExit(1) and steps == [0, 3, 1]
-    again = LineFile(tmp_path / "lines.jsonl", header, "attention")
+    again = LineFile(tmp_path / "lines.jsonl", header, "attention", names)
     steps.clear()
     whole = attention.measure(engine, samples, 1, again, steps.append)
     assert steps == [4, 3]
@@ -200,9 +201,9 @@ def test_measured_once_and_kept(tmp_path):
 
 def test_lines_of_another_model_are_refused_and_a_cut_line_is_dropped(tmp_path):
     path, header = tmp_path / "lines.jsonl", {"model_fingerprint": "a", "dtype": "float32"}
-    LineFile(path, header, "attention").add([{"key": 1}, {"key": 2}])
+    LineFile(path, header, "attention", {"key": int}).add([{"key": 1}, {"key": 2}])
     path.write_text(path.read_text() + '{"key": 3, "val')
-    assert LineFile(path, header, "attention").entries == [{"key": 1}, {"key": 2}]
+    assert LineFile(path, header, "attention", {"key": int}).entries == [{"key": 1}, {"key": 2}]
     assert path.read_text().endswith('{"key": 2}\n')
     with pytest.raises(InvalidArgumentError, match=r"attention: .*lines.jsonl is of another model or dtype"):
-        LineFile(path, {**header, "dtype": "bfloat16"}, "attention")
+        LineFile(path, {**header, "dtype": "bfloat16"}, "attention", {"key": int})

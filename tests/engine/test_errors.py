@@ -32,6 +32,7 @@ from dyvte_engine import (
 from dyvte_engine.heads.rule import ExitRule
 from dyvte_engine.inputs.images import load_video
 from tests import tiny
+from tests.engine.conftest import build
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +268,8 @@ def test_the_lower_entry_checks_its_arguments(engine):
         ((x, mask, torch.arange(4)), "position_ids"),
         ((x, mask, torch.tensor([0, 1, 1, 2, 3])), "position_ids"),
         ((x, mask, torch.arange(252, 257)), "position_ids"),
+        *[((x, mask, torch.arange(5).to(t)), "position_ids") for t in (torch.complex64, torch.float16, torch.bool)],
+        *[((x, mask, torch.arange(5, 0, -1).to(t)), "ascend") for t in (torch.uint8, torch.int8, torch.int64)],
         (([x] * 9, [mask] * 9), "max_batch"),
         (([x], [mask] * 2), "visual_mask"),
     ]:
@@ -281,6 +284,9 @@ def test_odd_values_are_named():
             Engine.from_pretrained("nano", **{name: np.empty((0, 3))})
     with pytest.raises(ImageError, match="without numbers"):
         load_video(torch.empty(2, 8, 8, 3, dtype=torch.uint8, device="meta"))
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.bool):
+        with pytest.raises(ImageError, match=rf"an array {dtype} \[2, 8, 8, 3\]; accepted: uint8"):
+            load_video(torch.zeros(2, 8, 8, 3, dtype=torch.uint8).to(dtype))
     with pytest.raises(InvalidArgumentError, match="ExitHeads"):
         DynamicExit([None])
     with pytest.raises(InvalidArgumentError, match="drop_early_kv"):
@@ -289,6 +295,17 @@ def test_odd_values_are_named():
         ExitHeads(ExitHeadConfig(2**40, 3, 2**20))
     with pytest.raises(InvalidArgumentError, match="pooled"):
         ExitHeads(ExitHeadConfig(4, 3, 2, ("mean_text",)))(torch.zeros(2, 8), 0)
+    for keep in (print, "3", 1.5, True, -1):
+        with pytest.raises(InvalidArgumentError, match="keep is"):
+            DynamicExit(ExitHeads(ExitHeadConfig(8, 3, 4)), keep=keep)
+    engine, _ = build()
+    with pytest.raises(InvalidArgumentError, match=r"temperature is 1e-300; accepted: .* at least 1e-30"):
+        engine.generate("w1", chat=False, do_sample=True, temperature=1e-300)
+    assert engine.generate("w1", chat=False, do_sample=True, temperature=1e-30, max_new_tokens=2).stats.new_tokens == 2
+    with engine.prefill(torch.randn(5, 64), torch.zeros(5, dtype=torch.bool)) as running:
+        for nobody in ("", b""):
+            with pytest.raises(InvalidArgumentError, match="keep is"):
+                running.select(nobody)
     never = ExitRule(0.5, hysteresis=2**31).first_exits(torch.ones(3, 4))
     assert never.tolist() == [3, 3, 3]
 

@@ -27,6 +27,7 @@ from dyvte_engine import (
 )
 from dyvte_engine.policies import VisualTokenPolicy
 from dyvte_engine.requests import Handle
+from dyvte_engine.runtime import worker
 from dyvte_engine.runtime.sequence import Sequence
 from tests import tiny
 from tests.engine.conftest import build
@@ -379,6 +380,17 @@ def test_long_timeouts_are_waited_for_beside_the_thread(engine, timeout):
         handle.result(float("nan"))
 
 
+def test_the_thread_ends_when_nothing_comes_and_another_takes_its_place(engine, monkeypatch):
+    monkeypatch.setattr(worker, "_LINGER", 0.05)
+    for _ in range(2):
+        handle = engine.submit(Request("w1 w2", chat=False, options=dict(max_new_tokens=3)))
+        thread = next(t for t in threading.enumerate() if t.name == "dyvte-engine")
+        while not handle.done:  # nobody else runs steps, or wakes it
+            time.sleep(0.01)
+        thread.join(60)
+        assert not thread.is_alive()
+
+
 def test_done_requests_are_no_garbage_for_the_collector():
     """They hold pictures."""
     engine, _ = build(page_size=4, max_batch=3, max_len=192)
@@ -398,6 +410,15 @@ def test_done_requests_are_no_garbage_for_the_collector():
         assert len(gone) == 6 and not any(ref() for ref in gone)
     finally:
         gc.enable()
+
+
+def test_a_timeout_ends_while_another_thread_leads(engine, monkeypatch):
+    monkeypatch.setattr(engine._worker, "_leader", -1)
+    ends = threading.Timer(30, engine._worker.notify)  # instead of a test that hangs
+    ends.start()
+    started = time.monotonic()
+    assert engine._worker.run_until(lambda: time.monotonic() > started + 30, 0.05) is False
+    ends.cancel()
 
 
 def test_a_timeout_beside_another_leader_is_a_timeout(engine, monkeypatch):

@@ -6,9 +6,11 @@ dozens of traces here; `DYVTE_TRACES=2000` asks for more.
 
 import asyncio
 import functools
+import itertools
 import os
 import threading
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +33,9 @@ from dyvte_engine import (
     RequestCancelledError,
     compose,
 )
+from dyvte_engine.runtime import sequence as sequence_module
+from dyvte_engine.runtime.prefill import Prefill
+from dyvte_engine.runtime.shared_prefill import SharedPrefill
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
@@ -299,6 +304,25 @@ def test_an_interrupt_leaves_nothing_behind(where, monkeypatch):
     assert told(engine.generate(r.prompt, r.images, **options)) == want
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_interrupt_leaves_those_who_wait(steps, monkeypatch):
+    """Only who has begun ends with it."""
+    engine, _ = build(page_size=4, max_batch=1)
+    chosen = [(i, "fixed", "greedy", 0, 3) for i in range(3)]
+    first, *others = queue(engine, *chosen)
+    for _ in range(steps):
+        engine._scheduler.step()
+    monkeypatch.setattr(engine._scheduler, "_choose", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        engine._scheduler.step()
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt):
+        first.result(0)
+    assert [told(handle.result()) for handle in others] == [answer(spec) for spec in chosen[1:]]
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("sampling", [{}, dict(do_sample=True), dict(repetition_penalty=1.2)])
 def test_logits_that_are_not_finite_end_their_request_alone(value, sampling, monkeypatch):
@@ -364,6 +388,33 @@ def test_a_group_does_not_stall_those_who_run_for_longer_than_a_slice():
             rows = [len(s.prompt.input_ids) for s in group.sequences]
             seen.append(len(rows) == 1 or sum(rows) <= 30)
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize("prefix_cache", [0, 1 << 20])
+@pytest.mark.parametrize(("more", "slices"), [(3.1, [3, 1]), (2.9, [2, 2]), (2, [2, 2]), (0.9, [1, 1, 1, 1])])
+def test_a_slice_is_as_many_layers_as_fit_into_it(prefix_cache, more, slices, monkeypatch):
+    text, rows = next((t, len(t.split())) for t, pictures in zip(TEXTS, IMAGES) if not pictures)
+    engine, _ = build(page_size=4, max_batch=2, max_stall=int(more * rows), prefix_cache=prefix_cache)
+    asked = [
+        Request(t, chat=False, options=dict(max_new_tokens=n, eos_token_id=[])) for t, n in (("w1", 24), (text, 2))
+    ]
+    (first,) = engine._enqueue(engine._prepare_request(asked[0]))
+    engine._scheduler.step()
+    layer, seen, counts = engine.model.decoder.layer, [], []
+
+    def watched(number, hidden, x, of):
+        seen.extend([len(hidden)] if isinstance(of, (Prefill, SharedPrefill)) else [])
+        return layer(number, hidden, x, of)
+
+    monkeypatch.setattr(engine.model.decoder, "layer", watched)
+    (second,) = engine._enqueue(engine._prepare_request(asked[1]))
+    while not second.done:
+        seen.clear()
+        engine._scheduler.step()
+        counts.extend([len(seen)] if seen else [])
+        assert set(seen) <= {rows}
+    assert counts == slices and not first.done
+    assert first.result().stats.new_tokens == 24
 
 
 def queue(engine, *chosen):
@@ -488,6 +539,29 @@ def test_a_character_of_several_tokens_comes_when_it_is_whole():
     assert texts == ["a", "", "ß", "", "", "€", "", "", "", "😀", "b"] and result.text == "aß€😀b"
     texts, result = stream(data[:-2], len(data) - 2)
     assert result.text == "".join(texts) == "aß€\ufffd"
+
+
+def test_a_request_is_promised_the_rows_that_transformers_cache_has_in_the_end():
+    engine, hf = build()
+    for new in (1, 2, 5):
+        options = dict(max_new_tokens=new, eos_token_id=[128])
+        (sequence,) = engine._prepare_request(Request(TEXTS[1], IMAGES[1], chat=False, options=options))
+        inputs = engine.model.processor(text=TEXTS[1], images=IMAGES[1] or None, return_tensors="pt")
+        out = hf.generate(**inputs, **options, do_sample=False, return_dict_in_generate=True)
+        assert sequence.rows == out.past_key_values.get_seq_length()
+
+
+def test_times_are_counted_from_the_question(monkeypatch):
+    """On a clock that is half a second on whenever somebody looks: at the question, its turn, and each token."""
+    engine, _ = build()
+    for n, per_second in ((5, 2.0), (1, 0.0)):
+        clock = itertools.count()
+        monkeypatch.setattr(sequence_module, "time", SimpleNamespace(perf_counter=lambda c=clock: next(c) / 2))
+        request = Request("w1", chat=False, options=dict(max_new_tokens=n, eos_token_id=[]))
+        (sequence,) = engine._prepare_request(request)
+        stats = engine._enqueue([sequence])[0].result().stats
+        assert (stats.new_tokens, stats.decode_tokens_per_s) == (n, per_second)
+        assert (stats.queued_s, stats.ttft_s) == pytest.approx((0.5, 1.0 + sequence.prompt.seconds))
 
 
 def answer_figures():

@@ -68,6 +68,27 @@ def test_answers_of_another_model_are_refused(tmp_path):
         run.AnswerFile(tmp_path / "a.jsonl", "two")
 
 
+NUMBERS = '"text": "", "exit_layer": 1, "tokens": 3, "flops": 1.0, "flops_keep_all": 2.0, "flops_true": 1.0'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"policy": "a", "key": [1], "flops_true_keep_all": 2.0, ' + NUMBERS + "}",
+        '{"policy": "a", "key": "b", ' + NUMBERS + "}",
+        *("{", "[]", "3", "[" * 100_000, "\xff"),
+    ],
+)
+def test_a_damaged_answer_is_named(line, tmp_path):
+    file = run.AnswerFile(tmp_path / "a.jsonl", "one")
+    file.add("fixed", [run.Answer("a", "text", None, 3, 1.0, 2.0, 1.0, 2.0)])
+    assert run.AnswerFile(tmp_path / "a.jsonl", "one").known == file.known
+    text = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_bytes(text.encode() + line.encode("latin-1") + b"\n")
+    with pytest.raises(InvalidArgumentError, match=r"answers: line 3 of .*a\.jsonl is damaged"):
+        run.AnswerFile(tmp_path / "a.jsonl", "one")
+
+
 def test_summary(task):
     def answer(i, layer):
         return run.Answer(task.samples[i].key, "yes" if i else "no", layer, 160, 2.0 + i, 4.0, 1.0, 2.0)

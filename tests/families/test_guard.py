@@ -213,14 +213,28 @@ def resized(model):
         model.get_input_embeddings().weight[-8:] = 0.0
 
 
-def merged(model):
+def merged(model, safe=True, target=r".*language_model.*(q_proj|up_proj)"):
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)
-    config = peft.LoraConfig(
-        target_modules=r".*language_model.*(q_proj|up_proj)", lora_alpha=80, init_lora_weights=False
-    )
+    config = peft.LoraConfig(target_modules=target, lora_alpha=80, init_lora_weights=False)
     whole = peft.get_peft_model(model, config)
-    assert whole.merge_and_unload(safe_merge=True) is model
+    assert whole.merge_and_unload(safe_merge=safe) is model
+
+
+def merged_in_place(model):
+    merged(model, safe=False, target=r".*layers\.1\.mlp\.down_proj")
+
+
+def written_by_data(model):
+    layer(model).self_attn.o_proj.weight.data.neg_()
+
+
+def rows_written_by_data(model):
+    layer(model).mlp.up_proj.weight.data[::3] = 0.2
+
+
+def columns_written_by_data(model):
+    layer(model).mlp.up_proj.weight.data[:, 40:50] = 0.2
 
 
 def trained(model):
@@ -235,7 +249,13 @@ def turned(model):
 
 
 @pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("change", [assigned, replaced, exchanged, resized, merged, trained, turned])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(assigned, replaced, exchanged, resized, merged, merged_in_place, trained, turned),
+        *(written_by_data, rows_written_by_data, columns_written_by_data),
+    ],
+)
 def test_changed_weights_are_read(change, pack):
     model, twin, inputs = zoo.model("llava"), zoo.model("llava"), inputs_of()
     state = hf.enable(model, max_len=384, pack_weights=pack)
@@ -245,7 +265,7 @@ def test_changed_weights_are_read(change, pack):
         change(one)
     got, want = (one.generate(**inputs, **plain) for one in (model, twin))
     assert torch.equal(got.sequences, want.sequences)
-    torch.testing.assert_close(got.logits[0], want.logits[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-3, atol=1e-3)
     assert got.logits[0].shape != before.logits[0].shape or not torch.allclose(got.logits[0], before.logits[0])
     state.policy = FixedExit(1)
     n = inputs["input_ids"].shape[1]

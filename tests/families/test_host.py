@@ -173,7 +173,13 @@ def test_a_filled_cache_is_refused(name):
     want = zoo.model("llava").generate(**inputs, **OPTIONS)
     empty = transformers.DynamicCache()
     assert torch.equal(model.generate(**inputs, **OPTIONS, **{name: empty}), want)
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, **OPTIONS, cache_implementation="static"), want)
+    again = zoo.encode_batch("llava", *zoo.prompts("llava", seed=173, n=2, images=(1,)))
+    assert model.generate(**again, **OPTIONS, cache_implementation="static").shape[0] == 2
+    hf.disable(model)
     assert torch.equal(model.generate(**inputs, **OPTIONS, cache_implementation="static"), want)
+    state = hf.enable(model)
     assert state.engine.pool.bytes_held == 0
 
 

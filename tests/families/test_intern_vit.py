@@ -154,6 +154,12 @@ def test_what_is_not_converted(tmp_path):
         source, own = write_folder(tmp_path / str(number), llm, **change)
         with pytest.raises(ModelError, match=words):
             convert(source, tmp_path / "out", own)
+    (tmp_path / "empty").mkdir()
+    for content in (None, "{}", "[", "3"):
+        if content is not None:
+            (tmp_path / "empty" / "config.json").write_text(content)
+        with pytest.raises(ModelError, match=r"empty/config\.json has no hidden_size"):
+            config_for(NAME, tmp_path / "empty")
     with pytest.raises(ModelError, match=r"'OpenGVLab/InternViT-6B-448px-V1-0'; give its folder as vision_tower"):
         config_for("OpenGVLab/InternViT-6B-448px-V1-0", None)
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,10 +25,14 @@ from safetensors.torch import load_file, save_file
 
 from dyvte_engine import DynamicExit, DyvteError, Engine, ExitHeadConfig, ExitHeads, GenerationResult, KeepAll, policies
 from dyvte_engine.commands import main as command_line
+from dyvte_engine.eval.run import Answer, AnswerFile
 from dyvte_engine.heads.calibration import Calibration
 from dyvte_engine.inputs.images import load_image, load_video
+from dyvte_engine.training.head_data import read_examples
+from dyvte_engine.training.label_store import load_labels
 from tests import tiny
 from tests.fuzz.odd import around, damaged, damaged_json, odd, other, same, varied
+from tests.training.test_train_heads import write_labels
 
 QUEUES = hasattr(Engine, "submit")
 
@@ -48,6 +53,13 @@ class World:
         self.picture = tiny.picture(random.Random(0))
         self.picture.save(folder / "picture.png")
         self.picture.save(folder / "clip.gif", save_all=True, append_images=[self.picture.rotate(90)])
+        self.stored = write_labels(folder / "stored", 6)
+        AnswerFile(self.stored / "answers.jsonl", "one").add("fixed", [Answer("a", "b", None, 3, 1.0, 2.0, 1.0, 2.0)])
+        line = {"image": "picture.png", "prompt": "w1", "answer": "w2"}
+        talk = [{"from": "human", "value": "<image>\nw1"}, {"from": "gpt", "value": "w2"}]
+        self.picture.save(self.stored / "picture.png")
+        (self.stored / "questions.jsonl").write_text(json.dumps(line))
+        (self.stored / "questions.json").write_text(json.dumps([{"image": "picture.png", "conversations": talk}]))
         self.engine = Engine.from_pretrained(self.model, dtype="float32", max_batch=3, max_len=96)
         self.embeds, self.mask = torch.randn(20, 64), torch.arange(20).lt(18) & torch.arange(20).ge(2)
         self.answer = self.plain()
@@ -392,6 +404,32 @@ def picture(rng: random.Random, world: World) -> Call:
     return Call(f"{load.__name__}: {(f'{mode} {size}', name, _short(array), _short(value))[kind]}", run)
 
 
+def stored(rng: random.Random, world: World) -> Call:
+    """A folder of labels, a file of answers or of questions, one of their bytes or entries changed."""
+    name = rng.choice(("labels.json", "shard-00000.safetensors", "answers.jsonl", "questions.jsonl", "questions.json"))
+    content = (world.stored / name).read_bytes()
+    if not name.endswith(".safetensors") and rng.random() < 0.7:
+        first, _, rest = content.partition(b"\n" if name == "answers.jsonl" else b"\0")
+        changed = json.dumps(damaged_json(rng, json.loads(rest or first))).encode()
+        content = first + b"\n" + changed + b"\n" if rest else changed
+    else:
+        content = damaged(rng, content)
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory(dir=world.folder) as there:
+            folder = Path(there) / "stored"
+            shutil.copytree(world.stored, folder)
+            (folder / name).write_bytes(content)
+            if name == "answers.jsonl":
+                AnswerFile(folder / name, "one")
+            elif name.startswith("questions"):
+                assert read_examples(folder / name)
+            else:
+                assert len(load_labels(folder, ["mean_text"])[0].pooled) == 6
+
+    return Call(f"{name}: {_short(content)}", run)
+
+
 def commands(rng: random.Random, world: World) -> Call:
     """A line with odd options: exit code 0 or 2, one line of error at most from the engine, no traceback."""
     values = (
@@ -444,7 +482,7 @@ def commands(rng: random.Random, world: World) -> Call:
 
 CALLS = {
     generate: 6, plain_elsewhere: 1, stream: 3, prefill: 6, from_pretrained: 2, checkpoint: 2, parse: 4, policy: 3,
-    heads_file: 3, heads: 2, calibration: 3, picture: 3, commands: 2,
+    heads_file: 3, stored: 3, heads: 2, calibration: 3, picture: 3, commands: 2,
 }  # fmt: skip
 if QUEUES:
     CALLS |= {submit: 5, together: 1}

@@ -195,6 +195,7 @@ def test_readers_agree(folder, tmp_path) -> None:
         ('{"image": "data.jsonl", "prompt": "w1"}', "line 2 of bad.jsonl: .*data.jsonl is not a readable picture"),
         ('{"image": "0.png", "prompt": " "}', "line 2 of bad.jsonl: prompt is ' '; accepted: text"),
         ('{"image": "0.png", "prompt": "w1", "answer": 3}', "line 2 of bad.jsonl: answer is 3; accepted"),
+        ("[" * 100_000, "line 2 of bad.jsonl: it is nested too deep"),
     ],
 )
 def test_bad_lines_are_named(folder, line, message) -> None:
@@ -240,6 +241,27 @@ def labelled(folder, loaded, tmp_path_factory) -> tuple[Path, list[Example]]:
     examples, out = read_examples(folder / "data.jsonl")[:5], tmp_path_factory.mktemp("labelled") / "out"
     label(loaded[0], examples, out, batch=2, shard=2)
     return out, examples
+
+
+@pytest.mark.parametrize("name", ["samples", "shard", "batch"])
+@pytest.mark.parametrize("value", [None, True, 0, -1, 1.5, "3", [1], float("nan")])
+def test_counts_that_are_none_are_no_labels(labelled, tmp_path, name, value) -> None:
+    info = json.loads((labelled[0] / "labels.json").read_text())
+    (tmp_path / "labels.json").write_text(json.dumps(info | {name: value}))
+    with pytest.raises(DataError, match=rf"is not a folder of labels .*: {name} is "):
+        load_labels(tmp_path, ["last_text"])
+
+
+def test_what_else_is_no_labels(labelled, tmp_path) -> None:
+    for text in ("", "null", "[]", "3", "{}", "[" * 100_000):
+        (tmp_path / "labels.json").write_text(text)
+        with pytest.raises(DataError, match="is not a folder of labels"):
+            load_labels(tmp_path, ["last_text"])
+    shutil.copytree(labelled[0], tmp_path / "more")
+    info = json.loads((labelled[0] / "labels.json").read_text())
+    (tmp_path / "more" / "labels.json").write_text(json.dumps(info | {"samples": 10**15}))
+    with pytest.raises(DataError, match="holds 3 of 500000000000000 shards"):
+        load_labels(tmp_path / "more", ["last_text"])
 
 
 def swap(a: Path, b: Path) -> None:

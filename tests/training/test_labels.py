@@ -74,12 +74,13 @@ def test_one_pass_equals_a_masked_run_per_exit(model: LlamaForCausalLM) -> None:
     assert some == {False, True}
 
 
-def test_the_vocabulary_may_come_in_parts(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [100, 200, 350])  # no branch of three positions fits, one does, and two do
+def test_the_vocabulary_may_come_in_parts(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, at_once) -> None:
     samples = [make_sample(0, 2, 7, 5, 3)]
     whole = exit_outcomes(model.model, model.lm_head, samples)
-    monkeypatch.setattr(labels, "LOGITS_AT_ONCE", 200)  # one branch of three positions at a time
+    monkeypatch.setattr(labels, "LOGITS_AT_ONCE", at_once)
+    parts = exit_outcomes(model.model, model.lm_head, samples)
     for name in ("agreement", "ce_exit", "kl"):
-        parts = exit_outcomes(model.model, model.lm_head, samples)
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 

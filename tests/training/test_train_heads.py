@@ -206,6 +206,15 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(labels: Path, tmp_path: 
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+def test_the_state_is_saved_every_so_many_steps_and_after_an_epoch(labels: Path, tmp_path: Path, monkeypatch) -> None:
+    saved, save = [], module.Trainer._save
+    monkeypatch.setattr(module.Trainer, "_save", lambda self, *args: saved.append(self.step) or save(self, *args))
+    settings = HeadSettings.of("light", hidden=4, epochs=2, batch=200, target_agreement=0.9)
+    train_heads(labels, tmp_path / "h", settings, save_every=2)
+    epoch = math.ceil(len(Parts.of(1200, 0).train) / 200)
+    assert epoch % 2 == 1 and saved == [n for n in range(1, 2 * epoch + 1) if n % 2 == 0 or n % epoch == 0]
+
+
 def test_a_state_of_another_run_is_refused(labels: Path, tmp_path: Path, monkeypatch) -> None:
     def stop(*_) -> None:
         raise KeyboardInterrupt
@@ -245,8 +254,11 @@ def test_tensorboard(labels: Path, tmp_path: Path, monkeypatch) -> None:
         with pytest.raises(InvalidArgumentError, match="pip install tensorboard"):
             train_heads(labels, tmp_path / "h", settings, tensorboard=tmp_path / "curves")
     pytest.importorskip("tensorboard")
-    train_heads(labels, tmp_path / "h", settings, tensorboard=tmp_path / "curves")
-    assert any((tmp_path / "curves").iterdir())
+    heads = train_heads(labels, tmp_path / "h", settings, tensorboard=tmp_path / "curves")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    curves = accumulator.EventAccumulator(str(tmp_path / "curves")).Reload()
+    held = [event.value for event in curves.Scalars("held-out mean exit layer")]
+    assert held == pytest.approx(heads.metadata["history"])
 
 
 def test_ablation_trains_the_fifteen_combinations(labels: Path, tmp_path: Path) -> None:
@@ -309,6 +321,7 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine() -> None:
     ours = [module.Trainer._schedule(SimpleNamespace(step=step, settings=settings), 100) for step in range(100)]
     assert ours[:10] == [(step + 1) / 10 for step in range(10)]
     assert ours[10:] == pytest.approx([theirs(step) for step in range(10, 100)])
+    assert module.Trainer._schedule(SimpleNamespace(step=0, settings=settings), 1) == 1.0
 
 
 def test_kinds_are_as_documented() -> None:
