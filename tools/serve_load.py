@@ -205,7 +205,10 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
 
         def ask(server: Server, streams: list[int], seconds: float) -> list[Any]:
             with running(server, folder / "log", args.start) as address:
-                measured(guidellm, address, server.model, data, [4], min(seconds, 3))
+                (first,) = measured(guidellm, address, server.model, data, [4], min(seconds, 3))
+                if not first["requests"]["successful"]:
+                    said = (folder / "log").read_text().strip().splitlines()[-1:]
+                    raise versus.Unavailable(f"it refuses guidellm's requests: {' '.join(said)}"[:300])
                 return measured(guidellm, address, server.model, data, streams, seconds)
 
         for title, server in servers.items():
