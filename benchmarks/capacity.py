@@ -105,7 +105,7 @@ class Pool:
     prompts: Sequence[Any]
     group: int
     new_tokens: int
-    graphs: dict[int, DecodeGraphs] = field(default_factory=dict)  # on CUDA, for each number of sequences
+    graphs: dict[int, DecodeGraphs | None] = field(default_factory=dict)  # for each number of sequences
 
     def prefill(self, method: Method, numbers: Sequence[int]) -> tuple[Running, int]:
         """These prompts, with a claim to the pages of their answers; and the most pages of the pool until then.
@@ -134,7 +134,7 @@ class Pool:
         if runner.graphs is None:
             return runner.nobody(slots)
         if slots not in self.graphs:
-            self.graphs[slots] = DecodeGraphs(runner.model.decoder, runner.pool, slots, runner.max_len)
+            self.graphs[slots] = runner.decode_graphs(slots)
         return Running(runner.model.decoder, runner.cache(slots, 0), None, self.graphs[slots], runner.lock)
 
     @torch.inference_mode()

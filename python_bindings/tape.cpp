@@ -9,8 +9,6 @@
 
 namespace dyvte::bind {
 
-thread_local Tape* recording = nullptr;
-
 namespace {
 
 std::mutex mutex;  // of what follows

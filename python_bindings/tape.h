@@ -26,6 +26,6 @@ struct Tape {
 };
 
 // The tape that ops of this thread go to, or null.
-extern thread_local Tape* recording;
+inline thread_local Tape* recording = nullptr;
 
 }  // namespace dyvte::bind

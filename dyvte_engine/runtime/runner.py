@@ -14,7 +14,7 @@ from ..config import EngineConfig
 from ..errors import CacheError
 from ..inputs.splice import reduce_pictures
 from ..kernels.attention import CAPTURABLE, choose_backend
-from ..kernels.graphs import capture_cpu
+from ..kernels.graphs import capture_cpu, capture_cuda
 from ..kernels.transfer import DeviceLock
 from ..models import PreparedPrompt, VisionLanguageModel
 from ..models.rows import Rows
@@ -48,14 +48,9 @@ class Runner:
         self.pool = PagePool(shape, self._n_pages(), config.page_size, config.dtype, config.device)
         self.prefixes = PrefixStore(int(config.prefix_cache), self.pool)
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
-        self.graphs: DecodeGraphs | None = None
+        self.graphs = self.decode_graphs(config.max_batch)
         self.text_graphs: TextGraphs | None = None
-        if config.device.type == "cpu" and config.graphs:
-            self.graphs = DecodeGraphs(
-                model.decoder, self.pool, config.max_batch, self.max_len, capture_cpu, padded=False
-            )
         if config.device.type == "cuda" and config.graphs:
-            self.graphs = DecodeGraphs(model.decoder, self.pool, config.max_batch, self.max_len)
             if self.attn_backend in CAPTURABLE:
                 self.text_graphs = TextGraphs(model.decoder, self.pool, self._attention)
             model.capture_tower()
@@ -70,6 +65,14 @@ class Runner:
             needed = f"one sequence of max_len {self.max_len} needs {one * page_bytes}"
             raise CacheError(f"kv_memory is {config.kv_memory} bytes; {needed}")
         return config.kv_memory // page_bytes
+
+    def decode_graphs(self, slots: int) -> DecodeGraphs | None:
+        """Captured steps of up to so many sequences, if the engine is to have any."""
+        if not self.config.graphs:
+            return None
+        on_cuda = self.config.device.type == "cuda"
+        capture = capture_cuda if on_cuda else capture_cpu
+        return DecodeGraphs(self.model.decoder, self.pool, slots, self.max_len, capture, padded=on_cuda)
 
     def cache(self, slots: int, count: int) -> KVCache:
         """Room for `slots` sequences, the first `count` of them in use."""
