@@ -176,7 +176,7 @@ class Engine:
         return handles
 
     def _prepare_request(
-        self, request: Request, seen: dict[tuple[Any, ...], list[TokenizedPrompt]]
+        self, request: Request, seen: dict[tuple[Any, ...], list[TokenizedPrompt]] | None = None
     ) -> list[sequence.Sequence]:
         if not isinstance(request, Request):
             raise InvalidArgumentError(f"request is a {type(request).__name__}; accepted: a Request")
@@ -189,7 +189,7 @@ class Engine:
         _check_hooks(request, self.model.shape.vocab_size)
         config = self._config(request.generation_config, dict(request.options))
         given = request.prompt, request.images, request.videos, request.video_fps, request.chat
-        same = tuple(map(id, given))  # objects, which the requests keep alive
+        seen, same = {} if seen is None else seen, tuple(map(id, given))  # of objects that the requests keep alive
         inputs = seen[same] if same in seen else seen.setdefault(same, self._tokenize(*given))
         hooks = request.processors, request.stop_text, request.logprobs
         return self._sequences(inputs, request.policy, [request.seed], config, request.priority, *hooks)

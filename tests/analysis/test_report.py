@@ -1,7 +1,7 @@
 """The two commands from end to end, resuming, and the page in its two forms."""
 
-import builtins
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -129,13 +129,6 @@ def test_in_turn():
 def test_without_matplotlib_a_sentence_says_what_to_install(monkeypatch):
     from dyvte_engine.analysis.plotting import new_figure
 
-    real = builtins.__import__
-
-    def missing(name, *args, **options):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as import finds what is not there
     with pytest.raises(SourceError, match=r"matplotlib is not installed; pip install 'dyvte-engine\[eval\]'"):
         new_figure(1, 1)
