@@ -193,7 +193,7 @@ def test_measured_once_and_kept(tmp_path):
     whole = attention.measure(engine, samples, 1, again, steps.append)
     assert steps == [4, 3]
     np.testing.assert_allclose(whole[:4], first, atol=1e-6)
-    np.testing.assert_allclose(whole, attention.measure(engine, samples, 1), atol=1e-6)
+    np.testing.assert_allclose(whole, attention.measure(engine, samples, 1), rtol=1e-5, atol=1e-6)  # other batches
     assert np.isnan(whole[:, 2, FIELDS.index("w_visual")]).all() and not np.isnan(whole[:, 1]).any()
     other = attention.measure(engine, samples, None, again)
     assert abs(other[:, 2] - whole[:, 2])[:, FIELDS.index("w_text")].max() > 1e-3
