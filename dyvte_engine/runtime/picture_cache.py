@@ -58,10 +58,11 @@ class PictureCache:
         self._model, self.budget, self._digests = model, budget, digests
         self.bytes_held = 0
         self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()  # [n, d] each
-        self.processor = model.processor
-        if budget and getattr(model.processor, "image_processor", None) is not None:
-            self.processor = copy.copy(model.processor)
-            self.processor.image_processor = _Remembering(model.processor.image_processor, budget // 4)
+        self.processor: Any = model.processor if model.sees_pictures else None
+        images = getattr(self.processor, "image_processor", None)
+        if budget and images is not None:
+            self.processor = copy.copy(self.processor)
+            self.processor.image_processor = _Remembering(images, budget // 4)
 
     @torch.inference_mode()
     def prepare(self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy) -> list[Seen]:
