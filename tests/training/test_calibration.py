@@ -204,5 +204,5 @@ def test_promises_that_were_not_measured_are_refused(stored: tuple[Path, Calibra
         DynamicExit.from_file(tmp_path / "plain", target_flops=0.6)
     with pytest.raises(InvalidArgumentError, match="is not understood"):
         parse(f"dynamic:{file},kept=3")
-    with pytest.raises(InvalidArgumentError, match="keep is -1; accepted: at least 0"):
+    with pytest.raises(InvalidArgumentError, match="keep is -1; accepted: whole numbers of at least 0"):
         replace(DynamicExit.from_file(file), keep=-1)
