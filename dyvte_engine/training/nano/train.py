@@ -189,7 +189,11 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:  # started by torchrun: every worker draws its own batches
         dist.init_process_group("gloo")
     args.out.mkdir(parents=True, exist_ok=True)
-    {"tower": run_tower, "joint": run_joint}[args.stage](args)
+    try:
+        {"tower": run_tower, "joint": run_joint}[args.stage](args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # else its threads may abort the process at the end
 
 
 if __name__ == "__main__":
