@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -42,6 +43,7 @@ def serve(
         str, typer.Option(help="auto, flash_attn_3, flash_attn_4, flash_attn, torch_flash, native, sdpa")
     ] = "auto",
     drop_early_kv: Annotated[bool, typer.Option(help="Also drop the early layers' visual K/V.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of kernels on a CPU; default: one core is left.")] = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's interface (docs/serving.md)."""
     media = dict(images=max_images, videos=max_videos, frames=max_frames, pixels=max_pixels)
@@ -56,7 +58,17 @@ def serve(
     except ModuleNotFoundError as e:
         raise SourceError(f"{e.name} is not installed; pip install 'dyvte-engine[serve]'") from e
     quiet()
+    _limit(threads)
     with loading(model):
         limits = dict(media, bytes=max_media_mib * 2**20, domains=tuple(allow_domain or ()))
         app = build(model, policy, allow_policy or [], dict(size, drop_early_kv=drop_early_kv), limits, options)
     listen(app, host, port, drain_seconds, max_connections)
+
+
+def _limit(threads: int | None) -> None:
+    """Kernels that wait for each other on every core are held up by whatever HTTP does there: one is left to it."""
+    import torch
+
+    if threads is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(threads or max(1, torch.get_num_threads() - 1))

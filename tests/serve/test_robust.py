@@ -319,3 +319,19 @@ def test_a_stream_ends_whenever_the_client_goes_away(ticks):
 
     asyncio.run(run())
     assert closed == [True] and len(sent) < 30
+
+
+@pytest.mark.parametrize(
+    "asked, variable, now, want", [(3, None, 8, 3), (None, None, 8, 7), (None, None, 1, 1), (None, "4", 8, None)]
+)
+def test_a_core_is_left_to_http(asked, variable, now, want, monkeypatch):
+    from dyvte_engine.commands import serve
+
+    limits = []
+    monkeypatch.setattr("torch.get_num_threads", lambda: now)
+    monkeypatch.setattr("torch.set_num_threads", limits.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    serve._limit(asked)
+    assert limits == ([] if want is None else [want])
