@@ -131,7 +131,7 @@ def run_joint(args: argparse.Namespace) -> None:
     train_joint(model, dense, sources, prefix_ids, settings, args.out, export)
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", choices=("tower", "joint"), required=True)
     parser.add_argument(
@@ -184,7 +184,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _options()
     torch.set_num_threads(args.threads)
     if "WORLD_SIZE" in os.environ:  # started by torchrun: every worker draws its own batches
         dist.init_process_group("gloo")
