@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import is_whole
 from ..errors import InvalidArgumentError
 
 
@@ -38,7 +39,7 @@ class ExitRule:
             raise InvalidArgumentError(f"{given}; accepted: 0 to 1, or such a value for each layer")
         for name, least in (("min_layer", 0), ("every_k", 1), ("hysteresis", 1)):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < least:
+            if not is_whole(value) or value < least:
                 raise InvalidArgumentError(f"{name} is {value}; accepted: whole numbers, at least {least}")
 
     @classmethod

@@ -143,3 +143,9 @@ def test_a_threshold_for_each_layer_of_the_model(tmp_path) -> None:
     ExitHeads(ExitHeadConfig(64, LAYERS, 8), seed=0).save(tmp_path / "h", threshold=values[:2])
     with pytest.raises(HeadsError, match="threshold has 2 values; accepted: one, or 4"):
         DynamicExit.from_file(tmp_path / "h")
+
+
+@pytest.mark.parametrize("name", ["min_layer", "every_k", "hysteresis"])
+def test_a_truth_value_is_no_number(name):
+    with pytest.raises(InvalidArgumentError, match=f"{name} is True; accepted: whole numbers"):
+        ExitRule(0.5, **{name: True})
