@@ -116,8 +116,20 @@ def ask(page, question=None):
     page.click("#ask")
 
 
+# What gradio mounts at the first visit of a tab; one frame later it writes their first values once more.
+_MOUNTED = {
+    "Compare": ("policies", "run-compare", "comparison"),
+    "Ask again": ("again", "turns"),
+    "Batch": ("batch-question", "batch-files", "batch-folder", "run-batch", "batch"),
+}
+_THREE_FRAMES = "() => new Promise(done => { let n = 3; (function f() { n-- ? requestAnimationFrame(f) : done() })() })"
+
+
 def tab(page, name):
     page.get_by_role("tab", name=name).click()
+    for part in _MOUNTED.get(name, ()):
+        page.locator(f"#{part}").wait_for(state="attached")
+    page.evaluate(_THREE_FRAMES)
 
 
 def said(inspector, policy="auto", threshold=None, question=QUESTION, picture=PICTURE):
