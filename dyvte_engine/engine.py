@@ -33,10 +33,11 @@ from .policies import KeepAll, VisualTokenPolicy
 from .policies.binding import PolicyCache
 from .requests import GenerationResult, Handle, Request, StreamChunk
 from .runtime import sequence
+from .runtime.options import MergedConfigs
 from .runtime.prefill import Watch
 from .runtime.runner import Runner
 from .runtime.running import Running
-from .runtime.sampling import Sampler, StopRules, answer_limit, end_tokens, merge_config, sequence_seeds
+from .runtime.sampling import Sampler, StopRules, answer_limit, end_tokens, sequence_seeds
 from .runtime.scheduler import Scheduler
 from .runtime.worker import Worker
 
@@ -62,7 +63,8 @@ class Engine:
         self.max_len, self.pool, self.attn_backend = self.runner.max_len, self.runner.pool, self.runner.attn_backend
         self._scheduler = Scheduler(self.runner)
         self._worker = Worker(self._scheduler)
-        self._policies = PolicyCache(model)
+        self._policies, self._merged = PolicyCache(model), MergedConfigs()
+        self._tower_flops = vision_flops(model.hf.config.vision_config)
         self._policy = self.bind(KeepAll() if policy is None else policy)
         if config.warm_up and config.device.type == "cuda":
             self.warm_up(progress=True)
@@ -303,8 +305,8 @@ class Engine:
         """What the scheduler takes, all checked. Nothing has been computed yet."""
         seeds = sequence_seeds(seed, len(inputs))
         bound, tokenizer = self.bind(policy), self.model.processor.tokenizer
-        ends, tower = end_tokens(config, tokenizer), self.model.hf.config.vision_config
-        flops = vision_flops(tower, bound.tower_merges), vision_flops(tower)
+        ends, merges = end_tokens(config, tokenizer), bound.tower_merges
+        flops = vision_flops(self.model.hf.config.vision_config, merges) if merges else self._tower_flops
         out = []
         for index, (prompt, one_seed) in enumerate(zip(inputs, seeds, strict=True)):
             n, budget = len(prompt.input_ids), self._budget(len(prompt.input_ids), config)
@@ -318,8 +320,8 @@ class Engine:
                     StopRules(config, tokenizer, ends, n, budget),
                     budget,
                     tokenizer,
-                    int(self.model.visual(torch.tensor(prompt.input_ids, device="cpu")).sum()),
-                    (passes * flops[0], passes * flops[1]),
+                    self.model.count_visual(prompt.input_ids),
+                    (passes * flops, passes * self._tower_flops),
                     priority,
                     stop_text,
                     logprobs,
@@ -452,7 +454,7 @@ class Engine:
         return self.runner.run(prompts, self.bind(policy), watch)
 
     def _config(self, given: Any, options: dict[str, Any]) -> Any:
-        return merge_config(self.model.hf.generation_config, given, options, self.model.shape.vocab_size)
+        return self._merged(self.model.hf.generation_config, given, options, self.model.shape.vocab_size)
 
     def _budget(self, prompt_len: int, config: Any) -> int:
         """Answer tokens a prompt of `prompt_len` tokens may have. Raises PromptError when it does not fit."""

@@ -30,6 +30,11 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether this module has hooks or a forward of its own, those apart that change nothing."""
+    return _patch_of(module) is not None
+
+
 def addresses(module: nn.Module) -> tuple[int, ...] | None:
     """Where the weights of a module tree are; None if a part of it has hooks or a forward of its own."""
     found: list[int] = []

@@ -7,6 +7,7 @@ long as the product itself.
 from __future__ import annotations
 
 import functools
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,12 @@ class Linear:
             return out
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
+    def gelu(self, x: Tensor, approximate: str) -> Tensor:
+        """GELU of the product; `approximate` as torch has it."""
+        if self.packed is None or not self._gains(x.shape[:-1].numel()):
+            return F.gelu(self(x), approximate=approximate)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu", [], approximate)
+
 
 class PackedLinears:
     """`nn.Linear`s of a live model that compute with packed weights where a run asks for it."""
@@ -63,11 +70,14 @@ class PackedLinears:
     def __init__(self, modules: list[nn.Linear]):
         self._packed: list[tuple[nn.Linear, tuple[int, int], Linear]] = [(m, (0, 0), _linear(m)) for m in modules]
 
-    def arrange(self, run: VisionRun) -> None:
-        """They do in this run; a weight that has changed is packed anew, a module that was patched stays as it is."""
+    def arrange(self, run: VisionRun, but: Set[nn.Module] = frozenset()) -> None:
+        """They do in this run; a weight that has changed is packed anew, a module that was patched stays as it is.
+
+        but: those that are not called.
+        """
         for number, (module, packed, linear) in enumerate(self._packed):
             weight = module._parameters.get("weight")  # a module's own getattr takes longer than all of this
-            if type(module) is not nn.Linear or "forward" in module.__dict__ or weight is None:
+            if module in but or type(module) is not nn.Linear or "forward" in module.__dict__ or weight is None:
                 continue
             state = weight.data_ptr(), version(weight)
             if state != packed:

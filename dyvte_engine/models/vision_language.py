@@ -30,6 +30,7 @@ from .rotary import rotations
 from .rows import runs
 from .tower_attention import arrange_attention, attention_configs
 from .tower_graphs import TowerGraphs
+from .tower_layers import TowerLayers
 from .vision import VisionTower
 from .vision_run import VisionRun
 
@@ -93,6 +94,7 @@ class VisionLanguageModel:
         self.language_model = getattr(hf_model.model, inner) if inner else hf_model.model
         self.tower_graphs: TowerGraphs | None = None
         self.packed_vision: PackedLinears | None = None
+        self.tower_layers: TowerLayers | None = None
         self.fingerprint = _fingerprint(config, self.language_model)
         with torch.inference_mode(False), torch.no_grad():  # weights must not become tensors of inference alone
             self.decoder = Decoder(self.language_model, hf_model.get_output_embeddings(), self.shape, max_len)
@@ -118,6 +120,7 @@ class VisionLanguageModel:
         decoder = {*self.language_model.modules(), self.hf.get_output_embeddings()}
         vision = [m for m in self.hf.modules() if type(m) is torch.nn.Linear and m not in decoder]
         self.packed_vision = PackedLinears(vision)
+        self.tower_layers = TowerLayers(self.hf.model)
         self.guard.take(p for m in decoder if type(m) is torch.nn.Linear for p in m.parameters())
 
     def capture_tower(self) -> None:
@@ -159,6 +162,10 @@ class VisionLanguageModel:
     def visual(self, input_ids: Tensor) -> Tensor:
         """Integer ids -> bool, where they mark a visual row."""
         return torch.isin(input_ids, torch.tensor(self.visual_ids, device=input_ids.device))
+
+    def count_visual(self, input_ids: Sequence[int]) -> int:
+        """How many of them mark a visual row."""
+        return sum(map(input_ids.count, set(self.visual_ids)))
 
     def tower_passes(self, prompt: TokenizedPrompt) -> int:
         """Pictures, tiles and frames that the tower sees; 0 for towers that take any size."""
@@ -313,8 +320,8 @@ class VisionLanguageModel:
         tell_states(run, getattr(self.hf.model, "vision_tower", None))
         if self.device.type == "cpu":
             arrange_attention(run, self._attention_configs)
-        if self.packed_vision is not None:
-            self.packed_vision.arrange(run)
+        if self.packed_vision is not None and self.tower_layers is not None:
+            self.packed_vision.arrange(run, set() if inside is not None else self.tower_layers.arrange(run))
         if inside is None:
             return [full]
         inside.in_tower(self.vision, run)

@@ -6,7 +6,6 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -40,17 +39,21 @@ class VisionRun:
     def __init__(self, model: nn.Module):
         self.model = model
         self._thread = 0
-        self._undo = ExitStack()
+        with _locks_guard:
+            self._lock = _locks.setdefault(model, threading.RLock())
+        self._undo: list[Callable[[], object]] = []
 
     def __enter__(self) -> VisionRun:
+        self._lock.acquire()
         self._thread = threading.get_ident()
-        with _locks_guard:
-            lock = _locks.setdefault(self.model, threading.RLock())
-        self._undo.enter_context(lock)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._undo.close()
+        try:
+            while self._undo:
+                self._undo.pop()()
+        finally:
+            self._lock.release()
 
     @property
     def here(self) -> bool:
@@ -76,18 +79,19 @@ class VisionRun:
     def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """`forward` instead of `module.forward`."""
         before, own = module.forward, "forward" in module.__dict__
+        ident, thread = threading.get_ident, self._thread  # `here`, written out: this runs for every product
 
         def either(*args: Any, **kwargs: Any) -> Any:
-            return forward(*args, **kwargs) if self.here else before(*args, **kwargs)
+            return forward(*args, **kwargs) if ident() == thread else before(*args, **kwargs)
 
         either.__wrapped__ = before  # type: ignore[attr-defined]  # HF's code looks at signatures
         attributes = module.__dict__  # a module's own setattr takes longer than all of this
         attributes["forward"] = either
         self.finally_(partial(operator.setitem, attributes, "forward", before) if own else partial(_drop, attributes))
 
-    def finally_(self, undo: Callable[[], None]) -> None:
+    def finally_(self, undo: Callable[[], object]) -> None:
         """`undo()` at the end, the latest first."""
-        self._undo.callback(undo)
+        self._undo.append(undo)
 
     def pad(self, projector: nn.Module, tokens: int) -> list[int]:
         """The projector's output [P, V', d] is filled up with zero rows to [P, tokens, d]; the list holds V' then.

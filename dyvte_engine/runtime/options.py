@@ -129,6 +129,7 @@ _IDLE = {
     *("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
 }
 _OUTPUTS = {"return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"}
+_PLAIN = (bool, int, float, str, type(None))  # what `repr` says all of
 _OF_TOKENS = (
     *("eos_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
     *("bad_words_ids", "sequence_bias"),
@@ -170,6 +171,27 @@ def merge_config(base: Any, given: Any | None, options: dict[str, Any], vocab_si
     except (TypeError, ValueError) as e:  # combinations that transformers refuses
         raise InvalidArgumentError(f"generation options {', '.join(chosen)}: {e}") from e
     return config
+
+
+class MergedConfigs:
+    """`merge_config`, which gives again what it made of the same: a call takes 0.3 ms, and most are alike.
+
+    What it gives belongs to all who ask, and is only read. Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._newest: tuple[Any, Any] = None, None  # what was asked, and the answer
+
+    def __call__(self, base: Any, given: Any | None, options: dict[str, Any], vocab_size: int) -> Any:
+        plain = given is None and all(type(value) in _PLAIN for value in options.values())
+        if not plain:
+            return merge_config(base, given, options, vocab_size)
+        asked = repr((vars(base), options, vocab_size))
+        known, config = self._newest
+        if asked != known:
+            config = merge_config(base, given, options, vocab_size)
+            self._newest = asked, config
+        return config
 
 
 def check_seed(seed: Any) -> int:

@@ -6,6 +6,7 @@ import time
 from collections import abc
 from typing import Any
 
+from ..config import DecoderShape
 from ..flops import paper_flops, true_flops
 from ..models import Decoder, TokenizedPrompt
 from ..policies import VisualTokenPolicy
@@ -50,6 +51,8 @@ class Sequence:
         self._begun_at = self._first_at = self._last_at = 0.0
         self._vision_s = 0.0
         self._pictures_reused: int | None = None
+        self._shape: DecoderShape | None = None
+        self._rows: list[int] = []  # of its prompt, in each layer
         self._figures: dict[str, Any] = {}
 
     @property
@@ -82,9 +85,8 @@ class Sequence:
 
         unshared: why its prefix was not shared.
         """
-        shape, pool, n = decoder.shape, cache.pool, len(self.prompt.input_ids)
-        rows, full = [layer[b] for layer in done.rows], [n] * decoder.shape.num_layers
-        under, without = self._picture_flops
+        pool, rows = cache.pool, [layer[b] for layer in done.rows]
+        self._shape, self._rows = decoder.shape, rows
         frontier = None if done.frontiers is None else done.frontiers[b]
         known = "no picture" if frontier is None else "miss" if frontier[0] < 0 else "hit"
         self._figures = dict(
@@ -93,13 +95,21 @@ class Sequence:
             rows_reused=[0] * len(rows) if done.reused is None else [layer[b] for layer in done.reused],
             exit_layer=done.exit_layers[b],
             tokens_per_layer=rows,
+            kv_bytes=cache.bytes_of(b),
+            kv_bytes_shared=cache.shared(b) * pool.page_bytes,
+            kv_bytes_keep_all=len(rows) * pool.pages(len(self.prompt.input_ids)) * pool.page_bytes,
+        )
+
+    def _flops(self) -> dict[str, Any]:
+        """Figures that the first token need not wait for."""
+        shape, rows, full = self._shape, self._rows, [len(self.prompt.input_ids)] * len(self._rows)
+        assert shape is not None
+        under, without = self._picture_flops
+        return dict(
             prefill_tflops=paper_flops(shape, rows, under) / 1e12,
             prefill_tflops_keep_all=paper_flops(shape, full, without) / 1e12,
             prefill_tflops_true=true_flops(shape, rows, under) / 1e12,
             prefill_tflops_true_keep_all=true_flops(shape, full, without) / 1e12,
-            kv_bytes=cache.bytes_of(b),
-            kv_bytes_shared=cache.shared(b) * pool.page_bytes,
-            kv_bytes_keep_all=shape.num_layers * pool.pages(n) * pool.page_bytes,
         )
 
     def accept(self, token: int) -> None:
@@ -144,5 +154,6 @@ class Sequence:
             pictures_reused=self._pictures_reused,
             decode_tokens_per_s=(len(self.new) - 1) / decode_s if decode_s > 0 else 0.0,
             **self._figures,
+            **self._flops(),
         )
         return GenerationResult(self._text, list(self.new), finish_reason, stats)

@@ -1,0 +1,139 @@
+"""Blocks of a vision tower on a CPU, in eight calls each.
+
+transformers' code around the products of a small tower takes as long as half of these products. Here queries, keys and
+values are one product, and the activation is a part of its own. Whatever a block is asked for beyond rows in and rows
+out, and whatever is not as transformers made it, runs as it is.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .guard import is_patched, version
+from .linear import Linear
+from .tower_attention import KIND, attend
+from .vision_run import VisionRun
+
+_CLASSES = {
+    f"transformers.models.{kind}.modeling_{kind}.{name}EncoderLayer"
+    for kind, name in (("clip", "CLIP"), ("siglip", "Siglip"), ("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
+}
+# Of transformers.activations -> torch's name of the approximation.
+_GELU = {"GELUActivation": "none", "GELUTanh": "tanh"}
+
+
+class TowerLayers:
+    """Those blocks below `root` that are computed here where a run asks for it."""
+
+    def __init__(self, root: nn.Module):
+        self._layers = [_Layer(m) for m in root.modules() if _is_known(type(m))]
+
+    def arrange(self, run: VisionRun) -> set[nn.Module]:
+        """They are in this run. Returns their linear layers, which then compute nothing themselves."""
+        linears: set[nn.Module] = set()
+        for layer in self._layers:
+            if layer.ready():
+                run.replace(layer.module, layer)
+                linears.update(layer.linears)
+        return linears
+
+
+def _is_known(cls: type) -> bool:
+    """Releases before 5 give a tuple."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return name in _CLASSES and signature(cls.forward).return_annotation in (Tensor, "torch.Tensor")  # type: ignore[attr-defined]
+
+
+class _Layer:
+    """One block: norm, attention of all rows with all rows, norm, an MLP of two products."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._parts: tuple[Any, ...] = ()
+        self._plain = False
+        self._gelu: str | None = None
+        self._state: list[tuple[int, int]] = []
+
+    @property
+    def linears(self) -> tuple[Any, ...]:
+        return self._parts[5:]
+
+    def ready(self) -> bool:
+        """Whether the block still is what its class says; a weight that has changed is packed anew."""
+        parts = _parts(self.module)
+        if parts != self._parts:  # somebody has put another module in
+            self._parts, self._plain, self._state = parts, _are_plain(self.module, parts), []
+            kind = type(parts[4]) if parts else None
+            self._gelu = _GELU.get(kind.__name__) if kind and kind.__module__ == "transformers.activations" else None
+        patched = "forward" in self.module.__dict__ or any(_is_touched(m.__dict__) and is_patched(m) for m in parts)
+        if not self._plain or patched or self.module.training or parts[0].config._attn_implementation != KIND:
+            return False
+        tensors = [m._parameters.get(name) for m in self.linears for name in ("weight", "bias")]
+        if any(t is None for t in tensors):
+            return False
+        state = [(t.data_ptr(), version(t)) for t in tensors]
+        if state != self._state:
+            q, k, v, out, fc1, fc2 = self.linears
+            self._qkv, self._out, self._fc1, self._fc2 = _packed(q, k, v), _packed(out), _packed(fc1), _packed(fc2)
+            self._state = state
+        return True
+
+    def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """hidden_states [B, n, d] -> [B, n, d]."""
+        attention, _, norm1, norm2, activation = self._parts[:5]
+        batch, n, width = hidden_states.shape
+        qkv = self._qkv(_normed(norm1, hidden_states).flatten(0, 1))
+        q, k, v = qkv.view(batch, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        read, _ = attend(attention, q, k, v, attention_mask, scaling=attention.scale, dropout=0.0, **options)
+        hidden = self._out(read.reshape(batch * n, width)).view_as(hidden_states) + hidden_states
+        rows = _normed(norm2, hidden).flatten(0, 1)
+        wide = self._fc1.gelu(rows, self._gelu) if self._gelu is not None else activation(self._fc1(rows))
+        return self._fc2(wide).view_as(hidden) + hidden
+
+
+def _is_touched(state: dict[str, Any]) -> bool:
+    """A quick look for what `is_patched` judges."""
+    return bool("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"])
+
+
+def _parts(layer: Any) -> tuple[Any, ...]:
+    """Attention, MLP, norms, activation, and the six linear layers; () where one is missing."""
+    own = layer._modules  # a module's own getattr takes longer than all of this
+    try:
+        attention, mlp = own["self_attn"], own["mlp"]
+        a, m = attention._modules, mlp._modules
+        norms = own["layer_norm1"], own["layer_norm2"]
+        return attention, mlp, *norms, m["activation_fn"], *(a[n] for n in _PROJECTIONS), m["fc1"], m["fc2"]
+    except KeyError:
+        return ()
+
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def _are_plain(layer: nn.Module, parts: tuple[Any, ...]) -> bool:
+    """Whether the parts are those that transformers' class has."""
+    if not parts:
+        return False
+    attention, mlp, norm1, norm2, _, *linears = parts
+    home = type(layer).__module__
+    ours = all(type(m).__module__ == home for m in (attention, mlp))
+    norms = all(type(m) is nn.LayerNorm and m.weight is not None for m in (norm1, norm2))
+    return ours and norms and all(type(m) is nn.Linear for m in linears)
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _packed(*modules: Any) -> Linear:
+    """Their products as one."""
+    weight, bias = (torch.cat([getattr(m, name).data for m in modules]) for name in ("weight", "bias"))
+    linear = Linear(weight, bias)
+    linear.pack()
+    return linear

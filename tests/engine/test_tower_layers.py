@@ -1,0 +1,201 @@
+"""Blocks of a vision tower that the engine computes itself, against transformers' own."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from dyvte_engine.models.linear import packing_fault
+from dyvte_engine.models.tower_attention import KIND, arrange_attention, attention_configs
+from dyvte_engine.models.tower_layers import TowerLayers
+from dyvte_engine.models.vision_run import VisionRun
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    pytest.skip("the blocks of releases before 5 run as they are", allow_module_level=True)
+
+DTYPES = [
+    pytest.param(d, marks=pytest.mark.skipif(bool(packing_fault(d)), reason=str(packing_fault(d))))
+    for d in (torch.float32, torch.bfloat16)
+]
+SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=24)
+
+
+def clip(**options):
+    config = transformers.CLIPVisionConfig(patch_size=4, **SIZES | options)
+    return transformers.CLIPVisionModel(config)
+
+
+def siglip(**options):
+    config = transformers.SiglipVisionConfig(patch_size=4, vision_use_head=False, **SIZES | options)
+    return transformers.SiglipVisionModel(config)
+
+
+def idefics3(**options):
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
+
+    config = transformers.Idefics3Config(vision_config=dict(patch_size=4, **SIZES | options)).vision_config
+    return Idefics3VisionTransformer(config)
+
+
+def smolvlm(**options):
+    from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
+
+    config = transformers.SmolVLMConfig(vision_config=dict(patch_size=4, **SIZES | options)).vision_config
+    return SmolVLMVisionTransformer(config)
+
+
+TOWERS = [clip, siglip, idefics3, smolvlm]
+
+
+def tower(make=clip, dtype=torch.float32, **options):
+    torch.manual_seed(7)
+    made = make(**options).eval()
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    made.config._attn_implementation = "sdpa"
+    return made.to(dtype)
+
+
+def pixels(n=3, dtype=torch.float32):
+    return torch.randn(n, 3, 24, 24, generator=torch.Generator().manual_seed(11)).to(dtype)
+
+
+@torch.no_grad()
+def run(made, layers, x):
+    """The tower's output, and how many of its linear layers were computed here."""
+    with VisionRun(made) as around:
+        arrange_attention(around, attention_configs([made]))
+        ours = layers.arrange(around)
+        return made(x).last_hidden_state, len(ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "quick_gelu", "silu"])
+@pytest.mark.parametrize("make", TOWERS)
+def test_rows_are_transformers(make, act, dtype):
+    """The error against float64 is at most twice that of transformers' code."""
+    made, x = tower(make, dtype, hidden_act=act), pixels(dtype=dtype)
+    with torch.no_grad():
+        theirs, exact = made(x).last_hidden_state, copy.deepcopy(made).double()(x.double()).last_hidden_state
+    ours, linears = run(made, TowerLayers(made), x)
+    assert linears == 3 * 6 and ours.dtype == dtype
+    assert (ours.double() - exact).norm() <= 2 * (theirs.double() - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_a_run_leaves_nothing_behind():
+    made = tower()
+    layers = TowerLayers(made)
+    run(made, layers, pixels())
+    assert not any("forward" in m.__dict__ for m in made.modules())
+    assert made.config._attn_implementation != KIND
+
+
+def in_place(linear):
+    linear.weight.mul_(2.0)
+
+
+def another_tensor(linear):
+    linear.weight = torch.nn.Parameter(2 * linear.weight)
+
+
+def another_bias(linear):
+    linear.bias = torch.nn.Parameter(linear.bias + 1)
+
+
+@pytest.mark.parametrize("change", [in_place, another_tensor, another_bias])
+def test_changed_weights_are_read_anew(change):
+    made, x = tower(), pixels()
+    layers = TowerLayers(made)
+    before, _ = run(made, layers, x)
+    with torch.no_grad():
+        change(made.encoder.layers[1].self_attn.v_proj)
+        want = made(x).last_hidden_state
+    after, linears = run(made, layers, x)
+    assert linears == 18 and not torch.allclose(before, want, atol=1e-3)
+    torch.testing.assert_close(after, want, atol=1e-4, rtol=1e-4)
+
+
+def hooked(made):
+    made.encoder.layers[1].self_attn.v_proj.register_forward_hook(lambda m, args, out: out * 0.5)
+
+
+def another_part(made):
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    old = made.encoder.layers[1].mlp.fc2
+    new = made.encoder.layers[1].mlp.fc2 = Scaled(old.in_features, old.out_features)
+    new.load_state_dict(old.state_dict())
+
+
+def own_forward(made):
+    norm = made.encoder.layers[1].layer_norm2
+    norm.forward = lambda x: x * 0.1
+
+
+def without_bias(made):
+    made.encoder.layers[1].mlp.fc1.bias = None
+
+
+def pruned(made):
+    from torch.nn.utils import prune
+
+    prune.random_unstructured(made.encoder.layers[1].mlp.fc1, "weight", 0.5)
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before", "between two runs"])
+@pytest.mark.parametrize("change", [hooked, another_part, own_forward, pruned, without_bias])
+def test_a_changed_block_runs_as_it_is(change, early):
+    made, x = tower(), pixels()
+    layers = TowerLayers(made)
+    if not early:
+        run(made, layers, x)
+    plain = copy.deepcopy(made)
+    change(made)
+    with torch.no_grad():
+        want = made(x).last_hidden_state
+        assert not torch.allclose(want, plain(x).last_hidden_state, atol=1e-2)
+    got, linears = run(made, layers, x)
+    assert linears == 12
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name, value", [("is_causal", True), ("scale", 3.0)])
+def test_the_attention_says_how(name, value):
+    made, x = tower(), pixels()
+    layers = TowerLayers(made)
+    before, _ = run(made, layers, x)
+    setattr(made.encoder.layers[1].self_attn, name, value)
+    with torch.no_grad():
+        want = made(x).last_hidden_state
+    assert not torch.allclose(want, before, atol=1e-2)
+    torch.testing.assert_close(run(made, layers, x)[0], want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_hook_on_a_block_runs():
+    made, x, seen = tower(), pixels(), []
+    made.encoder.layers[2].register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    _, linears = run(made, TowerLayers(made), x)
+    assert linears == 18 and seen == [(3, 37, 48)]
+
+
+def test_attention_that_somebody_chose_stays():
+    made = tower()
+    made.config._attn_implementation = "eager"
+    assert run(made, TowerLayers(made), pixels())[1] == 0
+
+
+def test_padded_pictures_keep_their_mask():
+    made = tower(idefics3)
+    x, mask = pixels(2), torch.ones(2, 6, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    with torch.no_grad():
+        want = made(x, patch_attention_mask=mask).last_hidden_state
+        with VisionRun(made) as around:
+            arrange_attention(around, attention_configs([made]))
+            assert len(TowerLayers(made).arrange(around)) == 18
+            got = made(x, patch_attention_mask=mask).last_hidden_state
+    assert not torch.allclose(want, made(x).last_hidden_state, atol=1e-2)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
