@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from ..errors import ImageError, first_line
 
@@ -62,11 +62,13 @@ def _rgb(image: Image.Image, place: str) -> Image.Image:
     if image.mode in _DEEP:  # PIL would clip them to 255, which makes most of them white
         raise ImageError(f"{place} is of mode {image.mode}; accepted: 8 bits for each channel")
     try:
-        upright = ImageOps.exif_transpose(image)
+        image.load()  # a PNG's orientation is behind its pixels
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        upright = ImageOps.exif_transpose(image) if turned else image
         if "A" in upright.getbands() or upright.info.get("transparency") is not None:
             upright = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-        return upright.convert("RGB")
+        return upright if upright.mode == "RGB" else upright.convert("RGB")  # which copies, always
     except Exception as e:  # PIL decodes here; its readers raise OSError, SyntaxError, struct.error, ...
         raise ImageError(f"{place} cannot be decoded: {first_line(e)}") from e
 

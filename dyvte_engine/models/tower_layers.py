@@ -7,6 +7,7 @@ out, and whatever is not as transformers made it, runs as it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from inspect import signature
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .guard import is_patched, version
+from .guard import addresses, is_patched, version
 from .linear import Linear
 from .tower_attention import KIND, attend
 from .vision_run import VisionRun
@@ -25,6 +26,28 @@ _CLASSES = {
 }
 # Of transformers.activations -> torch's name of the approximation.
 _GELU = {"GELUActivation": "none", "GELUTanh": "tanh"}
+
+
+def unused_blocks(hf_model: Any) -> list[nn.Module]:
+    """Those behind the last one whose rows the projector gets: LLaVA takes the rows before the last block."""
+    layers = getattr(hf_model.config, "vision_feature_layer", None)
+    tower = getattr(hf_model.model, "vision_tower", None)
+    if layers is None or tower is None:
+        return []
+    blocks = [m for m in tower.modules() if _is_known(type(m))]
+    states = len(blocks) + 1  # that can be asked for: the first block's input, and what each gives
+    return blocks[max(layer % states for layer in (layers if isinstance(layers, (list, tuple)) else [layers])) :]
+
+
+def skip(run: VisionRun, blocks: Iterable[nn.Module]) -> None:
+    """In this run these blocks give what they get, but for those that somebody has hooked."""
+    for block in blocks:
+        if addresses(block) is not None:
+            run.replace(block, _unchanged)
+
+
+def _unchanged(hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+    return hidden_states
 
 
 class TowerLayers:

@@ -30,7 +30,7 @@ from .rotary import rotations
 from .rows import runs
 from .tower_attention import arrange_attention, attention_configs
 from .tower_graphs import TowerGraphs
-from .tower_layers import TowerLayers
+from .tower_layers import TowerLayers, skip, unused_blocks
 from .vision import VisionTower
 from .vision_run import VisionRun
 
@@ -310,6 +310,10 @@ class VisionLanguageModel:
         return inputs
 
     @cached_property
+    def _unused_blocks(self) -> list[Any]:
+        return unused_blocks(self.hf)
+
+    @cached_property
     def _attention_configs(self) -> list[Any]:
         return attention_configs(m for m in self.hf.model.children() if m is not self.language_model)
 
@@ -323,6 +327,7 @@ class VisionLanguageModel:
         if self.packed_vision is not None and self.tower_layers is not None:
             self.packed_vision.arrange(run, set() if inside is not None else self.tower_layers.arrange(run))
         if inside is None:
+            skip(run, self._unused_blocks)
             return [full]
         inside.in_tower(self.vision, run)
         return run.pad(self.vision.projector, full)

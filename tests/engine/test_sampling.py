@@ -13,6 +13,7 @@ from dyvte_engine import Engine, EngineConfig, InvalidArgumentError, KeepAll
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.random_model import byte_processor
 from dyvte_engine.runtime import options as generation_options
+from dyvte_engine.runtime.options import MergedConfigs
 from dyvte_engine.runtime.sampling import (
     Sampler,
     StopRules,
@@ -563,3 +564,22 @@ def test_answer_limit():
     assert answer_limit(merge_config(base, None, both), 30) == 3
     rules = StopRules(merge_config(base, None, {"max_length": 9}), None, [], 7, 100)
     assert [rules.reason([1] * n, [1] * (n - 7)) for n in (8, 9)] == [None, "length"]
+
+
+def test_merged_options_are_kept_while_all_is_the_same():
+    merged, base = MergedConfigs(), transformers.GenerationConfig(eos_token_id=[2, 3])
+    first = merged(base, None, {"top_k": 1}, 90)
+    assert merged(base, None, {"top_k": 1}, 90) is first
+    with pytest.raises(InvalidArgumentError, match="top_k is True"):
+        merged(base, None, {"top_k": True}, 90)
+    with pytest.raises(InvalidArgumentError, match=r"top_k is 1\.0"):
+        merged(base, None, {"top_k": 1.0}, 90)
+    assert merged(base, None, {"top_k": 2}, 90).top_k == 2
+    before = merged(base, None, {}, 90)
+    base.eos_token_id.append(4)
+    assert merged(base, None, {}, 90).eos_token_id == [2, 3, 4] and before.eos_token_id == [2, 3]
+    words = [[7]]
+    one = merged(base, None, {"bad_words_ids": words}, 90)
+    words.append([8])
+    assert one.bad_words_ids == [[7]] and merged(base, None, {"bad_words_ids": words}, 90).bad_words_ids == [[7], [8]]
+    assert merged(base, transformers.GenerationConfig(top_k=9), {}, 90).top_k == 9

@@ -8,8 +8,10 @@ import transformers
 
 from dyvte_engine.models.linear import packing_fault
 from dyvte_engine.models.tower_attention import KIND, arrange_attention, attention_configs
-from dyvte_engine.models.tower_layers import TowerLayers
+from dyvte_engine.models.tower_layers import TowerLayers, skip, unused_blocks
 from dyvte_engine.models.vision_run import VisionRun
+from tests import tiny
+from tests.engine.conftest import build
 
 if int(transformers.__version__.split(".")[0]) < 5:
     pytest.skip("the blocks of releases before 5 run as they are", allow_module_level=True)
@@ -199,3 +201,40 @@ def test_padded_pictures_keep_their_mask():
             got = made(x, patch_attention_mask=mask).last_hidden_state
     assert not torch.allclose(want, made(x).last_hidden_state, atol=1e-2)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize(
+    ("layer", "unused"), [(-1, 0), (-2, 1), (-3, 2), (1, 1), (2, 0), ([-3, -2], 1), ([0, -1], 0), ([1, -3], 1)]
+)
+def test_blocks_that_nobody_reads_are_skipped(vision, layer, unused):
+    """The picture's rows are transformers', and so many blocks of two are never run."""
+    several = isinstance(layer, list)
+    hf = tiny.model(vision=vision)
+    hf.config.vision_feature_layer = layer
+    if several:
+        width = hf.model.multi_modal_projector.linear_1.in_features * len(layer)
+        hf.model.multi_modal_projector.linear_1 = torch.nn.Linear(width, hf.config.text_config.hidden_size)
+    blocks = [m for m in hf.model.vision_tower.modules() if type(m).__name__.endswith("EncoderLayer")]
+    assert unused_blocks(hf) == blocks[2 - unused :]
+    x, ran = torch.randn(2, 3, 28, 28), []
+    want = hf.model.get_image_features(pixel_values=x).pooler_output
+    with VisionRun(hf.model) as around:
+        skip(around, unused_blocks(hf))
+        for block in blocks[: 2 - unused]:
+            around.after(block, lambda out: ran.append(1))
+        got = hf.model.get_image_features(pixel_values=x).pooler_output
+    torch.testing.assert_close(got, want, atol=0, rtol=0)
+    assert len(ran) == 2 - unused
+
+
+def test_a_block_that_somebody_listens_to_runs():
+    engine, _ = build(vision="clip", picture_cache=0)
+    texts, images = tiny.prompts(seed=90, n=2, images=(1,))
+    (unused,), seen = unused_blocks(engine.model.hf), []
+    plain = engine.prepare(texts, images, chat=False)
+    unused.mlp.fc1.register_forward_hook(lambda m, args, out: seen.append(1))
+    listened = engine.prepare(texts, images, chat=False)
+    assert seen == [1]
+    for a, b in zip(plain, listened):
+        torch.testing.assert_close(a.inputs_embeds, b.inputs_embeds, atol=1e-5, rtol=1e-5)
