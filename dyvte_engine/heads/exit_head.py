@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import is_real
+from ..checks import is_real, is_whole
 from ..errors import HeadsError, InvalidArgumentError, first_line
 from ..files import parse_json, write_bytes
 from .calibration import Calibration
@@ -59,8 +59,9 @@ class ExitHeadConfig:
         object.__setattr__(self, "states", ordered)
         for name in ("hidden_size", "num_layers", "head_hidden"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not (is_whole(value) and value >= 1):
                 raise InvalidArgumentError(f"{name} is {value!r}; accepted: whole numbers, at least 1")
+            object.__setattr__(self, name, int(value))
         if self.rms_eps is not None and not 0 <= self.rms_eps < math.inf:
             raise InvalidArgumentError(f"rms_eps is {self.rms_eps}; accepted: None, or at least 0")
 
@@ -96,17 +97,31 @@ class ExitHeads(nn.Module):
             nn.init.normal_(self.b1.data, std=c.head_hidden**-0.5, generator=generator)
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """w1 [h, S*d], w2 [2, h] and b1 [h] or None of the head after `layer`, as `ops.exit_head` takes them."""
+        """w1 [h, S*d], w2 [2, h] and b1 [h] or None of the head after `layer`, as `ops.exit_head` takes them.
+
+        Raises:
+            InvalidArgumentError: there is no head after this layer.
+        """
+        if not (is_whole(layer) and 0 <= layer < self.config.num_layers):
+            given = f"layer is {layer!r}"
+            raise InvalidArgumentError(f"{given}; accepted: 0 to {self.config.num_layers - 1}, the layers with a head")
         trunk = 0 if self.config.shared else layer
         return self.w1[trunk], self.w2[trunk], None if self.b1 is None else self.b1[layer]
 
     def forward(self, pooled: Tensor, layer: int) -> Tensor:
-        """pooled [..., S*d], the states of one layer -> logits [..., 2]."""
+        """pooled [..., S*d], the states of one layer -> logits [..., 2]; refuses what `of_layer` does."""
         w1, w2, b1 = self.of_layer(layer)
         return F.linear(F.gelu(F.linear(self._normalised(pooled), w1, b1)), w2)
 
     def all_layers(self, pooled: Tensor) -> Tensor:
-        """pooled [N, L, S*d], the states of every layer -> logits [N, L, 2]."""
+        """pooled [N, L, S*d], the states of every layer -> logits [N, L, 2].
+
+        Raises:
+            InvalidArgumentError: `pooled` is of another shape.
+        """
+        layers = self.config.num_layers
+        if pooled.dim() != 3 or pooled.shape[1] != layers:
+            raise InvalidArgumentError(f"pooled is {list(pooled.shape)}; accepted: [N, {layers}, {self.w1.shape[2]}]")
         pooled = self._normalised(pooled)
         if self.b1 is not None:
             return F.linear(F.gelu(F.linear(pooled, self.w1[0]) + self.b1), self.w2[0])
