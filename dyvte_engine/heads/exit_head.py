@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ from .rule import ExitRule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a file may hold
 STATE_BITS = {"mean_visual": 1, "last_visual": 2, "mean_text": 4, "last_text": 8}
+
+
+def ordered(states: Sequence[str]) -> tuple[str, ...]:
+    """The same in the order of `STATE_BITS`; raises InvalidArgumentError where one is not known, or there is none."""
+    if not states or any(s not in STATE_BITS for s in states):
+        raise InvalidArgumentError(f"states is {states!r}; accepted: a non-empty subset of {tuple(STATE_BITS)}")
+    return tuple(s for s in STATE_BITS if s in states)
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,7 @@ class ExitHeadConfig:
             if not is_real(self.rms_eps):
                 raise InvalidArgumentError(f"rms_eps is {self.rms_eps!r}; accepted: None or a number")
             object.__setattr__(self, "rms_eps", float(self.rms_eps))  # NumPy's would not go into a file
-        ordered = tuple(s for s in STATE_BITS if s in self.states)
-        if not ordered or any(s not in STATE_BITS for s in self.states):
-            raise InvalidArgumentError(
-                f"states is {self.states!r}; accepted: a non-empty subset of {tuple(STATE_BITS)}"
-            )
-        object.__setattr__(self, "states", ordered)
+        object.__setattr__(self, "states", ordered(self.states))
         for name in ("hidden_size", "num_layers", "head_hidden"):
             value = getattr(self, name)
             if not (is_whole(value) and value >= 1):
