@@ -32,7 +32,7 @@ STATE_BITS = {"mean_visual": 1, "last_visual": 2, "mean_text": 4, "last_text": 8
 
 def ordered(states: Sequence[str]) -> tuple[str, ...]:
     """The same in the order of `STATE_BITS`; raises InvalidArgumentError where one is not known, or there is none."""
-    if not states or any(s not in STATE_BITS for s in states):
+    if not states or not all(isinstance(s, str) and s in STATE_BITS for s in states):
         raise InvalidArgumentError(f"states is {states!r}; accepted: a non-empty subset of {tuple(STATE_BITS)}")
     return tuple(s for s in STATE_BITS if s in states)
 

@@ -47,6 +47,7 @@ ODD = (None, "x", True, [1], {}, object(), torch.ones(2, 3), torch.float64, 1j, 
         lambda odd: Random(0, 0.5, odd),
         lambda odd: compose(odd),
         lambda odd: ExitHeadConfig(8, 4, states=odd),
+        lambda odd: ExitHeadConfig(8, 4, states=["mean_text", odd]),
     ],
 )
 def test_odd_arguments(make, odd):
