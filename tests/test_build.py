@@ -65,7 +65,10 @@ def test_the_environments_of_compat_have_what_the_tests_import():
     import compat
 
     homes, there = packages_distributions(), set()
-    waiting = [*compat.other_requirements(), *compat.RELEASES]
+    try:
+        waiting = [*compat.other_requirements(), *compat.RELEASES]
+    except PackageNotFoundError:
+        pytest.skip("the package is on the path, not installed")
     while waiting:  # what these ask for comes with them
         name = canonicalize_name(Requirement(waiting.pop()).name)
         if name not in there:

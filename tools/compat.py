@@ -32,10 +32,11 @@ class Releases:
     torch: str
     transformers: str
     tests: tuple[str, ...]
+    left_out: tuple[str, ...] = ()  # what cannot be installed next to it; tests that need it are skipped
 
 
 ENVIRONMENTS = (
-    Releases("floor", "torch==2.11.0", "transformers==4.57.*", ("tests",)),
+    Releases("floor", "torch==2.11.0", "transformers==4.57.*", ("tests",), left_out=("gradio",)),
     Releases(
         "newest",
         "torch",
@@ -45,7 +46,7 @@ ENVIRONMENTS = (
 )
 
 
-def other_requirements() -> list[str]:
+def other_requirements(left_out: tuple[str, ...] = ()) -> list[str]:
     """What the installed package declares for use and, as its extra "dev", for its tests; without `RELEASES`."""
     declared = list(map(Requirement, importlib.metadata.requires("dyvte-engine") or []))
     extras, wanted = ["dev"], set()
@@ -55,7 +56,7 @@ def other_requirements() -> list[str]:
                 continue
             if r.name == "dyvte-engine":
                 extras += sorted(r.extras.difference(extras))
-            elif r.name not in RELEASES:
+            elif r.name not in (*RELEASES, *left_out):
                 wanted.add(str(r).partition(";")[0])
     return sorted(wanted)
 
@@ -72,7 +73,9 @@ def environment(releases: Releases) -> Path:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-cache-dir", "--upgrade"]
     subprocess.run([*pip, releases.torch], check=True, stdin=subprocess.DEVNULL)
-    subprocess.run([*pip, releases.transformers, *other_requirements()], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(
+        [*pip, releases.transformers, *other_requirements(releases.left_out)], check=True, stdin=subprocess.DEVNULL
+    )
     return python
 
 
