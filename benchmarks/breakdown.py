@@ -159,7 +159,7 @@ def trace(request: workload.Request, policy: VisualTokenPolicy, new_tokens: int,
     """Write a chrome trace; on CUDA also the share of the wall time in which the device computed."""
     on_gpu = request.engine.config.device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
-    with torch.profiler.profile(activities=kinds) as profiler:
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
         run_once(request, policy, new_tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))

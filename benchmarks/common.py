@@ -211,7 +211,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         timed(call, device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    on_cpu: Any = dict(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with torch.profiler.profile(**on_cpu, acc_events=True) as profiler:  # without it, torch 2.11 warns
         call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])

@@ -1,5 +1,7 @@
 """What was built is what it says it is, asks little of the system, and carries one version number."""
 
+import ast
+import contextlib
 import platform
 import re
 import shutil
@@ -8,11 +10,14 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import packaging.tags
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import dyvte_engine
 from dyvte_engine import _C
@@ -54,6 +59,29 @@ def test_every_public_name_is_there_at_first_use():
 
 def test_ops_passes_on_what_the_python_module_says():
     assert ops.build_info() == _C.build_info()
+
+
+def test_the_environments_of_compat_have_what_the_tests_import():
+    import compat
+
+    homes, there = packages_distributions(), set()
+    try:
+        waiting = [*compat.other_requirements(), *compat.RELEASES]
+    except PackageNotFoundError:
+        pytest.skip("the package is on the path, not installed")
+    while waiting:  # what these ask for comes with them
+        name = canonicalize_name(Requirement(waiting.pop()).name)
+        if name not in there:
+            there.add(name)
+            with contextlib.suppress(PackageNotFoundError):  # of another system
+                waiting += [text for text in requires(name) or [] if "extra ==" not in text]
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        nodes = ast.parse(file.read_text()).body
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+        for name in names:
+            found = set(map(canonicalize_name, homes.get(name.partition(".")[0], ()))) - {"dyvte-engine"}
+            assert not found or found & there, f"{file}: {name}"
 
 
 def test_build_info_matches_the_machine_code():

@@ -112,6 +112,46 @@ def test_an_output_that_cannot_be_written_is_refused_first(command, option, unwr
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        ("eval nano", "--limit", ("-1", "0", "1", "3", "9" * 23)),
+        ("eval nano", "--tasks", ("", "x", "pope,x")),
+        ("eval nano", "--source", ("", "x")),
+        ("eval nano", "--styles", ("x",)),
+        ("eval nano", "--batch", ("-1", "0")),
+        ("sweep nano", "--limit", ("0", "3", "9" * 23)),
+        ("sweep nano", "--tasks", ("x",)),
+        ("sweep nano", "--batch", ("0",)),
+        ("analyze nano --out x", "--limit", ("-1", "0", "3")),
+        ("analyze nano --out x --data nano", "--limit", ("-1", "0")),
+        ("analyze nano --out x", "--data", ("", "x", "pope,x")),
+        ("analyze nano --out x", "--exits", ("", "x", "1,")),
+        ("analyze nano --out x", "--batch", ("0",)),
+        ("reproduce nano --out x", "--limit", ("0", "3")),
+        ("reproduce nano --out x", "--batch", ("0",)),
+        ("label nano --out x --data nano", "--samples", ("0", "-1")),
+        ("train-heads /nowhere --out x", "--lr", ("0", "-1", "nan", "inf")),
+        ("train-heads /nowhere --out x", "--states", ("", "x")),
+        ("train-heads /nowhere --out x", "--save-every", ("0",)),
+        *(
+            ("train-heads /nowhere --out x", f"--{name}", ("0", "-1"))
+            for name in ("epochs", "batch", "hidden", "delta")
+        ),
+        ("train-heads /nowhere --out x", "--seed", ("9" * 23,)),
+        *(("ablate-heads /nowhere --out x", f"--{name}", ("0", "-1")) for name in ("epochs", "hidden", "lr")),
+    ],
+)
+def test_a_value_is_refused_under_the_name_of_its_option(command, option, values, tmp_path, monkeypatch, run):
+    """Before a model is loaded: there is none to load here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dyvte_engine.engine.load_model", None)
+    for value in values:
+        code, out, err = run(*command.split(), option, value)
+        assert re.search(rf"\b({option[2:]}|{option[2:].replace('-', '_')})\b", err), err
+        assert code == 2 and out == "" and "Traceback" not in err
+
+
 def test_a_full_disk_is_one_line():
     """`doctor` prints a page; stdout is a device that is always full."""
     done = in_a_shell("$CLI doctor --json > /dev/full")

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "compat"
+RELEASES = ("torch", "transformers")  # which of them, each environment says
 GIB_PER_ENVIRONMENT = 8  # installed size plus what pip unpacks on the way
 
 
@@ -31,10 +32,11 @@ class Releases:
     torch: str
     transformers: str
     tests: tuple[str, ...]
+    left_out: tuple[str, ...] = ()  # what cannot be installed next to it; tests that need it are skipped
 
 
 ENVIRONMENTS = (
-    Releases("floor", "torch==2.11.0", "transformers==4.57.*", ("tests",)),
+    Releases("floor", "torch==2.11.0", "transformers==4.57.*", ("tests",), left_out=("gradio",)),
     Releases(
         "newest",
         "torch",
@@ -44,13 +46,19 @@ ENVIRONMENTS = (
 )
 
 
-def other_requirements() -> list[str]:
-    """What the installed package declares, for use and for the tests, without torch and transformers; and pytest."""
-    declared = map(Requirement, importlib.metadata.requires("dyvte-engine") or [])
-    extras = ("train", "eval", "smol")
-    wanted = [r for r in declared if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras)]
-    left_out = ("torch", "transformers", "dyvte-engine")
-    return [f"{r.name}{r.specifier}" for r in wanted if r.name not in left_out] + ["pytest"]
+def other_requirements(left_out: tuple[str, ...] = ()) -> list[str]:
+    """What the installed package declares for use and, as its extra "dev", for its tests; without `RELEASES`."""
+    declared = list(map(Requirement, importlib.metadata.requires("dyvte-engine") or []))
+    extras, wanted = ["dev"], set()
+    for extra in extras:  # one may name others
+        for r in declared:
+            if r.marker is not None and not r.marker.evaluate({"extra": extra}):
+                continue
+            if r.name == "dyvte-engine":
+                extras += sorted(r.extras.difference(extras))
+            elif r.name not in (*RELEASES, *left_out):
+                wanted.add(str(r).partition(";")[0])
+    return sorted(wanted)
 
 
 def environment(releases: Releases) -> Path:
@@ -65,7 +73,9 @@ def environment(releases: Releases) -> Path:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-cache-dir", "--upgrade"]
     subprocess.run([*pip, releases.torch], check=True, stdin=subprocess.DEVNULL)
-    subprocess.run([*pip, releases.transformers, *other_requirements()], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(
+        [*pip, releases.transformers, *other_requirements(releases.left_out)], check=True, stdin=subprocess.DEVNULL
+    )
     return python
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")]
-Batch = Annotated[int, typer.Option(help="Prompts run together.")]
+Batch = Annotated[int, typer.Option(min=1, help="Prompts run together.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
 MaxLen = Annotated[int | None, typer.Option(help="Prompt and answer tokens of one sequence.")]
@@ -35,7 +35,7 @@ def analyze(
     heads: Annotated[
         str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE] or none; auto: those in the model's folder.")
     ] = "auto",
-    limit: Annotated[int, typer.Option(help="Prompts of each task.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 100,
     exits: Annotated[str | None, typer.Option(help="Layers joined by ',' for the exits of the entropy figure.")] = None,
     examples: Annotated[int, typer.Option(help="Prompts shown one by one.")] = 5,
     images: Annotated[Path | None, typer.Option(help="Folder of a file's pictures; default its own.")] = None,
@@ -132,7 +132,7 @@ def reproduce(
     ] = "auto",
     ablation: Annotated[Path | None, typer.Option(help="Folder that `ablate-heads` wrote.")] = None,
     transfer: Annotated[list[str] | None, typer.Option(help="NAME=HEADS_FILE of another model; repeat it.")] = None,
-    limit: Annotated[int, typer.Option(help="Questions of each task.")] = 100,
+    limit: Annotated[int, typer.Option(min=4, help="Questions of each task.")] = 100,
     source: Annotated[str, typer.Option(help="Pictures of the tasks: shapes or emoji.")] = "shapes",
     seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
     all_forms: AllForms = False,

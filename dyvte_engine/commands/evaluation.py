@@ -33,7 +33,7 @@ def evaluate(
     policy: Annotated[
         list[str] | None, typer.Option(help="As in generate, [NAME=]POLICY; repeat it. Default: keep-all and auto.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="Samples of each task.")] = 300,
+    limit: Annotated[int, typer.Option(min=4, help="Samples of each task.")] = 300,
     source: Annotated[str, typer.Option(help="Pictures: shapes or emoji.")] = "shapes",
     styles: Annotated[str | None, typer.Option(help="Emoji drawing styles joined by ','; default all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
@@ -41,7 +41,7 @@ def evaluate(
     out: Annotated[Path | None, out_file("JSON report to write.")] = None,
     page: Annotated[Path | None, out_file("Markdown page to write.")] = None,
     answers: Annotated[Path | None, out_file("Answers file (JSONL): kept, and a killed run continues from it.")] = None,
-    batch: Annotated[int, typer.Option(help="Prompts run together.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 16,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     max_len: Annotated[int | None, typer.Option(help="Prompt and answer tokens of one sequence.")] = None,
@@ -130,14 +130,14 @@ def sweep(
         list[str] | None, typer.Option(help="[NAME=]HEADS_FILE; repeat it. Default: the heads in the model's folder.")
     ] = None,
     tasks: Annotated[str, typer.Option(help="Task names joined by ','; see docs/tasks.md.")] = EVERY,
-    limit: Annotated[int, typer.Option(help="Samples of each task.")] = 100,
+    limit: Annotated[int, typer.Option(min=4, help="Samples of each task.")] = 100,
     source: Annotated[str, typer.Option(help="Pictures: shapes or emoji.")] = "shapes",
     seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
     out: Annotated[Path | None, out_file("JSON to write.")] = None,
     plot: Annotated[Path | None, out_file("PNG to write.")] = None,
     page: Annotated[Path | None, out_file("Markdown page to write.")] = None,
     answers: Annotated[Path | None, out_file("Answers file (JSONL): kept, and a killed run continues from it.")] = None,
-    batch: Annotated[int, typer.Option(help="Prompts run together.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 16,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
 ) -> None:

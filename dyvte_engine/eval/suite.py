@@ -248,25 +248,25 @@ TASKS = (*PLANS, EASY_VQA)
 
 
 def load_tasks(
-    names: Sequence[str] = TASKS, seed: int = 0, n: int = 300, source: str = "shapes", styles: Sequence[str] = ()
+    tasks: Sequence[str] = TASKS, seed: int = 0, limit: int = 300, source: str = "shapes", styles: Sequence[str] = ()
 ) -> list[Task]:
-    """Tasks of n samples each (whole groups: at most n, a multiple of 2 for mme and of 4 for mmb).
+    """Tasks of `limit` samples each (whole groups: at most that, a multiple of 2 for mme and of 4 for mmb).
 
     Args:
-        names: of TASKS. "easy-vqa" has its own pictures and at most 9,673 questions.
+        tasks: of TASKS. "easy-vqa" has its own pictures and at most 9,673 questions.
         source: "shapes" (nano's world) or "emoji" (composed scenes; the first call fetches the sets).
         styles: drawing styles of the emoji source, default all of them.
 
     Raises:
-        InvalidArgumentError: an unknown name, source or style, or n below 4.
+        InvalidArgumentError: an unknown task, source or style, or a limit below 4.
         SourceError: a package or set that a source needs is missing.
     """
-    unknown = [name for name in names if name not in TASKS]
-    if unknown or not names:
-        raise InvalidArgumentError(f"names is {list(names)!r}; accepted: of {', '.join(TASKS)}")
-    if not (is_whole(n) and 4 <= n <= 10**9):
-        raise InvalidArgumentError(f"n is {n!r}; accepted: whole numbers from 4 to a billion")
-    return [_easy(seed, n) if name == EASY_VQA else _made(name, seed, n, _world(source, styles)) for name in names]
+    unknown = [name for name in tasks if name not in TASKS]
+    if unknown or not tasks:
+        raise InvalidArgumentError(f"tasks is {list(tasks)!r}; accepted: of {', '.join(TASKS)}")
+    if not (is_whole(limit) and 4 <= limit <= 10**9):
+        raise InvalidArgumentError(f"limit is {limit!r}; accepted: whole numbers from 4 to a billion")
+    return [_easy(seed, limit) if t == EASY_VQA else _made(t, seed, limit, _world(source, styles)) for t in tasks]
 
 
 def _made(name: str, seed: int, n: int, world: World) -> Task:

@@ -112,8 +112,7 @@ class Calibration:
         Raises:
             CalibrationError: every threshold of the grid costs more.
         """
-        if not (is_real(target) and 0 < target <= 1):
-            raise InvalidArgumentError(f"target_flops is {target!r}; accepted: above 0, at most 1")
+        check_flops(target)
         for threshold, share in zip(self.thresholds, self.flops, strict=True):
             if share <= target:
                 return threshold
@@ -133,8 +132,7 @@ class Calibration:
 
 
 def _check_samples(p_exit: Tensor, agree: Tensor, flops: Tensor, delta: float) -> None:
-    if not (is_real(delta) and 0 < delta < 1):
-        raise InvalidArgumentError(f"delta is {delta!r}; accepted: above 0 and below 1")
+    check_risk("delta", delta)
     wanted = {"p_exit": (p_exit, _FLOATS), "agree": (agree, (torch.bool,)), "flops": (flops, _FLOATS)}
     shape = p_exit.shape if isinstance(p_exit, Tensor) else ()
     for name, (tensor, dtypes) in wanted.items():
@@ -147,10 +145,20 @@ def _check_samples(p_exit: Tensor, agree: Tensor, flops: Tensor, delta: float) -
         raise InvalidArgumentError("p_exit or flops holds NaN, infinity or FLOPs of 0; accepted: finite numbers")
 
 
+def check_risk(name: str, value: Any) -> None:
+    if not (is_real(value) and 0 < value < 1):
+        raise InvalidArgumentError(f"{name} is {value!r}; accepted: above 0 and below 1")
+
+
+def check_flops(target: Any) -> None:
+    if not (is_real(target) and 0 < target <= 1):
+        raise InvalidArgumentError(f"target_flops is {target!r}; accepted: above 0, at most 1")
+
+
 def check_target(target: float, samples: int, delta: float) -> None:
     """Raises CalibrationError when `samples` cannot show an agreement of `target` at level delta, whatever they do."""
-    if not (is_real(target) and 0 < target < 1):
-        raise InvalidArgumentError(f"target_agreement is {target!r}; accepted: above 0 and below 1")
+    check_risk("target_agreement", target)
+    check_risk("delta", delta)
     needed = math.ceil(math.log(delta) / math.log(target))
     if samples < needed:
         given = f"target_agreement {target} cannot be guaranteed with {samples} calibration samples at delta {delta}"

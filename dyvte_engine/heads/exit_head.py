@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import is_real
+from ..checks import is_real, is_whole
 from ..errors import HeadsError, InvalidArgumentError, first_line
 from ..files import parse_json, write_bytes
 from .calibration import Calibration
@@ -27,6 +28,13 @@ from .rule import ExitRule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a file may hold
 STATE_BITS = {"mean_visual": 1, "last_visual": 2, "mean_text": 4, "last_text": 8}
+
+
+def ordered(states: Sequence[str]) -> tuple[str, ...]:
+    """The same in the order of `STATE_BITS`; raises InvalidArgumentError where one is not known, or there is none."""
+    if not states or not all(isinstance(s, str) and s in STATE_BITS for s in states):
+        raise InvalidArgumentError(f"states is {states!r}; accepted: a non-empty subset of {tuple(STATE_BITS)}")
+    return tuple(s for s in STATE_BITS if s in states)
 
 
 @dataclass(frozen=True)
@@ -51,16 +59,12 @@ class ExitHeadConfig:
             if not is_real(self.rms_eps):
                 raise InvalidArgumentError(f"rms_eps is {self.rms_eps!r}; accepted: None or a number")
             object.__setattr__(self, "rms_eps", float(self.rms_eps))  # NumPy's would not go into a file
-        ordered = tuple(s for s in STATE_BITS if s in self.states)
-        if not ordered or any(s not in STATE_BITS for s in self.states):
-            raise InvalidArgumentError(
-                f"states is {self.states!r}; accepted: a non-empty subset of {tuple(STATE_BITS)}"
-            )
-        object.__setattr__(self, "states", ordered)
+        object.__setattr__(self, "states", ordered(self.states))
         for name in ("hidden_size", "num_layers", "head_hidden"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not (is_whole(value) and value >= 1):
                 raise InvalidArgumentError(f"{name} is {value!r}; accepted: whole numbers, at least 1")
+            object.__setattr__(self, name, int(value))
         if self.rms_eps is not None and not 0 <= self.rms_eps < math.inf:
             raise InvalidArgumentError(f"rms_eps is {self.rms_eps}; accepted: None, or at least 0")
 
@@ -96,17 +100,31 @@ class ExitHeads(nn.Module):
             nn.init.normal_(self.b1.data, std=c.head_hidden**-0.5, generator=generator)
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """w1 [h, S*d], w2 [2, h] and b1 [h] or None of the head after `layer`, as `ops.exit_head` takes them."""
+        """w1 [h, S*d], w2 [2, h] and b1 [h] or None of the head after `layer`, as `ops.exit_head` takes them.
+
+        Raises:
+            InvalidArgumentError: there is no head after this layer.
+        """
+        if not (is_whole(layer) and 0 <= layer < self.config.num_layers):
+            given = f"layer is {layer!r}"
+            raise InvalidArgumentError(f"{given}; accepted: 0 to {self.config.num_layers - 1}, the layers with a head")
         trunk = 0 if self.config.shared else layer
         return self.w1[trunk], self.w2[trunk], None if self.b1 is None else self.b1[layer]
 
     def forward(self, pooled: Tensor, layer: int) -> Tensor:
-        """pooled [..., S*d], the states of one layer -> logits [..., 2]."""
+        """pooled [..., S*d], the states of one layer -> logits [..., 2]; refuses what `of_layer` does."""
         w1, w2, b1 = self.of_layer(layer)
         return F.linear(F.gelu(F.linear(self._normalised(pooled), w1, b1)), w2)
 
     def all_layers(self, pooled: Tensor) -> Tensor:
-        """pooled [N, L, S*d], the states of every layer -> logits [N, L, 2]."""
+        """pooled [N, L, S*d], the states of every layer -> logits [N, L, 2].
+
+        Raises:
+            InvalidArgumentError: `pooled` is of another shape.
+        """
+        layers = self.config.num_layers
+        if pooled.dim() != 3 or pooled.shape[1] != layers:
+            raise InvalidArgumentError(f"pooled is {list(pooled.shape)}; accepted: [N, {layers}, {self.w1.shape[2]}]")
         pooled = self._normalised(pooled)
         if self.b1 is not None:
             return F.linear(F.gelu(F.linear(pooled, self.w1[0]) + self.b1), self.w2[0])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import is_whole
+from ..checks import is_real, is_whole
 from ..errors import InvalidArgumentError
 
 
@@ -34,7 +33,7 @@ class ExitRule:
         if isinstance(self.threshold, list):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        if not values or not all(isinstance(v, Real) and 0 <= v <= 1 for v in values):  # NaN is not
+        if not values or not all(is_real(v) and 0 <= v <= 1 for v in values):  # NaN is not
             given = f"threshold is {self.threshold}"
             raise InvalidArgumentError(f"{given}; accepted: 0 to 1, or such a value for each layer")
         for name, least in (("min_layer", 0), ("every_k", 1), ("hysteresis", 1)):

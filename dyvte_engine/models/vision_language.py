@@ -198,14 +198,17 @@ class VisionLanguageModel:
         bos = getattr(self.processor.tokenizer, "bos_token", None)
         arguments = self._video_arguments(pictures, clips, video_fps) if clips else {}
         try:
-            encoded = processor(
-                text=[text],
-                images=[list(pictures)] if pictures else None,
-                return_tensors="pt",
-                add_special_tokens=not (bos and text.startswith(bos)),  # the template may have written it already
-                **arguments,
-            )
+            with torch.device("cpu"):  # whatever device the caller has made the default
+                encoded = processor(
+                    text=[text],
+                    images=[list(pictures)] if pictures else None,
+                    return_tensors="pt",
+                    add_special_tokens=not (bos and text.startswith(bos)),  # the template may have written it already
+                    **arguments,
+                )
         except Exception as e:  # of a picture that it scales to no pixels, for one
+            if isinstance(e.__context__, KeyboardInterrupt):  # which transformers 4 takes for an error of its own
+                raise e.__context__ from None
             kind = ImageError if pictures or clips else PromptError
             raise kind(f"the checkpoint's processor cannot take the prompt: {type(e).__name__}: {first_line(e)}") from e
         ids = encoded["input_ids"][0].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -44,11 +45,12 @@ def _is_bias(v: Any) -> bool:
     pairs = list(v.items()) if isinstance(v, dict) else v
     if not _is_list(pairs, lambda pair: isinstance(pair, (list, tuple)) and len(pair) == 2, 1):
         return False
-    return _is_words([ids for ids, _ in pairs]) and all(_is_number(b) or b == float("-inf") for _, b in pairs)
+    biases = all(b == -math.inf or (_is_number(b) and abs(b) <= 1e9) for _, b in pairs)
+    return biases and _is_words([ids for ids, _ in pairs])
 
 
 def _is_decay(v: Any) -> bool:
-    return _is_list(v, _is_number) and len(v) == 2 and _is_int(v[0]) and v[0] >= 0 and v[1] > 0
+    return _is_list(v, _is_number) and len(v) == 2 and _is_int(v[0]) and v[0] >= 0 and _FACTOR[0](v[1])
 
 
 def _whole(low: int, note: str = "") -> Rule:
@@ -58,14 +60,15 @@ def _whole(low: int, note: str = "") -> Rule:
 _FLAG: Rule = (lambda v: isinstance(v, bool), "True, False")
 _SHARE: Rule = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 _PART: Rule = (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1")
-_FACTOR: Rule = (lambda v: _is_number(v) and v > 0, "a number of more than 0")
+# All of these together leave finite what float32 holds of logits.
+_FACTOR: Rule = (lambda v: _is_number(v) and 1e-4 <= v <= 1e4, "a number from 1e-4 to 1e4")
 _TOKENS: Rule = (lambda v: _is_list(v, _is_token), "a list of token ids")
 _END: Rule = (lambda v: _is_token(v) or _is_list(v, _is_token), "a token id or a list of token ids")
 
 _ONLY_SAMPLING: dict[str, Rule] = {
-    "temperature": (  # float32 holds logits divided by it
-        lambda v: _FACTOR[0](v) and v >= 1e-30,
-        "a number of more than 0 (do_sample=False is greedy), at least 1e-30",
+    "temperature": (
+        lambda v: _is_number(v) and 1e-20 <= v <= 1e20,
+        "a number from 1e-20 to 1e20 (do_sample=False is greedy)",
     ),
     "top_h": _PART,
     "top_k": _whole(0, " (0 is off)"),
@@ -89,13 +92,13 @@ _SERVED: dict[str, Rule] = {
     "encoder_repetition_penalty": _FACTOR,
     "no_repeat_ngram_size": _whole(0),
     "encoder_no_repeat_ngram_size": _whole(0),
-    "sequence_bias": (_is_bias, "{(token ids): number} or [[[token ids], number], ...]"),
+    "sequence_bias": (_is_bias, "{(token ids): number} or [[[token ids], number], ...], numbers up to 1e9"),
     "bad_words_ids": (_is_words, "a list of lists of token ids, none empty"),
     "suppress_tokens": _TOKENS,
     "begin_suppress_tokens": _TOKENS,
     "forced_bos_token_id": (_is_token, "a token id"),
     "forced_eos_token_id": (lambda v: _END[0](v) and v != [], _END[1]),
-    "exponential_decay_length_penalty": (_is_decay, "(an integer of at least 0, a number of more than 0)"),
+    "exponential_decay_length_penalty": (_is_decay, f"(an integer of at least 0, {_FACTOR[1]})"),
     "remove_invalid_values": _FLAG,
     "renormalize_logits": _FLAG,
     "watermarking_config": (

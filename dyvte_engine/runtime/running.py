@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import is_whole
 from ..errors import CacheError, InvalidArgumentError
 from ..kernels.transfer import DeviceLock, read_later, to_device
 from ..models.decoder import Decoder
@@ -94,8 +95,8 @@ class Running:
             # What is on the device already is taken as it is: to look at it would be to wait for it.
             if right and (tokens.is_cuda or (int(tokens.min()) >= 0 and int(tokens.max()) < vocab)):
                 return to_device(tokens, device, torch.int64) if tokens.device != device else tokens
-        elif isinstance(tokens, Sequence) and len(tokens) == count > 0 and all(_is_below(t, vocab) for t in tokens):
-            return to_device(tokens, device, torch.int64)
+        elif (numbers := _numbers(tokens, vocab)) and len(numbers) == count:
+            return to_device(numbers, device, torch.int64)
         accepted = f"one token id (0 to {vocab - 1}) for each of {count} sequences"
         raise InvalidArgumentError(f"tokens is {tokens!r}; accepted: {accepted}")
 
@@ -127,12 +128,11 @@ class Running:
         """
         with self._lock:
             count = self.cache.count
-            listed = isinstance(keep, Sequence) and not isinstance(keep, (str, bytes))
-            numbers = listed and all(_is_below(b, count) for b in keep)
-            if not numbers or len(set(keep)) < len(keep):
+            numbers = _numbers(keep, count)
+            if numbers is None or len(set(numbers)) < len(numbers):
                 raise InvalidArgumentError(f"keep is {keep!r}; accepted: numbers from 0 to {count - 1}, each once")
-            self.cache.select(keep)
-            self.logits = self.logits[to_device(keep, self.logits.device, torch.int64)]
+            self.cache.select(numbers)
+            self.logits = self.logits[to_device(numbers, self.logits.device, torch.int64)]
 
     @torch.inference_mode()
     def close(self) -> None:
@@ -147,5 +147,8 @@ class Running:
         self.close()
 
 
-def _is_below(number: object, end: int) -> bool:
-    return type(number) is int and 0 <= number < end
+def _numbers(given: object, end: int) -> list[int] | None:
+    """The whole numbers of a sequence, none below 0 or from `end` on; None where it is something else."""
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes, bytearray, memoryview)):
+        return None
+    return [int(n) for n in given] if all(is_whole(n) and 0 <= n < end for n in given) else None

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, first_line
 from ..kernels.transfer import to_device
 from ..requests import TokenLogprobs
 from .options import check_seed, merge_config, sequence_seeds
@@ -82,11 +82,19 @@ class Sampler:
         self.plain = not self._chain and self._stream is None
 
     def __call__(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
-        """logits f32 [vocab] of the next token, all ids so far, which only ever grow -> int64 [] on their device."""
+        """logits f32 [vocab] of the next token, all ids so far, which only ever grow -> int64 [] on their device.
+
+        Raises:
+            InvalidArgumentError: no token may be drawn; on a GPU torch ends the process then.
+        """
         scores = self.scores(logits, ids)
         if self._stream is None:
             return scores.argmax()
-        return torch.multinomial(scores.softmax(-1), 1, generator=self._stream)[0]
+        try:
+            return torch.multinomial(scores.softmax(-1), 1, generator=self._stream)[0]
+        except RuntimeError as e:
+            given = f"the options leave no token to draw: {first_line(e)}"
+            raise InvalidArgumentError(f"{given}; accepted: some that allow one") from e
 
     def scores(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
         """The processed scores f32 [vocab] that the token is chosen from; arguments as in a call."""
@@ -94,7 +102,10 @@ class Sampler:
             return logits
         new = to_device(ids[len(self._ids) :], logits.device, torch.int64)
         self._ids = torch.cat((self._ids, new))
-        return self._chain(self._ids[None], logits[None].clone())[0]
+        try:
+            return self._chain(self._ids[None], logits[None].clone())[0]
+        except OverflowError as e:  # of a penalty that grows with the answer
+            raise InvalidArgumentError(f"the options overflow after {len(ids)} tokens: {first_line(e)}") from e
 
 
 def token_logprobs(logits: Tensor, token: Tensor, top: int) -> TokenLogprobs:

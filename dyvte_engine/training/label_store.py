@@ -24,7 +24,7 @@ from dyvte_engine.engine import Engine
 from dyvte_engine.errors import DataError, InvalidArgumentError, PromptError
 from dyvte_engine.files import parse_json, write_bytes
 from dyvte_engine.flops import leaving_flops, vision_flops
-from dyvte_engine.heads.exit_head import STATE_BITS
+from dyvte_engine.heads.exit_head import STATE_BITS, ordered
 from dyvte_engine.inputs.prompts import render
 from dyvte_engine.models import PreparedPrompt, VisionLanguageModel
 from dyvte_engine.training.answers import branch_answers, own_answers
@@ -207,20 +207,20 @@ def load_labels(folder: str | Path, states: Sequence[str], rule: Rule = "auto") 
 
     Raises:
         DataError: shards are missing, damaged, swapped or hold NaN, or the rule needs what these labels do not hold.
+        InvalidArgumentError: an unknown state or rule.
     """
-    folder = Path(folder)
+    states, folder = ordered(states), Path(folder)
     info = LabelInfo.read(folder)
     there = sum(1 for _ in folder.glob("shard-*.safetensors"))
     if there < info.shard_count:
         given = f"{folder} holds {there} of {info.shard_count} shards"
         raise DataError(f"{given}; the same `dyvte-engine label` command again makes the rest")
-    ordered = [s for s in STATE_BITS if s in states]
     parts = []
     for number, name in enumerate(info.shards):
         columns = _read_shard(folder, info, number)
         _check_finite(columns, folder / name)
         pooled = {s: columns.pop(f"pooled.{s}") for s in STATE_BITS}
-        parts.append(columns | {"pooled": torch.cat([pooled[s] for s in ordered], -1)})
+        parts.append(columns | {"pooled": torch.cat([pooled[s] for s in states], -1)})
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     chosen = {"free-running": "text", "self": "argmax", "reference": "paper"}[info.mode] if rule == "auto" else rule
     same = joined["agreement"] == 1

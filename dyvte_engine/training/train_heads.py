@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyvte_engine.checks import is_real, is_whole
 from dyvte_engine.errors import DataError, DyvteError, InvalidArgumentError
-from dyvte_engine.heads.calibration import Calibration, check_target
+from dyvte_engine.heads.calibration import Calibration, check_flops, check_risk, check_target
 from dyvte_engine.heads.exit_head import ExitHeadConfig, ExitHeads
 from dyvte_engine.heads.rule import ExitRule
 from dyvte_engine.training.files import read_tensors, write_tensors
@@ -27,6 +28,7 @@ from dyvte_engine.training.label_store import HeadData, LabelInfo, Rule, load_la
 Kind = Literal["paper", "default", "light"]
 DEFAULT_STATES = ("mean_text", "last_text")
 SELECT, CALIBRATE = 0.1, 0.2  # of all samples
+SEEDS = 2**40  # torch's generator takes 64 bits, and each step has its own
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,26 @@ class HeadSettings:
     every_k: int = 1
     hysteresis: int = 1
 
+    def __post_init__(self) -> None:
+        """Raises InvalidArgumentError for what would fail later, in the midst of training."""
+        for name in ("epochs", "batch", "hidden"):
+            value = getattr(self, name)
+            if not (is_whole(value) and value >= 1):
+                raise InvalidArgumentError(f"{name} is {value!r}; accepted: whole numbers, at least 1")
+        if not (is_real(self.lr) and 0 < self.lr <= 1):
+            raise InvalidArgumentError(f"lr is {self.lr!r}; accepted: above 0, at most 1")
+        if not (is_whole(self.seed) and abs(self.seed) <= SEEDS):
+            raise InvalidArgumentError(f"seed is {self.seed!r}; accepted: whole numbers from -2**40 to 2**40")
+        if self.target_agreement is not None and self.target_flops is not None:
+            raise InvalidArgumentError("target_agreement and target_flops were given; accepted: one of them")
+        check_risk("delta", self.delta)
+        if self.target_agreement is not None:
+            check_risk("target_agreement", self.target_agreement)
+        if self.target_flops is not None:
+            check_flops(self.target_flops)
+        ExitRule(0.5, **self.exit_options)
+        self.config(1, 1)
+
     @classmethod
     def of(cls, kind: Kind, **given: Any) -> HeadSettings:
         """The settings of a kind; what is given and not None replaces them."""
@@ -68,11 +90,7 @@ class HeadSettings:
         given = {name: value for name, value in given.items() if value is not None}
         if "target_flops" in given and "target_agreement" not in given:
             given["target_agreement"] = None
-        settings = replace(cls(kind=kind), **(kinds[kind] | given))
-        if settings.target_agreement is not None and settings.target_flops is not None:
-            raise InvalidArgumentError("target_agreement and target_flops were given; accepted: one of them")
-        ExitRule(0.5, **settings.exit_options)  # refuses options out of range before anything is trained
-        return settings
+        return replace(cls(kind=kind), **(kinds[kind] | given))
 
     @property
     def exit_options(self) -> dict[str, int]:
@@ -148,7 +166,7 @@ class Trainer:
         """One batch, split over the processes; the order depends on seed and step alone."""
         epoch, at = divmod(self.step, self.steps_of_epoch)
         order = torch.randperm(len(self.parts.train), generator=self._generator(epoch, 0))
-        rows = self.parts.train[order.split(self.settings.batch)[at]]
+        rows = self.parts.train[order[at * self.settings.batch : (at + 1) * self.settings.batch]]
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         pooled = self.data.pooled[mine].to(self.accelerator.device).float()
         label = self.data.label[mine].to(self.accelerator.device).long()
@@ -261,6 +279,8 @@ def train_heads(
         DataError: the labels are unfinished, or the state is of another run.
         CalibrationError: too few samples for `settings.target_agreement`; before anything is trained.
     """
+    if not (is_whole(save_every) and save_every >= 1):
+        raise InvalidArgumentError(f"save_every is {save_every!r}; accepted: whole numbers, at least 1")
     accelerator = _accelerator()
     data, info = load_labels(labels, settings.states, settings.rule)
     parts = Parts.of(info.samples, settings.seed)

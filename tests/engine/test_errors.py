@@ -299,13 +299,13 @@ def test_odd_values_are_named():
         with pytest.raises(InvalidArgumentError, match="keep is"):
             DynamicExit(ExitHeads(ExitHeadConfig(8, 3, 4)), keep=keep)
     engine, _ = build()
-    with pytest.raises(InvalidArgumentError, match=r"temperature is 1e-300; accepted: .* at least 1e-30"):
-        engine.generate("w1", chat=False, do_sample=True, temperature=1e-300)
-    assert engine.generate("w1", chat=False, do_sample=True, temperature=1e-30, max_new_tokens=2).stats.new_tokens == 2
     with engine.prefill(torch.randn(5, 64), torch.zeros(5, dtype=torch.bool)) as running:
-        for nobody in ("", b""):
+        for nobody in ("", b"", b"\0", bytearray(1), memoryview(b"\0"), [True], [0.0], {0}):
             with pytest.raises(InvalidArgumentError, match="keep is"):
                 running.select(nobody)
+            with pytest.raises(InvalidArgumentError, match="tokens is"):
+                running.step(nobody)
+        running.step([np.int64(5)])
     never = ExitRule(0.5, hysteresis=2**31).first_exits(torch.ones(3, 4))
     assert never.tolist() == [3, 3, 3]
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import processors
 
-from dyvte_engine import Engine, EngineConfig, InvalidArgumentError, KeepAll
+from dyvte_engine import Engine, EngineConfig, InvalidArgumentError, KeepAll, Request
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.random_model import byte_processor
 from dyvte_engine.runtime import options as generation_options
@@ -24,6 +24,7 @@ from dyvte_engine.runtime.sampling import (
     sequence_seeds,
 )
 from tests import tiny
+from tests.engine.conftest import build
 
 CPU = torch.device("cpu")
 ALWAYS = [
@@ -397,6 +398,32 @@ def test_stream_is_generate_in_pieces(engine):
     assert pieces == [r.text for r in whole]
     assert tokens == [r.token_ids for r in whole]
     assert [results[i].text for i in range(11)] == pieces
+
+
+@pytest.mark.parametrize("bias", [{(5,): 1e9, (7,): -1e9}, {(5,): float("-inf")}])
+@pytest.mark.parametrize("temperature", [1e-20, 1e20])
+@pytest.mark.parametrize("penalty", [1e-4, 1e4])
+def test_the_ends_of_all_ranges_together_leave_something_to_draw(bias, temperature, penalty):
+    engine, _ = build()
+    options = dict(do_sample=True, temperature=temperature, repetition_penalty=penalty, sequence_bias=bias)
+    options |= dict(encoder_repetition_penalty=penalty, no_repeat_ngram_size=1, min_new_tokens=8, max_new_tokens=8)
+    result = engine.generate("w1 w2 w1", chat=False, **options)
+    assert len(set(result.token_ids)) == result.stats.new_tokens == 8
+    for name, value in (("temperature", 9 * temperature**1.1), ("repetition_penalty", 9 * penalty**1.3)):
+        with pytest.raises(InvalidArgumentError, match=f"{name} is .*; accepted: a number from 1e-"):
+            engine.generate("w1", chat=False, **options | {name: value})
+
+
+def test_where_no_token_is_left_the_request_is_refused_and_others_are_answered():
+    engine, _ = build()
+    other = engine.submit(Request("w1 w2", chat=False, options={"max_new_tokens": 6}))
+    with pytest.raises(InvalidArgumentError, match="the options leave no token to draw"):
+        engine.generate("w1", chat=False, do_sample=True, suppress_tokens=list(range(129)))
+    endless = dict(exponential_decay_length_penalty=(0, 1e4), suppress_tokens=[2], max_new_tokens=90)
+    with pytest.raises(InvalidArgumentError, match=r"the options overflow after [0-9]+ tokens"):
+        engine.generate("w1", chat=False, **endless)
+    assert other.result().token_ids == engine.generate("w1 w2", chat=False, max_new_tokens=6).token_ids
+    engine.check_integrity()
 
 
 ODD = [True, "3", float("nan"), float("inf"), -1, [], [-1], [[]], {}, object()]

@@ -127,14 +127,14 @@ def test_alike_is_of_one_category():
 
 
 def test_all_nine_tasks_in_every_style():
-    for task in load_tasks(list(PLANS), seed=3, n=36, source="emoji"):
+    for task in load_tasks(list(PLANS), seed=3, limit=36, source="emoji"):
         assert len(task.samples) == 36 and task.source == "emoji"
         styles = [s.meta["style"] for s in task.samples]
         assert set(styles) == set(sets.STYLES)
         score = task.score(["yes"] * 36)
         assert set(score["styles"]) == set(sets.STYLES)
         assert sum(s["n"] for s in score["styles"].values()) == score["n"]
-    only = load_tasks(["pope"], n=8, source="emoji", styles=["twemoji"])[0]
+    only = load_tasks(["pope"], limit=8, source="emoji", styles=["twemoji"])[0]
     assert {s.meta["style"] for s in only.samples} == {"twemoji"}
 
 

@@ -19,7 +19,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def task(engine):
-    return load_tasks(["mmvet"], seed=4, n=16)[0].within(run.known_forms(engine.model))[0]
+    return load_tasks(["mmvet"], seed=4, limit=16)[0].within(run.known_forms(engine.model))[0]
 
 
 @pytest.mark.parametrize("policy", [KeepAll(), FixedExit(4), DynamicExit.from_file(NANO_HEADS)], ids=str.__class__)

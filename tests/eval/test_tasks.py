@@ -16,7 +16,7 @@ N = 60
 
 @pytest.fixture(scope="module")
 def suite():
-    return {t.name: t for t in load_tasks(seed=1, n=N)}
+    return {t.name: t for t in load_tasks(seed=1, limit=N)}
 
 
 def perfect(sample: task.Sample) -> str:
@@ -58,12 +58,12 @@ def test_score_refuses_other_lengths(suite):
 
 
 def test_same_again_and_a_longer_suite_begins_alike(suite):
-    for again in load_tasks(seed=1, n=N + 20):
+    for again in load_tasks(seed=1, limit=N + 20):
         first = suite[again.name]
         for a, b in zip(first.samples, again.samples):
             assert (a.key, a.prompt, a.reference, a.meta) == (b.key, b.prompt, b.reference, b.meta)
         assert np.array_equal(first.samples[-1].picture, again.samples[N - 1].picture)
-    other = load_tasks(["gqa"], seed=2, n=N)[0]
+    other = load_tasks(["gqa"], seed=2, limit=N)[0]
     assert [s.prompt for s in other.samples] != [s.prompt for s in suite["gqa"].samples]
 
 
@@ -98,7 +98,7 @@ def test_answers_about_colors_hold_in_the_pixels(suite):
 def test_relations_hold_in_the_pixels():
     """The centres of mass of the two colours lie as the reference says (colours of the pair differ)."""
     asked = 0
-    for s in load_tasks(["gqa"], seed=3, n=200)[0].samples:
+    for s in load_tasks(["gqa"], seed=3, limit=200)[0].samples:
         found = re.match(r"Is the (\w+) \w+ (?:to the )?(left|right|above|below).* the (\w+) \w+\?", s.prompt)
         if s.meta["split"] != "spatial" or not found or found[1] == found[3] or " or " in s.prompt:
             continue
@@ -165,10 +165,10 @@ def test_one_right_option(suite):
 
 
 def test_arguments():
-    with pytest.raises(InvalidArgumentError, match="names"):
+    with pytest.raises(InvalidArgumentError, match="tasks is"):
         load_tasks(["pope", "coco"])
-    with pytest.raises(InvalidArgumentError, match="n is 3"):
-        load_tasks(["pope"], n=3)
+    with pytest.raises(InvalidArgumentError, match="limit is 3"):
+        load_tasks(["pope"], limit=3)
     with pytest.raises(InvalidArgumentError, match="source"):
         load_tasks(["pope"], source="photos")
 

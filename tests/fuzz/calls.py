@@ -451,14 +451,17 @@ def commands(rng: random.Random, world: World) -> Call:
         "generate": ("--image --video --video-fps --policy --max-new-tokens --temperature --top-k --top-p --min-p "
                      "--repetition-penalty --stop --seed --dtype --device --attn-backend --max-len"),
         "eval": "--tasks --policy --limit --source --styles --seed --out --page --answers --batch --dtype --max-len",
-        "train-heads": "--out --kind --rule --states --delta --hidden --lr --epochs --batch",
+        "train-heads": ("--out --kind --rule --states --delta --hidden --lr --epochs --batch --seed --save-every "
+                        "--rms-eps --min-layer --every-k --hysteresis --target-agreement"),
         "label": "--data --out --images --mode --samples --batch --shard --max-len",
         "nothing": "--x",
     }  # fmt: skip
     name = rng.choice((*["generate"] * 4, *options))
     line = [name]
     line += ["--model", str(world.model), "--prompt", rng.choice(("w1", "", *values))] if name == "generate" else []
-    line += ["/nowhere"] if name in ("eval", "train-heads", "label") else []
+    line += ["/nowhere"] if name in ("eval", "label") else []
+    few = "--out h --hidden 4 --epochs 1 --target-agreement 0.5"  # what is given again below counts
+    line += [str(world.stored), *few.split()] if name == "train-heads" else []
     for option in rng.sample(options[name].split(), min(rng.randrange(4), len(options[name].split()))):
         line += [
             option,

@@ -16,7 +16,7 @@ from dyvte_engine.inspect.run import Settings
 from .conftest import PICTURE, QUESTION, SHIPPED
 
 uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("gradio", reason="the page needs gradio: pip install 'dyvte-engine[inspect]'")
+pytest.importorskip("gradio", minversion="6.31", reason="pip install 'dyvte-engine[inspect]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the tests of the page need playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:

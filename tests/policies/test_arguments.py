@@ -47,6 +47,7 @@ ODD = (None, "x", True, [1], {}, object(), torch.ones(2, 3), torch.float64, 1j, 
         lambda odd: Random(0, 0.5, odd),
         lambda odd: compose(odd),
         lambda odd: ExitHeadConfig(8, 4, states=odd),
+        lambda odd: ExitHeadConfig(8, 4, states=["mean_text", odd]),
     ],
 )
 def test_odd_arguments(make, odd):
@@ -89,9 +90,33 @@ def test_where_every_threshold_keeps_the_promise_the_lowest_is_taken():
 
 
 def test_a_number_of_numpy_goes_into_a_heads_file(tmp_path):
-    heads = ExitHeads(ExitHeadConfig(8, 3, head_hidden=4, rms_eps=np.float32(0.5)))
+    heads = ExitHeads(ExitHeadConfig(8, np.int64(3), head_hidden=4, rms_eps=np.float32(0.5)))
     heads.save(tmp_path / "heads.safetensors")
     assert ExitHeads.load(tmp_path / "heads.safetensors").config == heads.config
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_heads_answer_for_the_layers_they_have(layers, shared):
+    heads = ExitHeads(ExitHeadConfig(8, layers, 4, ("mean_text",), shared=shared), seed=0)
+    pooled = torch.randn(2, 8)
+    for layer in (-1, layers, 2**70, True, 0.0, None, "0"):
+        for ask in (heads.of_layer, lambda layer: heads(pooled, layer)):
+            with pytest.raises(InvalidArgumentError, match=rf"layer is .*; accepted: 0 to {layers - 1}"):
+                ask(layer)
+    assert heads(pooled, np.int64(layers - 1)).equal(heads(pooled, layers - 1))
+    for other in ((2, layers + 1, 8), (2, layers - 1, 8), (2, 8), (2, 2, layers, 8), (2, layers, 9)):
+        with pytest.raises(InvalidArgumentError, match=r"pooled is .*; accepted: \["):
+            heads.all_layers(torch.zeros(other))
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_layers", "head_hidden"])
+def test_sizes_of_heads_are_whole_numbers(name):
+    sizes = {"hidden_size": 8, "num_layers": 3, "head_hidden": 4}
+    for odd in (*ODD, 0, -1, 1.0):
+        with pytest.raises(InvalidArgumentError, match=rf"(?s){name} is .*; accepted: whole numbers, at least 1"):
+            ExitHeadConfig(**sizes | {name: odd})
+    assert type(getattr(ExitHeadConfig(**sizes | {name: np.int64(2)}), name)) is int
 
 
 def test_what_is_not_given():

@@ -232,6 +232,14 @@ def test_random_is_uniform_and_repeatable():
     assert Random(0, 0.3, 7).select(20).tolist() == ref.random_rows(20, 0.3, 7)
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_random_takes_its_share_before_the_layer_it_names(place):
+    engine, _ = build(policy=Random(place, 0.5))
+    stats = engine.generate(*tiny.prompts(seed=5, n=1, images=(1,)), chat=False, max_new_tokens=1)[0].stats
+    before, after = stats.text_tokens + tiny.VISUAL_TOKENS, stats.text_tokens + tiny.VISUAL_TOKENS // 2
+    assert stats.tokens_per_layer == [before] * place + [after] * (LAYERS - place)
+
+
 def test_pictures_are_replaced_where_they_stand():
     class Halve(KeepAll):
         def reduce(self, features):

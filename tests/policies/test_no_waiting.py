@@ -45,6 +45,10 @@ class Fires(DynamicExit):
 
 @pytest.fixture(scope="module")
 def decoder():
+    try:
+        torch.autocast("meta", enabled=False)
+    except RuntimeError:
+        pytest.skip("this torch has no autocast for tensors without numbers")
     plain = build()[0].model.decoder
     hf = tiny.model().to(META)
     return Decoder(hf.model.language_model, hf.lm_head, plain.shape, 256)

@@ -149,3 +149,9 @@ def test_a_threshold_for_each_layer_of_the_model(tmp_path) -> None:
 def test_a_truth_value_is_no_number(name):
     with pytest.raises(InvalidArgumentError, match=f"{name} is True; accepted: whole numbers"):
         ExitRule(0.5, **{name: True})
+
+
+@pytest.mark.parametrize("threshold", [True, (0.5, True)])
+def test_a_truth_value_is_no_threshold(threshold):
+    with pytest.raises(InvalidArgumentError, match=r"threshold is .*True.*; accepted: 0 to 1"):
+        ExitRule(threshold)

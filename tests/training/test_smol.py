@@ -159,7 +159,7 @@ def test_assembled_model_is_the_trained_one_and_runs(untrained, tmp_path):
     train.assemble(plain2 := copy.deepcopy(model), load_file(tmp_path / "trained.safetensors"))
     parts.save(plain2, processor, tmp_path / "model")
     engine = Engine.from_pretrained(tmp_path / "model", device="cpu", dtype="float32", max_len=1024)
-    samples = load_tasks(["seed"], n=4, source="emoji")[0].samples
+    samples = load_tasks(["seed"], limit=4, source="emoji")[0].samples
     answers = answer_all(engine, samples, FixedExit(1), "fixed:1")
     assert [a.exit_layer for a in answers] == [1] * 4
     s, hf = samples[0], engine.model.hf

@@ -324,6 +324,49 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine() -> None:
     assert module.Trainer._schedule(SimpleNamespace(step=0, settings=settings), 1) == 1.0
 
 
+NO_COUNT, NO_SHARE = (0, -1, True, 1.5, "x", None), (0, 1.5, -1, math.nan, math.inf, "x", True)
+REFUSED = {
+    "epochs": NO_COUNT,
+    "batch": NO_COUNT,
+    "hidden": NO_COUNT,
+    "lr": (0, -1, 1.5, math.nan, math.inf, "x", None),
+    "seed": (2**70, -(2**70), 1.5, True, None),
+    "delta": (*NO_SHARE, None),
+    "target_agreement": NO_SHARE,
+    "target_flops": NO_SHARE,
+    "states": ((), ("x",), ("mean_text", "x")),
+    "rms_eps": (-1, math.nan, "x"),
+    "hysteresis": NO_COUNT,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_out_of_range_are_refused_by_name(name: str) -> None:
+    for value in REFUSED[name]:
+        with pytest.raises(InvalidArgumentError, match=f"{name} is .*; accepted: "):
+            HeadSettings(**{"target_agreement": None, name: value})
+    with pytest.raises(InvalidArgumentError, match="target_agreement and target_flops were given"):
+        HeadSettings(target_agreement=0.9, target_flops=0.5)
+
+
+def test_what_comes_with_the_settings_is_refused_by_name(labels: Path, tmp_path: Path) -> None:
+    few = HeadSettings(hidden=4, epochs=1, target_agreement=0.5)
+    for save_every in (0, -1, True, 1.5):
+        with pytest.raises(InvalidArgumentError, match=r"save_every is .*; accepted: whole numbers, at least 1"):
+            train_heads(labels, tmp_path / "h", few, save_every=save_every)
+    for states in ((), ("x",), ("mean_text", "x")):
+        with pytest.raises(InvalidArgumentError, match=r"states is .*; accepted: a non-empty subset of"):
+            load_labels(labels, states)
+
+
+def test_a_batch_may_be_larger_than_all_samples(labels: Path, tmp_path: Path) -> None:
+    made = [
+        train_heads(labels, tmp_path / str(batch), HeadSettings(hidden=4, epochs=2, batch=batch, target_agreement=0.5))
+        for batch in (1200, 2**70)
+    ]
+    assert made[0].w1.equal(made[1].w1)
+
+
 def test_kinds_are_as_documented() -> None:
     paper, default, light = (HeadSettings.of(kind) for kind in ("paper", "default", "light"))
     assert (paper.lr, paper.epochs, paper.hidden, paper.target_agreement) == (4e-5, 1, 2048, None)
