@@ -95,10 +95,12 @@ class Prefix:
         """Whether it has a mark there, or is going to have one when it has been computed so far."""
         return layer in self.marks or all(depth < layer for depth, n in zip(self.depth, self.ends, strict=True) if n)
 
-    def passed(self, layer: int, part: int, hidden: Tensor) -> None:
-        """A part has passed this layer; hidden [rows, d] leaves it, and is read, not kept."""
+    def passed(self, layer: int, part: int, hidden: Tensor | None) -> None:
+        """A part has passed this layer; hidden [rows, d] leaves it, and is read, not kept. None: it was the last."""
         self.depth[part] = layer
-        if part == HEAD:
+        if hidden is None:
+            self.hidden[part] = None
+        if hidden is None or part == HEAD:
             return
         visual = hidden[self.visual] if len(self.between) else hidden
         last = visual[-1:].float()

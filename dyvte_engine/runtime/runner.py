@@ -21,12 +21,12 @@ from ..models.rows import Rows
 from ..models.tower_graphs import MOST
 from ..policies import VisualTokenPolicy
 from .decode import DecodeGraphs
+from .known_rows import KnownRows
 from .kv_cache import KVCache, PagePool
 from .picture_cache import PictureCache, digest_of
 from .prefill import Prefill, Watch
 from .prefix import Prefix, PrefixStore, acts_after, key_of
 from .running import Running
-from .shared_prefill import SharedPrefill
 from .text_graphs import BUCKETS, TextGraphs
 
 
@@ -87,20 +87,39 @@ class Runner:
         policy: VisualTokenPolicy,
         watch: Watch | None = None,
         drop_early_kv: bool | None = None,
+        keys: Sequence[tuple[Sequence[int], bytes]] = (),
     ) -> Prefill:
-        """The prompts at the decoder's entry, to be advanced, with a cache that has a slot for each."""
-        prompts = reduce_pictures(policy, prompts)
-        return Prefill(
-            self.model.decoder,
-            self._attention,
-            cache,
-            torch.cat([p.inputs_embeds for p in prompts]),
-            _rows(prompts, self.model.decoder.cos_sin),
-            policy,
-            self.config.drop_early_kv if drop_early_kv is None else drop_early_kv,
-            watch,
-            self.text_graphs,
-        )
+        """The prompts at the decoder's entry, to be advanced, with a cache that has a slot for each.
+
+        keys: of each its ids and its pictures' digest, to share prefixes where nothing speaks against it.
+        """
+        decoder, prompts = self.model.decoder, reduce_pictures(policy, prompts)
+        embeds, rows = torch.cat([p.inputs_embeds for p in prompts]), _rows(prompts, decoder.cos_sin)
+        early = self.config.drop_early_kv if drop_early_kv is None else drop_early_kv
+        known = None
+        if keys and self.unshared(policy) is None:
+            stop = acts_after(policy, self.pool.num_layers)
+            prefixes = [
+                self._prefix(policy, stop, prompt, len(prompt.visual) - tail, *key)
+                for prompt, tail, key in zip(prompts, rows.n_tail, keys, strict=True)
+            ]
+            if any(prefixes):
+                known = KnownRows(decoder, cache, embeds, rows, policy, prefixes, self.prefixes, stop)
+        return Prefill(decoder, self._attention, cache, embeds, rows, policy, early, watch, self.text_graphs, known)
+
+    def _prefix(
+        self,
+        policy: VisualTokenPolicy,
+        stop: int | None,
+        prompt: PreparedPrompt,
+        end: int,
+        ids: Sequence[int],
+        pictures: bytes,
+    ) -> Prefix | None:
+        """Of the first rows up to `end`; None: there are none."""
+        if policy.acts_in_tower or policy.acts_before_decoder:  # what it made of the pictures says it all
+            ids, pictures = (), _digest(prompt, end)
+        return self.prefixes.find(key_of(ids[:end], pictures), prompt.visual[:end], stop) if end else None
 
     def unshared(self, policy: VisualTokenPolicy) -> str | None:
         """Why prefixes are not shared under this policy; None where they are."""
@@ -109,30 +128,6 @@ class Runner:
         if self.config.drop_early_kv:
             return "drop_early_kv"
         return "policy" if acts_after(policy, self.pool.num_layers) == -1 else None
-
-    def shared_prefill(
-        self,
-        cache: KVCache,
-        prompts: Sequence[PreparedPrompt],
-        policy: VisualTokenPolicy,
-        ids: Sequence[Sequence[int]],
-        pictures: Sequence[bytes],
-    ) -> SharedPrefill:
-        """As `prefill`, where nothing speaks against it (`unshared`); each prompt's ids and its pictures' digest."""
-        decoder, stop = self.model.decoder, acts_after(policy, self.pool.num_layers)
-        prompts = reduce_pictures(policy, prompts)
-        rows, prefixes = _rows(prompts, decoder.cos_sin), list[Prefix | None]()
-        for prompt, own, seen, tail in zip(prompts, ids, pictures, rows.n_tail, strict=True):
-            end = len(prompt.visual) - tail
-            if policy.acts_in_tower or policy.acts_before_decoder:  # what it made of the pictures says it all
-                own, seen = (), _digest(prompt, end)
-            visual, key = prompt.visual[:end], key_of(own[:end], seen)
-            prefixes.append(self.prefixes.find(key, visual, stop) if end else None)
-        embeds = torch.cat([p.inputs_embeds for p in prompts])
-        plain = partial(Prefill, decoder, self._attention, cache, embeds, rows, policy, graphs=self.text_graphs)
-        return SharedPrefill(
-            decoder, self._attention, cache, embeds, rows, policy, prefixes, self.prefixes, stop, plain
-        )
 
     @torch.inference_mode()
     def run(

@@ -26,7 +26,6 @@ from .prefill import Prefill
 from .runner import Runner
 from .sampling import token_logprobs
 from .sequence import Sequence
-from .shared_prefill import SharedPrefill
 
 
 class _Group:
@@ -40,7 +39,7 @@ class _Group:
         self.errors: dict[int, BaseException] = {}
         self._prepared: list[Seen] = []
         self._one_by_one = False
-        self._prefill: Prefill | SharedPrefill | None = None
+        self._prefill: Prefill | None = None
         self._cache: KVCache | None = None
         self.promised = [worst_pages(runner, s) for s in sequences]
         for s, pages in zip(sequences, self.promised, strict=True):
@@ -97,11 +96,8 @@ class _Group:
             self._cache.claim(b, pages)
         self.promised = []
         runner, policy, prompts = self._runner, self.sequences[0].policy, [seen.prompt for seen in self._prepared]
-        if runner.unshared(policy) is not None:
-            self._prefill = runner.prefill(self._cache, prompts, policy)
-            return
-        ids, pictures = [s.prompt.input_ids for s in self.sequences], [seen.digest for seen in self._prepared]
-        self._prefill = runner.shared_prefill(self._cache, prompts, policy, ids, pictures)
+        keys = [(s.prompt.input_ids, seen.digest) for s, seen in zip(self.sequences, self._prepared, strict=True)]
+        self._prefill = runner.prefill(self._cache, prompts, policy, keys=keys)
 
     def lose(self, sequence: Sequence, error: BaseException) -> None:
         """The sequence falls out and frees what it held; its rows are computed to the end if they are under way."""

@@ -203,7 +203,7 @@ def logits(engine, text, pictures, policy):
     with runner.lock:
         (seen,) = runner.pictures.prepare([prompt], policy)
         cache = runner.cache(1, 1)
-        prefill = runner.shared_prefill(cache, [seen.prompt], policy, [prompt.input_ids], [seen.digest])
+        prefill = runner.prefill(cache, [seen.prompt], policy, keys=[(prompt.input_ids, seen.digest)])
         while not prefill.advance(1):
             pass
         out = engine.model.decoder.logits(prefill.finish().hidden)[0]

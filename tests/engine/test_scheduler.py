@@ -35,7 +35,6 @@ from dyvte_engine import (
 )
 from dyvte_engine.runtime import sequence as sequence_module
 from dyvte_engine.runtime.prefill import Prefill
-from dyvte_engine.runtime.shared_prefill import SharedPrefill
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
@@ -403,7 +402,7 @@ def test_a_slice_is_as_many_layers_as_fit_into_it(prefix_cache, more, slices, mo
     layer, seen, counts = engine.model.decoder.layer, [], []
 
     def watched(number, hidden, x, of):
-        seen.extend([len(hidden)] if isinstance(of, (Prefill, SharedPrefill)) else [])
+        seen.extend([len(hidden)] if isinstance(of, Prefill) else [])
         return layer(number, hidden, x, of)
 
     monkeypatch.setattr(engine.model.decoder, "layer", watched)
