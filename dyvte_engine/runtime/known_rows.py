@@ -120,7 +120,7 @@ class KnownRows:
         self._shown: tuple[list[tuple[int, int]], Rows | None] = [], None
         store.busy |= dict.fromkeys(p for p in prefixes if p is not None)
         for b, prefix in enumerate(prefixes):
-            if prefix is not None:
+            if prefix is not None and cache.leases[b] is None:
                 cache.lease(b, prefix.pages)
 
     def _stream(self, b: int, part: int | None) -> _Stream:

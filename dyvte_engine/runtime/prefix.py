@@ -63,7 +63,7 @@ class Prefix:
         self.visual, self.between = (mask.nonzero()[:, 0].to(device) for mask in (visual[first:], ~visual[first:]))
         self.depth = [-1, -1] if first else [pool.num_layers - 1, -1]
         self.hidden: list[Tensor | None] = [None, None]
-        self.pages, self._page = SharedPages(pool), pool.page_size
+        self.pages, self._pool = SharedPages(pool), pool
         self.tails = [
             pool.k.new_empty(2, pool.num_layers, end % pool.page_size, *pool.k.shape[2:]) for end in self.ends
         ]
@@ -75,10 +75,11 @@ class Prefix:
     def __len__(self) -> int:
         return self.ends[REST]
 
-    def nbytes(self, page_bytes: int) -> int:
+    @property
+    def nbytes(self) -> int:
         tensors = [*self.tails, *self.texts, *self.pooled, *(t for t in self.hidden if t is not None)]
         tensors += [t for mark in self.marks.values() for t in (mark.hidden, mark.queries)]
-        return self.pages.count * page_bytes + sum(t.nbytes for t in tensors)
+        return self.pages.count * self._pool.page_bytes + sum(t.nbytes for t in tensors)
 
     def known(self, part: int, layer: int) -> int:
         """How many of the rows up to the end of this part have K and V in the layer."""
@@ -88,8 +89,20 @@ class Prefix:
 
     def full_pages(self, layers: range, rows: int) -> np.ndarray:
         """int [layers, n], those of its first rows."""
-        n = rows // self._page
+        n = rows // self._pool.page_size
         return np.array([self.pages.numbers[layer][:n] for layer in layers], dtype=np.int32).reshape(len(layers), n)
+
+    def own_pages(self, rows: int, stop: int | None) -> int:
+        """Pages that a sequence of so many rows in all, which begins with this, holds at most besides the shared ones.
+
+        stop: behind this layer all its rows are its own.
+        """
+        pages, page, layers = self._pool.pages, self._pool.page_size, self._pool.num_layers
+        head, both = (min(depth, layers - 1 if stop is None else stop) + 1 for depth in self.depth)
+        seen = pages(rows) - len(self) // page
+        gone = pages(rows - len(self.visual)) - self.ends[HEAD] // page  # at times one more: its rows fill other pages
+        behind_head = pages(rows) - self.ends[HEAD] // page
+        return both * max(seen, gone) + (head - both) * behind_head + (layers - head) * pages(rows)
 
     def marked(self, layer: int) -> bool:
         """Whether it has a mark there, or is going to have one when it has been computed so far."""
@@ -127,17 +140,25 @@ class PrefixStore:
     def __iter__(self) -> Iterator[Prefix]:
         return iter(self._entries.values())
 
-    def find(self, key: bytes, visual: Tensor, stop: int | None) -> Prefix:
-        """The prefix of this key, or a new one.
+    def get(self, key: bytes, stop: int | None) -> Prefix | None:
+        """The prefix of this key, if there is one.
 
         stop: a layer where somebody wants a mark; one that has gone further without is left to others.
         """
         for name in (key, (key, stop)):
-            prefix = self._entries.setdefault(name, Prefix(visual, self._pool))
-            self._entries.move_to_end(name)
-            if stop is None or prefix.marked(stop):
-                break
-        return prefix
+            prefix = self._entries.get(name)
+            if prefix is not None and (stop is None or prefix.marked(stop)):
+                self._entries.move_to_end(name)
+                return prefix
+        return None
+
+    def find(self, key: bytes, visual: Tensor, stop: int | None) -> Prefix:
+        """As `get`, or a new one."""
+        known = self.get(key, stop)
+        if known is not None:
+            return known
+        new = self._entries[(key, stop) if key in self._entries else key] = Prefix(visual, self._pool)
+        return new
 
     def settle(self, prefixes: Sequence[Prefix], whole: bool) -> None:
         """They were changed (see `busy`). Not `whole`: a layer failed half-way, so nobody finds them again."""
@@ -147,7 +168,7 @@ class PrefixStore:
                 self.forget(prefix)
             elif prefix.pages.kept:
                 self.bytes_held -= prefix.counted
-                prefix.counted = prefix.nbytes(self._pool.page_bytes)
+                prefix.counted = prefix.nbytes
                 self.bytes_held += prefix.counted
         self.trim()
 

@@ -16,7 +16,7 @@ from ..inputs.splice import reduce_pictures
 from ..kernels.attention import CAPTURABLE, choose_backend
 from ..kernels.graphs import capture_cpu, capture_cuda
 from ..kernels.transfer import DeviceLock
-from ..models import PreparedPrompt, VisionLanguageModel
+from ..models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
 from ..models.rows import Rows
 from ..models.tower_graphs import MOST
 from ..policies import VisualTokenPolicy
@@ -87,11 +87,12 @@ class Runner:
         policy: VisualTokenPolicy,
         watch: Watch | None = None,
         drop_early_kv: bool | None = None,
-        keys: Sequence[tuple[Sequence[int], bytes]] = (),
+        keys: Sequence[tuple[Sequence[int], bytes, Prefix | None]] = (),
     ) -> Prefill:
         """The prompts at the decoder's entry, to be advanced, with a cache that has a slot for each.
 
-        keys: of each its ids and its pictures' digest, to share prefixes where nothing speaks against it.
+        keys: of each its ids, its pictures' digest and its prefix, if that is found (`known`) and leased already; to
+        share prefixes where nothing speaks against it.
         """
         decoder, prompts = self.model.decoder, reduce_pictures(policy, prompts)
         embeds, rows = torch.cat([p.inputs_embeds for p in prompts]), _rows(prompts, decoder.cos_sin)
@@ -100,8 +101,8 @@ class Runner:
         if keys and self.unshared(policy) is None:
             stop = acts_after(policy, self.pool.num_layers)
             prefixes = [
-                self._prefix(policy, stop, prompt, len(prompt.visual) - tail, *key)
-                for prompt, tail, key in zip(prompts, rows.n_tail, keys, strict=True)
+                found or self._prefix(policy, stop, prompt, len(prompt.visual) - tail, ids, pictures)
+                for prompt, tail, (ids, pictures, found) in zip(prompts, rows.n_tail, keys, strict=True)
             ]
             if any(prefixes):
                 known = KnownRows(decoder, cache, embeds, rows, policy, prefixes, self.prefixes, stop)
@@ -120,6 +121,22 @@ class Runner:
         if policy.acts_in_tower or policy.acts_before_decoder:  # what it made of the pictures says it all
             ids, pictures = (), _digest(prompt, end)
         return self.prefixes.find(key_of(ids[:end], pictures), prompt.visual[:end], stop) if end else None
+
+    def known(self, prompt: TokenizedPrompt, policy: VisualTokenPolicy) -> Prefix | None:
+        """The prefix of a prompt before the tower has seen it; None: there is none yet, or its key is not known yet."""
+        if self.unshared(policy) is not None or policy.acts_in_tower or policy.acts_before_decoder:
+            return None
+        visual = self.model.visual(torch.tensor(prompt.input_ids, device="cpu"))[:-1].nonzero()
+        if len(visual) == 0:
+            return None
+        key = key_of(prompt.input_ids[: int(visual[-1]) + 1], self.pictures.digest(prompt))
+        return self.prefixes.get(key, acts_after(policy, self.pool.num_layers))
+
+    def worst_pages(self, rows: int, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:
+        """Pages of its own that a sequence of so many rows needs at most, behind this prefix."""
+        if prefix is None:
+            return self.pool.num_layers * self.pool.pages(rows)
+        return prefix.own_pages(rows, acts_after(policy, self.pool.num_layers))
 
     def unshared(self, policy: VisualTokenPolicy) -> str | None:
         """Why prefixes are not shared under this policy; None where they are."""
@@ -176,16 +193,14 @@ class Runner:
         """A batch that prefilled sequences can join: so many slots, all empty."""
         return Running(self.model.decoder, self.cache(slots, 0), None, self.graphs, self.lock)
 
-    def check_integrity(self, promised: int = 0) -> None:
+    def check_integrity(self) -> None:
         """Every page is free, or held once by a sequence or by what several share, and all claims add up.
-
-        promised: pages of prompts without a cache yet.
 
         Raises:
             CacheError: they do not, which is a bug here.
         """
         held, claims, idle = self._held()
-        found = len(held), len(set(held)), claims + promised, idle
+        found = len(held), len(set(held)), claims, idle
         counted = self.pool.allocator.used_count, self.pool.allocator.used_count, self.pool.claimed, self.pool.idle
         if found != counted:
             raise CacheError(
