@@ -114,6 +114,7 @@ class KnownRows:
         self._turns = rows.rotation_table(decoder.cos_sin)[1]
         self._own = [self._stream(b, None) for b in range(len(prefixes))]
         self._parts: dict[tuple[Prefix, int], _Stream] = {}
+        self._unkept: dict[tuple[Prefix, int, int], list[int]] = {}  # layers, by whose tails and in whose pages
         self._streams: list[_Stream] = []
         self._segments: list[_Segment] = []
         self._packed_after: list[int | None] = []
@@ -258,7 +259,13 @@ class KnownRows:
     def written(self, layer: int) -> None:
         """K and V of the packed rows are in their pages."""
         for segment in self._segments:
-            self._keep_tails(layer, segment)
+            prefix = self._prefixes[segment.b]
+            if prefix is not None and segment.computes:
+                for part, end in enumerate(prefix.ends):
+                    if end % self._page and end - 1 in segment.computes:
+                        self._unkept.setdefault((prefix, part, segment.b), []).append(layer)
+        if self._late:
+            self.keep()
         for b in self._late:
             self._restore_tail(range(layer, layer + 1), b, self._sees(b))
 
@@ -273,14 +280,16 @@ class KnownRows:
         for into, tail in zip((pool.k, pool.v), tails, strict=True):
             into[:, :n].index_copy_(0, pages, tail)
 
-    def _keep_tails(self, layer: int, segment: _Segment) -> None:
-        """The rows of a part computed here that fill no page, for those who come later."""
-        prefix, pool = self._prefixes[segment.b], self._cache.pool
-        for end, tails in zip(prefix.ends, prefix.tails, strict=True) if prefix is not None else ():
-            place, n = divmod(end, self._page)
-            if n and end - 1 in segment.computes:
-                page = int(self._cache.pages_of(range(layer, layer + 1), segment.b, place, place + 1)[0, 0])
-                tails[0, layer], tails[1, layer] = pool.k[page, :n], pool.v[page, :n]
+    def keep(self) -> None:
+        """Copy the rows of parts that fill no page, for those who come later: together, while their pages are held."""
+        pool, device = self._cache.pool, self._embeds.device
+        for (prefix, part, b), layers in self._unkept.items():
+            place, n = divmod(prefix.ends[part], self._page)
+            pages = self._cache.pages_of(range(self._layers), b, place, place + 1)[layers, 0]
+            at, where = (to_device(numbers, device, torch.int64) for numbers in (layers, pages.tolist()))
+            for tails, rows in zip(prefix.tails[part], (pool.k, pool.v), strict=True):
+                tails.index_copy_(0, at, rows[:, :n].index_select(0, where))
+        self._unkept = {}
 
     def passed(self, layer: int, hidden: Tensor, queries: Tensor) -> None:
         """The packed rows have passed this layer: `hidden` left it, of the last layer perhaps fewer rows."""
@@ -291,10 +300,13 @@ class KnownRows:
                 if layer == self.stop:
                     new = slice(segment.start, segment.middle)
                     prefix.marks[layer] = Mark(hidden[new].clone(), queries[new].clone())
+        last = layer == self._layers - 1
         for stream in self._streams:
             prefix = self._prefixes[stream.b]
             if stream.part is not None and prefix is not None:
-                prefix.passed(layer, stream.part, None if layer == self._layers - 1 else hidden[stream.span])
+                prefix.passed(layer, stream.part, None if last or stream.part == HEAD else hidden[stream.span])
+                if last:
+                    prefix.hidden[stream.part] = None
         self.whole = True
 
     # --- decisions ----------------------------------------------------------------------------------------------------
@@ -361,6 +373,8 @@ class KnownRows:
 
         hidden: the packed rows; done: they have passed all layers.
         """
+        if self.whole:
+            self.keep()
         if self.whole and not done:
             self._unpack(hidden)
         self._store.settle([p for p in self._prefixes if p is not None], self.whole)

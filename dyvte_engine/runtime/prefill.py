@@ -240,6 +240,12 @@ class Prefill:
         reused = self._reused + [[0] * len(exit_layers)] * (self._layers - len(self._reused))
         return Prefilled(last, exit_layers, counts, reused, self._frontiers)
 
+    def give_up(self, sequence: int) -> None:
+        """Free one that is under way: if its rows are computed any further, it is for nothing."""
+        if self._known is not None:
+            self._known.keep()
+        self.cache.give_up(sequence)
+
     def close(self) -> None:
         """Prefixes stay as deep as they are. It holds nothing else but its cache."""
         known, self._known = self._known, None

@@ -51,7 +51,8 @@ class Prefix:
         hidden: of each part the residual stream [rows, d] after that layer; None before the first and after the last.
         pages: of K and V, those that are full. tails: [2, L, m, Hkv, D], K and V of the rows behind them, for the
             first part and for both; valid in the layers that have been passed.
-        texts: [rows, d], the residual stream of `between` after each layer that the second part has passed.
+        texts: [rows, d], the residual stream of `between`, if there are some, after each layer that the second part has
+            passed.
         pooled: [2, d] there, two rows that have the mean and the last row of its visual rows.
         marks: by layers.
     """
@@ -109,16 +110,17 @@ class Prefix:
         return layer in self.marks or all(depth < layer for depth, n in zip(self.depth, self.ends, strict=True) if n)
 
     def passed(self, layer: int, part: int, hidden: Tensor | None) -> None:
-        """A part has passed this layer; hidden [rows, d] leaves it, and is read, not kept. None: it was the last."""
+        """A part has passed this layer. hidden: [rows, d] of the second leaving it, to be read, not kept; None: nobody
+        will ask for them."""
         self.depth[part] = layer
         if hidden is None:
-            self.hidden[part] = None
-        if hidden is None or part == HEAD:
             return
         visual = hidden[self.visual] if len(self.between) else hidden
-        last = visual[-1:].float()
-        self.pooled.append(torch.cat((2 * visual.float().mean(0, keepdim=True) - last, last)).to(hidden.dtype))
-        self.texts.append(hidden[self.between])
+        last = visual[-1].float()
+        mean = visual.mean(0, dtype=torch.float32)
+        self.pooled.append(torch.stack((torch.lerp(last, mean, 2.0), last)).to(hidden.dtype))
+        if len(self.between):
+            self.texts.append(hidden[self.between])
 
 
 class PrefixStore:

@@ -109,7 +109,7 @@ class _Group:
         place = self.sequences.index(sequence)
         sequence.fail(error)
         if self._prefill is not None:
-            self.cache.give_up(place)
+            self._prefill.give_up(place)
             self.errors[place] = error
             return
         self.cache.select([b for b in range(self.cache.count) if b != place])

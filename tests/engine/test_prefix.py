@@ -352,10 +352,10 @@ def test_who_is_cancelled_half_way_leaves_what_was_computed(layers):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("known", [False, True])
-def test_who_computes_for_others_is_cancelled(layers, known):
+@pytest.mark.parametrize(("known", "page_size"), [(False, 4), (False, 5), (True, 4), (True, 5)])
+def test_who_computes_for_others_is_cancelled(layers, known, page_size):
     """The first of three that extend one prefix together, in whose pages it is, then the second, between two layers."""
-    engine, _ = build(max_len=192, max_stall=1, page_size=4)
+    engine, _ = build(max_len=192, max_stall=1, page_size=page_size)
     if known:
         ask(engine, 2, 3, "fixed 0")
     running, (text, pictures) = begin(engine, "w1 w2 w3", None, 60), BEGINNINGS[2]
