@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..policies import Composed, DynamicExit, FixedExit, VisualTokenPolicy
+from ..policies import Composed, VisualTokenPolicy
 from .kv_cache import PagePool, SharedPages
 
 HEAD, REST = 0, 1
@@ -27,10 +27,11 @@ def acts_after(policy: VisualTokenPolicy, layers: int) -> int | None:
 
     None: until all of a sequence leave at once, by a decision that reads no more of them than their pooled states.
     """
-    together = (type(policy) is DynamicExit and policy.keep == 0) or (type(policy) is FixedExit and policy.layer >= 0)
+    first = min(policy.layers(layers) - {layers - 1}, default=None)
+    together = policy.all_or_none
     if isinstance(policy, Composed):
         together = all(acts_after(part, layers) is None for part in policy.parts)
-    return None if together else min(policy.layers(layers) - {layers - 1}, default=None)
+    return None if together and first != -1 else first
 
 
 @dataclass(frozen=True, eq=False)
