@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -264,30 +264,38 @@ class Scheduler:
         Where somebody runs, a layer of the whole group keeps within `max_stall`, unless its first prompt does not.
         """
         with self._mutex:
-            chosen, prefixes = list[Sequence](), list[Prefix | None]()
-            room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
-            rows = self._max_stall if self._sequences else float("inf")
-            for s in self._waiting:
-                if chosen and s.policy is not chosen[0].policy:
-                    continue
-                if len(chosen) == room:
-                    break
-                needed, prefix = self._needs(s, prefixes)
-                pages, rows = pages - needed, rows - len(s.prompt.input_ids)
-                if pages < 0 or (chosen and rows < 0):
-                    break
-                chosen.append(s)
-                prefixes.append(prefix)
-            if not chosen and self._waiting and not self._sequences:
+            waiting = list(self._waiting)
+        chosen = self._fitting(waiting)  # may hash pictures, for which nobody who submits has to wait
+        with self._mutex:
+            chosen = {s: prefix for s, prefix in chosen.items() if s in self._waiting}  # others are cancelled
+            if not chosen and waiting and not self._sequences and waiting[0] in self._waiting:
                 free = f"{self.runner.pool.claimable} of {self.runner.pool.n_pages} pages are free"
                 error = CacheError(f"{free}, held by batches of Engine.prefill; close them")
-                self._waiting.pop(0).fail(error)
+                self._waiting.remove(waiting[0])
+                waiting[0].fail(error)
             if chosen:
                 self._begun += chosen  # first: an interrupt finds them here or there
                 self._waiting = [s for s in self._waiting if s not in chosen]
-                self._group = _Group(self.runner, chosen, prefixes)
+                self._group = _Group(self.runner, list(chosen), list(chosen.values()))
 
-    def _needs(self, s: Sequence, counted: list[Prefix | None]) -> tuple[int, Prefix | None]:
+    def _fitting(self, waiting: Iterable[Sequence]) -> dict[Sequence, Prefix | None]:
+        """Those to begin with, and what is known of their beginnings."""
+        chosen: dict[Sequence, Prefix | None] = {}
+        room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
+        rows, policy = self._max_stall if self._sequences else float("inf"), None
+        for s in waiting:
+            if chosen and s.policy is not policy:
+                continue
+            if len(chosen) == room:
+                break
+            needed, prefix = self._needs(s, chosen.values())
+            pages, rows, policy = pages - needed, rows - len(s.prompt.input_ids), s.policy
+            if pages < 0 or (chosen and rows < 0):
+                break
+            chosen[s] = prefix
+        return chosen
+
+    def _needs(self, s: Sequence, counted: Collection[Prefix | None]) -> tuple[int, Prefix | None]:
         """Pages that admit it, and the prefix to lease for that. What nobody reads yet, nor is `counted`, counts too.
 
         So a prefix that is deeper than this request may need costs one who is alone more than to know nothing of it.

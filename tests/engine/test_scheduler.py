@@ -27,6 +27,7 @@ from dyvte_engine import (
     PyramidDrop,
     Random,
     Request,
+    RequestCancelledError,
     compose,
 )
 from dyvte_engine.runtime import sequence as sequence_module
@@ -459,6 +460,30 @@ def test_policies_are_bound_once():
         for k in range(40):
             engine.bind(compose(FixedExit(layer), Random(1, 0.01 * k)))
     assert len(engine._policies._bound) == len(engine._policies._keys) <= 64
+
+
+def test_who_submits_or_cancels_does_not_wait_for_an_admission(monkeypatch):
+    """Which hashes pictures: meanwhile another thread submits one more, and cancels the second that is chosen."""
+    engine, _ = build(page_size=4, max_batch=4)
+    known, chosen, late = engine.runner.known, [(i, "keep-all", "greedy", 0, 3) for i in range(3)], []
+    handles = queue(engine, *chosen[:2])
+
+    def meanwhile(prompt, policy):
+        if not late:
+            other = threading.Thread(target=lambda: (late.extend(queue(engine, chosen[2])), handles[1].cancel()))
+            other.start()
+            other.join(20)
+            assert not other.is_alive()
+        return known(prompt, policy)
+
+    monkeypatch.setattr(engine.runner, "known", meanwhile)
+    engine._scheduler._admit()
+    assert engine.load["prefilling"] == engine.load["waiting"] == 1
+    assert told(handles[0].result()) == answer(chosen[0]) and told(late[0].result()) == answer(chosen[2])
+    with pytest.raises(RequestCancelledError):
+        handles[1].result(0)
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
 
 
 class Bytes:
