@@ -95,7 +95,7 @@ class Prefix:
         return np.array([self.pages.numbers[layer][:n] for layer in layers], dtype=np.int32).reshape(len(layers), n)
 
     def own_pages(self, rows: int, stop: int | None) -> int:
-        """Pages that a sequence of so many rows in all, which begins with this, holds at most besides the shared ones.
+        """Pages that a sequence of so many rows in all, which begins with this, holds at most, without the shared ones.
 
         stop: behind this layer all its rows are its own.
         """

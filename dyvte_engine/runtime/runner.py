@@ -36,6 +36,7 @@ class Runner:
     def __init__(self, model: VisionLanguageModel, config: EngineConfig):
         self.model, self.config, self.lock = model, config, DeviceLock(config.device)
         self.max_len = model.decoder.max_len
+        self._keys: weakref.WeakKeyDictionary[TokenizedPrompt, bytes | None] = weakref.WeakKeyDictionary()
         self.pictures = PictureCache(model, int(config.picture_cache), digests=int(config.prefix_cache) > 0)
         with self.lock:
             self._set_up(config)
@@ -126,11 +127,17 @@ class Runner:
         """The prefix of a prompt before the tower has seen it; None: there is none yet, or its key is not known yet."""
         if self.unshared(policy) is not None or policy.acts_in_tower or policy.acts_before_decoder:
             return None
+        if prompt not in self._keys:  # who waits is looked at in every step
+            self._keys[prompt] = self._key(prompt)
+        key = self._keys[prompt]
+        return None if key is None else self.prefixes.get(key, acts_after(policy, self.pool.num_layers))
+
+    def _key(self, prompt: TokenizedPrompt) -> bytes | None:
+        """What its prefix is known by; None: it has no visual token."""
         visual = self.model.visual(torch.tensor(prompt.input_ids, device="cpu"))[:-1].nonzero()
         if len(visual) == 0:
             return None
-        key = key_of(prompt.input_ids[: int(visual[-1]) + 1], self.pictures.digest(prompt))
-        return self.prefixes.get(key, acts_after(policy, self.pool.num_layers))
+        return key_of(prompt.input_ids[: int(visual[-1]) + 1], self.pictures.digest(prompt))
 
     def worst_pages(self, rows: int, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:
         """Pages of its own that a sequence of so many rows needs at most, behind this prefix."""
