@@ -62,6 +62,10 @@ class Probe(VisualTokenPolicy):
     def bind(self, model: Any) -> Probe:
         return replace(self, heads=tuple(h.bind(model) for h in self.heads))
 
+    @property
+    def all_or_none(self) -> bool:
+        return True
+
     def layers(self, num_layers: int) -> set[int]:
         return set(range(num_layers - 1))
 
@@ -89,13 +93,23 @@ def record(
     file: AnswerFile | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Outcomes:
-    """Runs every sample under an exit at every layer and under none, and asks the heads."""
+    """Runs every sample under an exit at every layer and under none, and asks the heads.
+
+    A few samples at a time under all policies, so that their pictures are computed once (docs/again.md).
+    """
     samples = [s for part in tasks.values() for s in part]
     names = np.array([name for name, part in tasks.items() for _ in part])
-    last = engine.model.shape.num_layers - 1
-    runs = [answer_all(engine, samples, FixedExit(layer), f"fixed:{layer}", file, progress) for layer in range(last)]
-    runs.append(answer_all(engine, samples, KeepAll(), "keep-all", file, progress))
-    said = probe(engine, samples, list(heads.values())) if heads else np.empty((0,))
+    last, size, asked = engine.model.shape.num_layers - 1, engine.config.max_batch, list(heads.values())
+    policies: dict[str, VisualTokenPolicy] = {f"fixed:{layer}": FixedExit(layer) for layer in range(last)}
+    policies["keep-all"] = KeepAll()
+    runs: list[list[Answer]] = [[] for _ in policies]
+    parts = [np.empty((len(asked), 0, last))]
+    for start in range(0, len(samples), size):
+        some = samples[start : start + size]
+        for run, (name, policy) in zip(runs, policies.items(), strict=True):
+            run += answer_all(engine, some, policy, name, file, progress)
+        parts += [probe(engine, some, asked)] if asked else []
+    said = np.concatenate(parts, axis=1)
     rules = {name: policy.rule for name, policy in heads.items()}
     return outcomes(samples, names, runs, dict(zip(heads, said, strict=True)), rules)
 

@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
@@ -32,6 +33,16 @@ class Lengths:
     @classmethod
     def of(cls, host: list[int], device: torch.device) -> Lengths:
         return cls(to_device([0, *accumulate(host)], device, torch.int32), host)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """int32 [B], the lengths."""
+        return self.cu.diff()
+
+    @cached_property
+    def last(self) -> Tensor:
+        """int64 [B], the last row of each sequence."""
+        return (self.cu[1:] - 1).long()
 
 
 class AttentionFn(Protocol):

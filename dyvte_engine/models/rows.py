@@ -17,14 +17,6 @@ from ..kernels.attention import Lengths
 from ..kernels.transfer import to_device
 
 
-def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Lengths of B sequences -> int32 [B+1] offsets on the device."""
-    out = [0]
-    for n in lengths:
-        out.append(out[-1] + n)
-    return to_device(out, device, torch.int32)
-
-
 def runs(visual: Tensor) -> list[int]:
     """bool [n], on the host -> lengths of the unbroken stretches of visual rows."""
     edges = torch.nn.functional.pad(visual.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
@@ -77,7 +69,7 @@ class Rows:
             positions=torch.cat(list(positions)).to(torch.int32),
             visual=to_device(torch.cat(visual), device, torch.bool),
             source=torch.arange(sum(host), device=device),
-            lengths=Lengths(_cumulative(host, device), host),
+            lengths=Lengths.of(host, device),
             n_visual=n_visual,
             n_entered=n_visual,
             n_tail=[n - int(end) for n, end in zip(host, ends, strict=True)],
@@ -102,7 +94,7 @@ class Rows:
     @cached_property
     def visual_cu(self) -> Tensor:
         """int32 [B+1], where each sequence's part of `visual_rows` begins."""
-        return _cumulative(self.n_visual, self.visual.device)
+        return Lengths.of(self.n_visual, self.visual.device).cu
 
     @cached_property
     def text_ranges(self) -> Tensor:
@@ -110,15 +102,15 @@ class Rows:
         ends = self.lengths.cu[1:]
         return torch.stack((ends - to_device(self.n_tail, ends.device, torch.int32), ends), dim=1)
 
-    @cached_property
+    @property
     def row_counts(self) -> Tensor:
         """int32 [B], rows of each sequence."""
-        return self.lengths.cu.diff()
+        return self.lengths.counts
 
-    @cached_property
+    @property
     def last_rows(self) -> Tensor:
         """int64 [B], the last row of each sequence."""
-        return (self.lengths.cu[1:] - 1).long()
+        return self.lengths.last
 
     @cached_property
     def next_positions(self) -> Tensor:
@@ -156,7 +148,7 @@ class Rows:
             positions=self.positions[index],
             visual=self.visual[index],
             source=self.source[index],
-            lengths=Lengths(_cumulative(host, index.device), host),
+            lengths=Lengths.of(host, index.device),
             n_visual=n_visual,
         )
         return fewer, index

@@ -80,6 +80,14 @@ class VisualTokenPolicy:
         return type(self).reduce is not VisualTokenPolicy.reduce
 
     @property
+    def all_or_none(self) -> bool:
+        """Whether a sequence's visual tokens leave all together, by no more of them than their mean and last row.
+
+        Then what they have become is shared up to the layer where they leave, whatever that is (docs/again.md).
+        """
+        return False
+
+    @property
     def tower_merges(self) -> tuple[int, ...]:
         """Rows that each block of the vision tower merges away, for the count of FLOPs."""
         return ()

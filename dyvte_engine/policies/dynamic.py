@@ -126,6 +126,10 @@ class DynamicExit(VisualTokenPolicy):
             )
         return replace(self, heads=_moved(self.heads, model.device, model.dtype))
 
+    @property
+    def all_or_none(self) -> bool:
+        return self.keep == 0 and type(self).decide is DynamicExit.decide
+
     def layers(self, num_layers: int) -> set[int]:
         return set(self.rule.layers(num_layers))
 

@@ -21,6 +21,10 @@ class FixedExit(VisualTokenPolicy):
 
     layer: int
 
+    @property
+    def all_or_none(self) -> bool:
+        return type(self).decide is FixedExit.decide
+
     def bind(self, model: Any) -> VisualTokenPolicy:
         last = model.shape.num_layers - 1
         if not (is_whole(self.layer) and -1 <= self.layer <= last):

@@ -234,14 +234,11 @@ class KVCache:
         places = to_device(torch.from_numpy(at), device, torch.int64).unbind()
         self.block_table.index_put_(places, to_device(torch.from_numpy(new), device, torch.int32))
 
-    def set_lens(self, rows: Sequence[Tensor], host_rows: Sequence[Sequence[int]], next_positions: Tensor) -> None:
-        """Layer l now holds as many rows as int32 [B] `rows[l]` says (the same numbers in `host_rows`).
-
-        next_positions: int32 [L, B].
-        """
-        torch.stack(list(rows), out=self.lens)
+    def set_lens(self, rows: Sequence[Sequence[int]], next_positions: Tensor) -> None:
+        """Layer l now holds `rows[l][b]` rows of sequence b. next_positions: int32 [L, B]."""
+        self.host_lens[:] = rows
+        self.lens.copy_(to_device(torch.from_numpy(self.host_lens), self.lens.device, torch.int32))
         self.positions.copy_(next_positions)
-        self.host_lens[:] = host_rows
 
     def compact(self, layers: int, keep: Tensor, keep_cu: Tensor, kept: Sequence[int]) -> None:
         """Keep the listed rows of layers 0..layers-1 (arguments as `ops.kv_compact_`), `kept[b]` of each sequence.

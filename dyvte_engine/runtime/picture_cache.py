@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -58,6 +59,7 @@ class PictureCache:
         self._model, self.budget, self._digests = model, budget, digests
         self.bytes_held = 0
         self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()  # [n, d] each
+        self._units: WeakKeyDictionary[TokenizedPrompt, list[_Unit]] = WeakKeyDictionary()
         self.processor: Any = model.processor if model.sees_pictures else None
         images = getattr(self.processor, "image_processor", None)
         if budget and images is not None:
@@ -72,7 +74,7 @@ class PictureCache:
         and under a policy that needs Python inside the tower, which has no key.
         """
         inside = policy.tower_key if policy.acts_in_tower else ()
-        units = [_units(self._model, p) if self.budget or self._digests else [] for p in prompts]
+        units = [self._units_of(p) for p in prompts]
         together = policy.acts_in_tower and any(len(own) < p.n_images for own, p in zip(units, prompts, strict=True))
         if self.budget == 0 or self._model.family.axes > 1 or inside is None or together:
             prepared = self._model.prepare(prompts, policy)
@@ -96,6 +98,17 @@ class PictureCache:
             assembled = _assembled(self._model, prompt, [found[u.digest, inside] for u in own])
             out.append(Seen(assembled, reused, _digest(own)))
         return out
+
+    def digest(self, prompt: TokenizedPrompt) -> bytes:
+        """What its pictures are known by, in their order (`Seen.digest`)."""
+        return _digest(self._units_of(prompt))
+
+    def _units_of(self, prompt: TokenizedPrompt) -> list[_Unit]:
+        if not (self.budget or self._digests):
+            return []
+        if prompt not in self._units:
+            self._units[prompt] = _units(self._model, prompt)
+        return self._units[prompt]
 
     def clear(self) -> None:
         """Forget all of them."""

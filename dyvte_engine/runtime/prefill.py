@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError
 from ..kernels import ops
-from ..kernels.attention import AttentionFn
+from ..kernels.attention import AttentionFn, Paged, attend_pages
 from ..models.decoder import Decoder
 from ..models.rows import Rows
 from ..policies import Decision, LayerState, VisualTokenPolicy
+from .known_rows import KnownRows, Pack
 from .kv_cache import KVCache
 from .text_graphs import TextGraphs
 
@@ -35,15 +36,15 @@ class Prefilled:
         exit_layers: layer after which the last visual token left (-1: before the first), None if some stayed or there
             were none.
         rows: [L][B], rows that each layer has of a prompt.
-        reused: [L][B], how many of them it did not compute; None: it computed all.
+        reused: [L][B], how many of them it did not compute.
         frontiers: of each sequence the last layer that its prefix was known to before and after; None without one.
     """
 
     hidden: Tensor
     exit_layers: list[int | None]
     rows: list[list[int]]
-    reused: list[list[int]] | None = None
-    frontiers: list[tuple[int, int] | None] | None = None
+    reused: list[list[int]]
+    frontiers: list[tuple[int, int] | None]
 
 
 class Prefill:
@@ -51,7 +52,8 @@ class Prefill:
 
     inputs_embeds [N, d] with its `rows`. With `drop_early_kv` the rows that left are in the end compacted out of the
     earlier layers' K/V too, so that decoding no longer attends to them anywhere. `watch` sees every layer's attention.
-    `graphs` run the layers that see text only, unless they are watched.
+    `graphs` run the layers that see text only, unless they are watched. `known`: what need not be computed, or is
+    wanted by others too.
     """
 
     def __init__(
@@ -65,11 +67,14 @@ class Prefill:
         drop_early_kv: bool = False,
         watch: Watch | None = None,
         graphs: TextGraphs | None = None,
+        known: KnownRows | None = None,
     ):
         self.decoder, self.cache, self.rows = decoder, cache, rows
         self.next = 0  # layer
         self._attention, self._policy, self._drop_early_kv, self._watch = attend, policy, drop_early_kv, watch
         self._graphs = None if watch is not None else graphs
+        self._known, self._reused = known, list[list[int]]()
+        self._frontiers: list[tuple[int, int] | None] = [None] * len(rows.n_visual)
         self._layers = decoder.shape.num_layers
         ask = policy.layers(self._layers) if any(rows.n_visual) else set()
         self._ask = ask if drop_early_kv else ask - {self._layers - 1}  # nothing follows the last layer
@@ -78,23 +83,15 @@ class Prefill:
         self._memory: dict[VisualTokenPolicy, Any] = {}
         self._pending: tuple[LayerState, Decision | Callable[[], Decision]] | None = None  # still to be carried out
         self._reserved = 0
+        self._queries_keys = (inputs_embeds.new_empty(0, 0, 0),) * 2
+        self.workspace = decoder.workspace(len(inputs_embeds))
+        if known is not None:
+            self._hidden = self._x = inputs_embeds[:0]
+            return
         self._hidden = self._x = inputs_embeds.clone()
         if -1 in self._ask:
-            none = inputs_embeds.new_empty(0, 0, 0)
-            self._decide(-1, none, none)
+            self._decide(-1)
         self._x = decoder.enter(self._hidden)
-        self.workspace = decoder.workspace(len(self._hidden))
-
-    def resume(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor) -> None:
-        """Begin as if all rows had passed the layers up to this one: the cache has them, `hidden` [N, d] left it.
-
-        q [N, Hq, D] and k [N, Hkv, D] are the layer's, rotated.
-        """
-        self.next = self._reserved = layer + 1
-        self._seen = [self.rows] * (layer + 1)
-        self._hidden, self._x = hidden, self.decoder.reenter(layer + 1, hidden)
-        if self._asked(layer):
-            self._decide(layer, q, k)
 
     @property
     def done(self) -> bool:
@@ -103,10 +100,15 @@ class Prefill:
     def advance(self, row_layers: float = float("inf")) -> bool:
         """Run at least one layer, and more while their rows sum to at most `row_layers`. Returns whether it is done."""
         used = 0
-        while not self.done and (used == 0 or used + len(self._hidden) <= row_layers):
+        while not self.done:
+            if self._known is not None:
+                self._hidden, self._x = self._known.arrange(self.next, self._hidden, self._x)
+            if used and used + len(self._hidden) > row_layers:
+                break
             used += len(self._hidden)
-            if self._graphs is not None and self._pending is None and self._graphs.take(self.next, self.rows):
-                self._replay(self._graphs)
+            graphs = self._graphs if self._known is None and self._pending is None else None
+            if graphs is not None and graphs.take(self.next, self.rows):
+                self._replay(graphs)
             else:
                 self._run_layer()
         return self.done
@@ -115,8 +117,20 @@ class Prefill:
         layer = self.next
         self._hidden, self._x = self.decoder.layer(layer, self._hidden, self._x, self)
         self.next += 1
+        if self._known is not None:
+            self._known.passed(layer, self._hidden, self._queries_keys[0])
+            if layer == self._known.stop:
+                self._take_over(layer, self._known)
         if self._asked(layer):
-            self._decide(layer, *self._queries_keys)
+            self._decide(layer)
+
+    def _take_over(self, layer: int, known: KnownRows) -> None:
+        """Continue with all rows, known ones too, which the cache has: the policy is going to look at them."""
+        hidden, q, k = known.all_rows(layer, self._hidden, self._queries_keys[0])
+        self.close()
+        self._hidden, self._x = hidden, self.decoder.reenter(layer + 1, hidden)
+        self._queries_keys = q, k
+        self._reserved = layer + 1
 
     def _replay(self, graphs: TextGraphs) -> None:
         """All layers that are left."""
@@ -139,37 +153,53 @@ class Prefill:
         if self._pending is not None:
             stay = self._settle()
             hidden, q, k, v = (rows[stay] for rows in (hidden, q, k, v))
-        rows, cache, pool = self.rows, self.cache, self.cache.pool
         self._enter(layer)
-        cos_sin, positions = rows.rotation_table(self.decoder.cos_sin)
-        table, empty = cache.block_table[layer], cache.lens[layer]
-        ops.rope_append_(q, k, v, cos_sin, positions, rows.lengths.cu, pool.k, pool.v, table, empty)
+        pack, pool, scale = self._pack, self.cache.pool, self.decoder.scale
+        table, lengths = self.cache.block_table[layer], pack.lengths
+        table = table if pack.order is None else table[pack.order]
+        before = self.cache.lens[layer] if pack.before is None else pack.before
+        cos_sin, _ = self.rows.rotation_table(self.decoder.cos_sin)
+        ops.rope_append_(q, k, v, cos_sin, pack.turns, lengths.cu, pool.k, pool.v, table, before)
+        if self._known is not None:
+            self._known.written(layer)
         if self._watch is not None:
-            self._watch(layer, q, k, rows)
+            self._watch(layer, q, k, self.rows)
         self._queries_keys = q, k
-        if not self._only_last(layer):
-            return hidden, self._attention(q, k, v, rows.lengths, self.decoder.scale)
-        last = rows.last_rows
-        read = ops.decode_attention(q[last], pool.k, pool.v, table, rows.row_counts, self.decoder.scale)
-        return hidden[last], read
+        if self._only_last(layer):
+            counts = (pack.seen or lengths).counts
+            return hidden[lengths.last], ops.decode_attention(q[lengths.last], pool.k, pool.v, table, counts, scale)
+        if pack.seen is None:
+            return hidden, self._attention(q, k, v, lengths, scale)
+        cached = Paged(pool.k, pool.v, table, before, pack.seen)
+        return hidden, attend_pages(self._attention, q, lengths, scale, cached)
 
     def added(self, layer: int) -> Tensor | None:
         """See `LayerRows`."""
         additions = self.rows.additions
-        return additions[layer][self.rows.source] if layer < len(additions) else None
+        return additions[layer][self._pack.rows] if layer < len(additions) else None
+
+    @property
+    def _pack(self) -> Pack:
+        """What passes through the next layer."""
+        if self._known is not None:
+            return self._known.pack
+        return Pack(self.rows.source, self.rows.rotation_table(self.decoder.cos_sin)[1], self.rows.lengths)
 
     def _enter(self, layer: int) -> None:
         """These rows are what this layer sees."""
         self._seen.append(self.rows)
-        if (
-            layer >= self._reserved
-        ):  # up to where tokens may leave again, layers see these rows: they take pages together
+        if self._known is not None:
+            self._known.enter(layer)
+        elif layer >= self._reserved:
+            # Up to where tokens may leave again, layers see these rows: they take pages together.
             may_leave = [later for later in self._ask if later >= layer] if any(self.rows.n_visual) else []
             self._reserved = 1 + min(may_leave, default=self._layers - 1)
             self.cache.reserve(range(layer, self._reserved), self.rows.lengths.host)
 
-    def _decide(self, layer: int, q: Tensor, k: Tensor) -> None:
-        state = LayerState(layer, self.decoder, self._hidden, q, k, self.rows, self._memory)
+    def _decide(self, layer: int) -> None:
+        if self._known is not None:
+            return self._known.decide(layer, self._hidden)
+        state = LayerState(layer, self.decoder, self._hidden, *self._queries_keys, self.rows, self._memory)
         self._pending = state, self._policy.decide(state)
         if not callable(self._pending[1]) or layer == -1 or self.done:
             stay = self._settle()
@@ -196,16 +226,32 @@ class Prefill:
 
     def finish(self) -> Prefilled:
         """When it is done: the cache gets its lengths."""
-        last = self._x if len(self._x) == len(self.rows.n_visual) else self._x[self.rows.last_rows]
-        counts = [rows.lengths.host for rows in self._seen]
-        positions = torch.stack([rows.next_positions for rows in self._seen])
-        self.cache.set_lens([rows.row_counts for rows in self._seen], counts, positions)
+        known, pack, last = self._known, self._pack, self._x
+        if len(last) > len(pack.lengths.host):
+            last = last[pack.lengths.last]
+        if pack.order is not None:
+            last = last.new_zeros(len(self._exit_layers), last.shape[1]).index_copy_(0, pack.order, last)
+        counts = [rows.lengths.host for rows in self._seen] if known is None else known.counts
+        exit_layers = self._exit_layers if known is None else known.left
+        self.cache.set_lens(counts, torch.stack([rows.next_positions for rows in self._seen]))
         if self._drop_early_kv:
             self._compact_early_layers()
-        return Prefilled(last, self._exit_layers, counts)
+        self.close()
+        reused = self._reused + [[0] * len(exit_layers)] * (self._layers - len(self._reused))
+        return Prefilled(last, exit_layers, counts, reused, self._frontiers)
+
+    def give_up(self, sequence: int) -> None:
+        """Free one that is under way: if its rows are computed any further, it is for nothing."""
+        if self._known is not None:
+            self._known.keep()
+        self.cache.give_up(sequence)
 
     def close(self) -> None:
-        """It holds nothing but its cache."""
+        """Prefixes stay as deep as they are. It holds nothing else but its cache."""
+        known, self._known = self._known, None
+        if known is not None:
+            self._reused, self._frontiers = known.reused, known.frontiers
+            known.close(self._hidden, self.done)
 
     def _compact_early_layers(self) -> None:
         """Every layer keeps the rows that were left at the end."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..policies import Composed, DynamicExit, FixedExit, VisualTokenPolicy
+from ..policies import Composed, VisualTokenPolicy
 from .kv_cache import PagePool, SharedPages
 
 HEAD, REST = 0, 1
@@ -27,10 +27,11 @@ def acts_after(policy: VisualTokenPolicy, layers: int) -> int | None:
 
     None: until all of a sequence leave at once, by a decision that reads no more of them than their pooled states.
     """
-    together = (type(policy) is DynamicExit and policy.keep == 0) or (type(policy) is FixedExit and policy.layer >= 0)
+    first = min(policy.layers(layers) - {layers - 1}, default=None)
+    together = policy.all_or_none
     if isinstance(policy, Composed):
         together = all(acts_after(part, layers) is None for part in policy.parts)
-    return None if together else min(policy.layers(layers) - {layers - 1}, default=None)
+    return None if together and first != -1 else first
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,8 @@ class Prefix:
         hidden: of each part the residual stream [rows, d] after that layer; None before the first and after the last.
         pages: of K and V, those that are full. tails: [2, L, m, Hkv, D], K and V of the rows behind them, for the
             first part and for both; valid in the layers that have been passed.
-        texts: [rows, d], the residual stream of `between` after each layer that the second part has passed.
+        texts: [rows, d], the residual stream of `between`, if there are some, after each layer that the second part has
+            passed.
         pooled: [2, d] there, two rows that have the mean and the last row of its visual rows.
         marks: by layers.
     """
@@ -63,7 +65,7 @@ class Prefix:
         self.visual, self.between = (mask.nonzero()[:, 0].to(device) for mask in (visual[first:], ~visual[first:]))
         self.depth = [-1, -1] if first else [pool.num_layers - 1, -1]
         self.hidden: list[Tensor | None] = [None, None]
-        self.pages, self._page = SharedPages(pool), pool.page_size
+        self.pages, self._pool = SharedPages(pool), pool
         self.tails = [
             pool.k.new_empty(2, pool.num_layers, end % pool.page_size, *pool.k.shape[2:]) for end in self.ends
         ]
@@ -75,10 +77,11 @@ class Prefix:
     def __len__(self) -> int:
         return self.ends[REST]
 
-    def nbytes(self, page_bytes: int) -> int:
+    @property
+    def nbytes(self) -> int:
         tensors = [*self.tails, *self.texts, *self.pooled, *(t for t in self.hidden if t is not None)]
         tensors += [t for mark in self.marks.values() for t in (mark.hidden, mark.queries)]
-        return self.pages.count * page_bytes + sum(t.nbytes for t in tensors)
+        return self.pages.count * self._pool.page_bytes + sum(t.nbytes for t in tensors)
 
     def known(self, part: int, layer: int) -> int:
         """How many of the rows up to the end of this part have K and V in the layer."""
@@ -88,22 +91,37 @@ class Prefix:
 
     def full_pages(self, layers: range, rows: int) -> np.ndarray:
         """int [layers, n], those of its first rows."""
-        n = rows // self._page
+        n = rows // self._pool.page_size
         return np.array([self.pages.numbers[layer][:n] for layer in layers], dtype=np.int32).reshape(len(layers), n)
+
+    def own_pages(self, rows: int, stop: int | None) -> int:
+        """Pages that a sequence of so many rows in all, which begins with this, holds at most, without the shared ones.
+
+        stop: behind this layer all its rows are its own.
+        """
+        pages, page, layers = self._pool.pages, self._pool.page_size, self._pool.num_layers
+        head, both = (min(depth, layers - 1 if stop is None else stop) + 1 for depth in self.depth)
+        seen = pages(rows) - len(self) // page
+        gone = pages(rows - len(self.visual)) - self.ends[HEAD] // page  # at times one more: its rows fill other pages
+        behind_head = pages(rows) - self.ends[HEAD] // page
+        return both * max(seen, gone) + (head - both) * behind_head + (layers - head) * pages(rows)
 
     def marked(self, layer: int) -> bool:
         """Whether it has a mark there, or is going to have one when it has been computed so far."""
         return layer in self.marks or all(depth < layer for depth, n in zip(self.depth, self.ends, strict=True) if n)
 
-    def passed(self, layer: int, part: int, hidden: Tensor) -> None:
-        """A part has passed this layer; hidden [rows, d] leaves it, and is read, not kept."""
+    def passed(self, layer: int, part: int, hidden: Tensor | None) -> None:
+        """A part has passed this layer. hidden: [rows, d] of the second leaving it, to be read, not kept; None: nobody
+        will ask for them."""
         self.depth[part] = layer
-        if part == HEAD:
+        if hidden is None:
             return
         visual = hidden[self.visual] if len(self.between) else hidden
-        last = visual[-1:].float()
-        self.pooled.append(torch.cat((2 * visual.float().mean(0, keepdim=True) - last, last)).to(hidden.dtype))
-        self.texts.append(hidden[self.between])
+        last = visual[-1].float()
+        mean = visual.mean(0, dtype=torch.float32)
+        self.pooled.append(torch.stack((torch.lerp(last, mean, 2.0), last)).to(hidden.dtype))
+        if len(self.between):
+            self.texts.append(hidden[self.between])
 
 
 class PrefixStore:
@@ -125,17 +143,25 @@ class PrefixStore:
     def __iter__(self) -> Iterator[Prefix]:
         return iter(self._entries.values())
 
-    def find(self, key: bytes, visual: Tensor, stop: int | None) -> Prefix:
-        """The prefix of this key, or a new one.
+    def get(self, key: bytes, stop: int | None) -> Prefix | None:
+        """The prefix of this key, if there is one.
 
         stop: a layer where somebody wants a mark; one that has gone further without is left to others.
         """
         for name in (key, (key, stop)):
-            prefix = self._entries.setdefault(name, Prefix(visual, self._pool))
-            self._entries.move_to_end(name)
-            if stop is None or prefix.marked(stop):
-                break
-        return prefix
+            prefix = self._entries.get(name)
+            if prefix is not None and (stop is None or prefix.marked(stop)):
+                self._entries.move_to_end(name)
+                return prefix
+        return None
+
+    def find(self, key: bytes, visual: Tensor, stop: int | None) -> Prefix:
+        """As `get`, or a new one."""
+        known = self.get(key, stop)
+        if known is not None:
+            return known
+        new = self._entries[(key, stop) if key in self._entries else key] = Prefix(visual, self._pool)
+        return new
 
     def settle(self, prefixes: Sequence[Prefix], whole: bool) -> None:
         """They were changed (see `busy`). Not `whole`: a layer failed half-way, so nobody finds them again."""
@@ -145,7 +171,7 @@ class PrefixStore:
                 self.forget(prefix)
             elif prefix.pages.kept:
                 self.bytes_held -= prefix.counted
-                prefix.counted = prefix.nbytes(self._pool.page_bytes)
+                prefix.counted = prefix.nbytes
                 self.bytes_held += prefix.counted
         self.trim()
 

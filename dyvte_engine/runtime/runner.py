@@ -16,17 +16,17 @@ from ..inputs.splice import reduce_pictures
 from ..kernels.attention import CAPTURABLE, choose_backend
 from ..kernels.graphs import capture_cpu, capture_cuda
 from ..kernels.transfer import DeviceLock
-from ..models import PreparedPrompt, VisionLanguageModel
+from ..models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
 from ..models.rows import Rows
 from ..models.tower_graphs import MOST
 from ..policies import VisualTokenPolicy
 from .decode import DecodeGraphs
+from .known_rows import KnownRows
 from .kv_cache import KVCache, PagePool
 from .picture_cache import PictureCache, digest_of
 from .prefill import Prefill, Watch
 from .prefix import Prefix, PrefixStore, acts_after, key_of
 from .running import Running
-from .shared_prefill import SharedPrefill
 from .text_graphs import BUCKETS, TextGraphs
 
 
@@ -36,6 +36,7 @@ class Runner:
     def __init__(self, model: VisionLanguageModel, config: EngineConfig):
         self.model, self.config, self.lock = model, config, DeviceLock(config.device)
         self.max_len = model.decoder.max_len
+        self._keys: weakref.WeakKeyDictionary[TokenizedPrompt, bytes | None] = weakref.WeakKeyDictionary()
         self.pictures = PictureCache(model, int(config.picture_cache), digests=int(config.prefix_cache) > 0)
         with self.lock:
             self._set_up(config)
@@ -87,20 +88,62 @@ class Runner:
         policy: VisualTokenPolicy,
         watch: Watch | None = None,
         drop_early_kv: bool | None = None,
+        keys: Sequence[tuple[Sequence[int], bytes, Prefix | None]] = (),
     ) -> Prefill:
-        """The prompts at the decoder's entry, to be advanced, with a cache that has a slot for each."""
-        prompts = reduce_pictures(policy, prompts)
-        return Prefill(
-            self.model.decoder,
-            self._attention,
-            cache,
-            torch.cat([p.inputs_embeds for p in prompts]),
-            _rows(prompts, self.model.decoder.cos_sin),
-            policy,
-            self.config.drop_early_kv if drop_early_kv is None else drop_early_kv,
-            watch,
-            self.text_graphs,
-        )
+        """The prompts at the decoder's entry, to be advanced, with a cache that has a slot for each.
+
+        keys: of each its ids, its pictures' digest and its prefix, if that is found (`known`) and leased already; to
+        share prefixes where nothing speaks against it.
+        """
+        decoder, prompts = self.model.decoder, reduce_pictures(policy, prompts)
+        embeds, rows = torch.cat([p.inputs_embeds for p in prompts]), _rows(prompts, decoder.cos_sin)
+        early = self.config.drop_early_kv if drop_early_kv is None else drop_early_kv
+        known = None
+        if keys and self.unshared(policy) is None:
+            stop = acts_after(policy, self.pool.num_layers)
+            prefixes = [
+                found or self._prefix(policy, stop, prompt, len(prompt.visual) - tail, ids, pictures)
+                for prompt, tail, (ids, pictures, found) in zip(prompts, rows.n_tail, keys, strict=True)
+            ]
+            if any(prefixes):
+                known = KnownRows(decoder, cache, embeds, rows, policy, prefixes, self.prefixes, stop)
+        return Prefill(decoder, self._attention, cache, embeds, rows, policy, early, watch, self.text_graphs, known)
+
+    def _prefix(
+        self,
+        policy: VisualTokenPolicy,
+        stop: int | None,
+        prompt: PreparedPrompt,
+        end: int,
+        ids: Sequence[int],
+        pictures: bytes,
+    ) -> Prefix | None:
+        """Of the first rows up to `end`; None: there are none."""
+        if policy.acts_in_tower or policy.acts_before_decoder:  # what it made of the pictures says it all
+            ids, pictures = (), _digest(prompt, end)
+        return self.prefixes.find(key_of(ids[:end], pictures), prompt.visual[:end], stop) if end else None
+
+    def known(self, prompt: TokenizedPrompt, policy: VisualTokenPolicy) -> Prefix | None:
+        """The prefix of a prompt before the tower has seen it; None: there is none yet, or its key is not known yet."""
+        if self.unshared(policy) is not None or policy.acts_in_tower or policy.acts_before_decoder:
+            return None
+        if prompt not in self._keys:  # who waits is looked at in every step
+            self._keys[prompt] = self._key(prompt)
+        key = self._keys[prompt]
+        return None if key is None else self.prefixes.get(key, acts_after(policy, self.pool.num_layers))
+
+    def _key(self, prompt: TokenizedPrompt) -> bytes | None:
+        """What its prefix is known by; None: it has no visual token."""
+        visual = self.model.visual(torch.tensor(prompt.input_ids, device="cpu"))[:-1].nonzero()
+        if len(visual) == 0:
+            return None
+        return key_of(prompt.input_ids[: int(visual[-1]) + 1], self.pictures.digest(prompt))
+
+    def worst_pages(self, rows: int, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:
+        """Pages of its own that a sequence of so many rows needs at most, behind this prefix."""
+        if prefix is None:
+            return self.pool.num_layers * self.pool.pages(rows)
+        return prefix.own_pages(rows, acts_after(policy, self.pool.num_layers))
 
     def unshared(self, policy: VisualTokenPolicy) -> str | None:
         """Why prefixes are not shared under this policy; None where they are."""
@@ -109,30 +152,6 @@ class Runner:
         if self.config.drop_early_kv:
             return "drop_early_kv"
         return "policy" if acts_after(policy, self.pool.num_layers) == -1 else None
-
-    def shared_prefill(
-        self,
-        cache: KVCache,
-        prompts: Sequence[PreparedPrompt],
-        policy: VisualTokenPolicy,
-        ids: Sequence[Sequence[int]],
-        pictures: Sequence[bytes],
-    ) -> SharedPrefill:
-        """As `prefill`, where nothing speaks against it (`unshared`); each prompt's ids and its pictures' digest."""
-        decoder, stop = self.model.decoder, acts_after(policy, self.pool.num_layers)
-        prompts = reduce_pictures(policy, prompts)
-        rows, prefixes = _rows(prompts, decoder.cos_sin), list[Prefix | None]()
-        for prompt, own, seen, tail in zip(prompts, ids, pictures, rows.n_tail, strict=True):
-            end = len(prompt.visual) - tail
-            if policy.acts_in_tower or policy.acts_before_decoder:  # what it made of the pictures says it all
-                own, seen = (), _digest(prompt, end)
-            visual, key = prompt.visual[:end], key_of(own[:end], seen)
-            prefixes.append(self.prefixes.find(key, visual, stop) if end else None)
-        embeds = torch.cat([p.inputs_embeds for p in prompts])
-        plain = partial(Prefill, decoder, self._attention, cache, embeds, rows, policy, graphs=self.text_graphs)
-        return SharedPrefill(
-            decoder, self._attention, cache, embeds, rows, policy, prefixes, self.prefixes, stop, plain
-        )
 
     @torch.inference_mode()
     def run(
@@ -181,16 +200,14 @@ class Runner:
         """A batch that prefilled sequences can join: so many slots, all empty."""
         return Running(self.model.decoder, self.cache(slots, 0), None, self.graphs, self.lock)
 
-    def check_integrity(self, promised: int = 0) -> None:
+    def check_integrity(self) -> None:
         """Every page is free, or held once by a sequence or by what several share, and all claims add up.
-
-        promised: pages of prompts without a cache yet.
 
         Raises:
             CacheError: they do not, which is a bug here.
         """
         held, claims, idle = self._held()
-        found = len(held), len(set(held)), claims + promised, idle
+        found = len(held), len(set(held)), claims, idle
         counted = self.pool.allocator.used_count, self.pool.allocator.used_count, self.pool.claimed, self.pool.idle
         if found != counted:
             raise CacheError(

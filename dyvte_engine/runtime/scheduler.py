@@ -1,9 +1,9 @@
 """Continuous batching: requests join and leave the running batch at every step.
 
 A step is some layers of one prefill group, then one token for everybody. A request is admitted when a slot is free and
-the pool can promise the pages that it needs at worst: all its rows in all layers, and its whole answer. Once its exit
-is known the promise shrinks to what it will really hold, which admits others. So nothing is ever preempted, and no
-running sequence can find the pool empty.
+the pool can promise the pages that it needs at worst: all its rows in all layers, but for those of its prefix that are
+there already, and its whole answer. Once its exit is known the promise shrinks to what it will really hold, which
+admits others. So nothing is ever preempted, and no running sequence can find the pool empty.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,28 +23,31 @@ from ..models import PreparedPrompt
 from .kv_cache import KVCache
 from .picture_cache import Seen
 from .prefill import Prefill
+from .prefix import Prefix
 from .runner import Runner
 from .sampling import token_logprobs
 from .sequence import Sequence
-from .shared_prefill import SharedPrefill
 
 
 class _Group:
     """Sequences of one policy that are prefilled together: first their vision, then layer by layer.
 
-    errors: of those that fell out, by their place; cancelled ones too.
+    prefixes: of each what is known of its beginning, as it was admitted with.
+    errors: of those that fell out between the layers, by their place; cancelled ones too.
     """
 
-    def __init__(self, runner: Runner, sequences: list[Sequence]):
-        self._runner, self.sequences = runner, sequences
+    def __init__(self, runner: Runner, sequences: list[Sequence], prefixes: list[Prefix | None]):
+        self._runner, self.sequences, self._prefixes = runner, sequences, prefixes
         self.errors: dict[int, BaseException] = {}
         self._prepared: list[Seen] = []
         self._one_by_one = False
-        self._prefill: Prefill | SharedPrefill | None = None
-        self._cache: KVCache | None = None
-        self.promised = [worst_pages(runner, s) for s in sequences]
-        for s, pages in zip(sequences, self.promised, strict=True):
-            runner.pool.claim(pages)
+        self._prefill: Prefill | None = None
+        self.cache = runner.cache(len(sequences), len(sequences))
+        for b, prefix in enumerate(prefixes):  # all of them, before a claim makes one leave that is not in use
+            if prefix is not None:
+                self.cache.lease(b, prefix.pages)
+        for b, (s, prefix) in enumerate(zip(sequences, prefixes, strict=True)):
+            self.cache.claim(b, runner.worst_pages(s.rows, s.policy, prefix))
             s.begin()
 
     def advance(self, row_layers: float) -> bool:
@@ -90,29 +93,27 @@ class _Group:
         return PromptError(f"{given}; accepted: together below max_len {self._runner.max_len}")
 
     def _begin(self) -> None:
-        n = len(self.sequences)
-        self._cache = self._runner.cache(n, n)
-        for b, pages in enumerate(self.promised):
-            self._runner.pool.claim(-pages)
-            self._cache.claim(b, pages)
-        self.promised = []
+        cache, n = self.cache, len(self.sequences)
+        if n < cache.slots:  # some were lost: a prefill takes no empty slots
+            self.cache = self._runner.cache(n, 0)
+            self.cache.join(cache)
         runner, policy, prompts = self._runner, self.sequences[0].policy, [seen.prompt for seen in self._prepared]
-        if runner.unshared(policy) is not None:
-            self._prefill = runner.prefill(self._cache, prompts, policy)
-            return
-        ids, pictures = [s.prompt.input_ids for s in self.sequences], [seen.digest for seen in self._prepared]
-        self._prefill = runner.shared_prefill(self._cache, prompts, policy, ids, pictures)
+        keys = [
+            (s.prompt.input_ids, seen.digest, prefix)
+            for s, seen, prefix in zip(self.sequences, self._prepared, self._prefixes, strict=True)
+        ]
+        self._prefill = runner.prefill(self.cache, prompts, policy, keys=keys)
 
     def lose(self, sequence: Sequence, error: BaseException) -> None:
         """The sequence falls out and frees what it held; its rows are computed to the end if they are under way."""
         place = self.sequences.index(sequence)
         sequence.fail(error)
-        if self._cache is not None:
-            self._cache.give_up(place)
+        if self._prefill is not None:
+            self._prefill.give_up(place)
             self.errors[place] = error
             return
-        self._runner.pool.claim(-self.promised.pop(place))
-        del self.sequences[place], self._prepared[place : place + 1]
+        self.cache.select([b for b in range(self.cache.count) if b != place])
+        del self.sequences[place], self._prefixes[place], self._prepared[place : place + 1]
 
     @property
     def empty(self) -> bool:
@@ -121,8 +122,8 @@ class _Group:
 
     def finish(self) -> tuple[list[Sequence], KVCache, Tensor]:
         """Those that can be decoded, their cache, and their logits. Claims shrink to what will be held."""
-        assert self._prefill is not None and self._cache is not None
-        pool, cache, done = self._runner.pool, self._cache, self._prefill.finish()
+        assert self._prefill is not None
+        pool, cache, done = self._runner.pool, self.cache, self._prefill.finish()
         left = [b for b in range(len(self.sequences)) if b not in self.errors]
         for b in left:
             s = self.sequences[b]
@@ -135,19 +136,11 @@ class _Group:
             hidden = hidden[to_device(left, hidden.device, torch.int64)]
         return [self.sequences[b] for b in left], cache, self._runner.model.decoder.logits(hidden)
 
-    @property
-    def caches(self) -> list[KVCache]:
-        """Its own, as soon as there is one."""
-        return [] if self._cache is None else [self._cache]
-
     def close(self) -> None:
         """Give everything back."""
-        self._runner.pool.claim(-sum(self.promised))
-        self.promised = []
         if self._prefill is not None:
             self._prefill.close()
-        if self._cache is not None:
-            self._cache.close()
+        self.cache.close()
 
 
 class Scheduler:
@@ -271,24 +264,49 @@ class Scheduler:
         Where somebody runs, a layer of the whole group keeps within `max_stall`, unless its first prompt does not.
         """
         with self._mutex:
-            chosen: list[Sequence] = []
-            room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
-            rows = self._max_stall if self._sequences else float("inf")
-            for s in self._waiting:
-                if chosen and s.policy is not chosen[0].policy:
-                    continue
-                pages, rows = pages - worst_pages(self.runner, s), rows - len(s.prompt.input_ids)
-                if len(chosen) == room or pages < 0 or (chosen and rows < 0):
-                    break
-                chosen.append(s)
-            if not chosen and self._waiting and not self._sequences:
+            waiting = list(self._waiting)
+        chosen = self._fitting(waiting)  # may hash pictures, for which nobody who submits has to wait
+        with self._mutex:
+            chosen = {s: prefix for s, prefix in chosen.items() if s in self._waiting}  # others are cancelled
+            if not chosen and waiting and not self._sequences and waiting[0] in self._waiting:
                 free = f"{self.runner.pool.claimable} of {self.runner.pool.n_pages} pages are free"
                 error = CacheError(f"{free}, held by batches of Engine.prefill; close them")
-                self._waiting.pop(0).fail(error)
+                self._waiting.remove(waiting[0])
+                waiting[0].fail(error)
             if chosen:
                 self._begun += chosen  # first: an interrupt finds them here or there
                 self._waiting = [s for s in self._waiting if s not in chosen]
-                self._group = _Group(self.runner, chosen)
+                self._group = _Group(self.runner, list(chosen), list(chosen.values()))
+
+    def _fitting(self, waiting: Iterable[Sequence]) -> dict[Sequence, Prefix | None]:
+        """Those to begin with, and what is known of their beginnings."""
+        chosen: dict[Sequence, Prefix | None] = {}
+        room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
+        rows, policy = self._max_stall if self._sequences else float("inf"), None
+        for s in waiting:
+            if chosen and s.policy is not policy:
+                continue
+            if len(chosen) == room:
+                break
+            needed, prefix = self._needs(s, chosen.values())
+            pages, rows, policy = pages - needed, rows - len(s.prompt.input_ids), s.policy
+            if pages < 0 or (chosen and rows < 0):
+                break
+            chosen[s] = prefix
+        return chosen
+
+    def _needs(self, s: Sequence, counted: Collection[Prefix | None]) -> tuple[int, Prefix | None]:
+        """Pages that admit it, and the prefix to lease for that. What nobody reads yet, nor is `counted`, counts too.
+
+        So a prefix that is deeper than this request may need costs one who is alone more than to know nothing of it.
+        """
+        runner, prefix = self.runner, self.runner.known(s.prompt, s.policy)
+        alone = runner.worst_pages(s.rows, s.policy, None)
+        if prefix is None:
+            return alone, None
+        shared = 0 if prefix.pages.users or prefix in counted else prefix.pages.count
+        needed = runner.worst_pages(s.rows, s.policy, prefix) + shared
+        return (needed, prefix) if needed <= alone else (alone, None)
 
     def _choose(self) -> None:
         """A token for everybody; those that are finished leave."""
@@ -368,9 +386,4 @@ class Scheduler:
         with self._mutex:
             self._waiting = [s for s in self._waiting if s not in begun]
         self._running = self.runner.nobody(self._slots)
-        self.runner.forget(before.cache, *([] if group is None else group.caches))
-
-
-def worst_pages(runner: Runner, sequence: Sequence) -> int:
-    """Pages that it needs if no visual token leaves."""
-    return runner.pool.num_layers * runner.pool.pages(sequence.rows)
+        self.runner.forget(before.cache, *([] if group is None else [group.cache]))

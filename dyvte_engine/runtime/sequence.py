@@ -88,11 +88,15 @@ class Sequence:
         pool, rows = cache.pool, [layer[b] for layer in done.rows]
         self._shape, self._rows = decoder.shape, rows
         frontier = None if done.frontiers is None else done.frontiers[b]
+        shape, pool, n = decoder.shape, cache.pool, len(self.prompt.input_ids)
+        rows, full = [layer[b] for layer in done.rows], [n] * decoder.shape.num_layers
+        under, without = self._picture_flops
+        frontier = done.frontiers[b]
         known = "no picture" if frontier is None else "miss" if frontier[0] < 0 else "hit"
         self._figures = dict(
             prefix=unshared or known,
             prefix_frontier=frontier,
-            rows_reused=[0] * len(rows) if done.reused is None else [layer[b] for layer in done.reused],
+            rows_reused=[layer[b] for layer in done.reused],
             exit_layer=done.exit_layers[b],
             tokens_per_layer=rows,
             kv_bytes=cache.bytes_of(b),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dyvte_engine.checks import is_whole
@@ -27,6 +28,8 @@ from dyvte_engine.flops import leaving_flops, vision_flops
 from dyvte_engine.heads.exit_head import STATE_BITS, ordered
 from dyvte_engine.inputs.prompts import render
 from dyvte_engine.models import PreparedPrompt, VisionLanguageModel
+from dyvte_engine.policies import KeepAll
+from dyvte_engine.runtime.picture_cache import PictureCache
 from dyvte_engine.training.answers import branch_answers, own_answers
 from dyvte_engine.training.files import read_tensors, write_tensors
 from dyvte_engine.training.head_data import Example, fingerprint
@@ -37,6 +40,7 @@ Mode = Literal["reference", "self", "free-running"]
 Rule = Literal["auto", "paper", "argmax", "text"]
 AGREEMENT, CE_SCALE = 0.99, 1.03  # docs/method.md section 3: tau and scale as the paper's code reads them
 REPORT_SECONDS = 10.0
+PICTURE_BYTES = 1 << 28  # of rows that the tower made of a batch's pictures
 
 
 @dataclass(frozen=True)
@@ -264,23 +268,22 @@ class _Labeller:
 
     def __init__(self, model: VisionLanguageModel, info: LabelInfo):
         self.model, self.info = model, info
-        branches = model.shape.num_layers if info.mode == "free-running" else 1
-        self.at_once = max(1, info.batch // branches)  # prompts that generate together
+        self.pictures = PictureCache(model, PICTURE_BYTES)
         if info.mode != "reference":
-            config = EngineConfig(model.device, model.dtype, max_batch=self.at_once * branches)
-            self.engine = Engine(model, config)
+            self.engine = Engine(model, EngineConfig(model.device, model.dtype, max_batch=info.batch))
 
     @torch.inference_mode()
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """The columns: pooled.STATE [n, L, d] in the model's dtype; agreement, ce_exit, kl float32 and flops float64
         [n, L]; ce_full float32 [n]; free-running: same_text, right, bool [n, L], and answered, bool [n]."""
-        pictures = [[e.load()] for e in examples]
-        tokenized = self.model.tokenize([self._text(e) for e in examples], pictures)
-        prompts = self.model.prepare(tokenized)
+        texts, pictures = [self._text(e) for e in examples], [e.load() for e in examples]
+        tokenized = self.model.tokenize(texts, [[picture] for picture in pictures])
+        self.pictures.clear()  # what a batch is does not depend on those before, so a run may be continued
+        prompts = [seen.prompt for seen in self.pictures.prepare(tokenized, KeepAll())]
         for example, prompt in zip(examples, prompts, strict=True):
             if self.info.mode != "reference":
                 self._check_room(example, len(prompt.visual) + self.info.max_new_tokens)
-        answers, more = self._answers(examples, prompts)
+        answers, more = self._answers(examples, texts, pictures)
         samples = [self._sample(e, p, ids) for e, p, ids in zip(examples, prompts, answers, strict=True)]
         outcomes = exit_outcomes(self.model.language_model, self.model.hf.get_output_embeddings(), samples)
         columns = {f"pooled.{name}": state.to(self.model.dtype) for name, state in outcomes.pooled.items()}
@@ -298,17 +301,17 @@ class _Labeller:
             raise DataError(f"{example.name}: {error}") from error
 
     def _answers(
-        self, examples: Sequence[Example], prompts: Sequence[PreparedPrompt]
+        self, examples: Sequence[Example], prompts: Sequence[str], pictures: Sequence[Image.Image]
     ) -> tuple[list[list[int]], dict[str, Tensor]]:
         """Token ids of the references, and the columns that only generation knows."""
         tokenizer, budget = self.model.processor.tokenizer, self.info.max_new_tokens
         if self.info.mode == "reference":
             end = tokenizer.eos_token_id
             return [[*tokenizer(e.answer, add_special_tokens=False).input_ids, end] for e in examples], {}
-        groups = [prompts[first : first + self.at_once] for first in range(0, len(prompts), self.at_once)]
+        self.engine.forget()
         if self.info.mode == "self":
-            return [ids for group in groups for ids in own_answers(self.engine, group, budget)], {}
-        branches = [b for group in groups for b in branch_answers(self.engine, group, budget)]
+            return own_answers(self.engine, prompts, pictures, budget), {}
+        branches = branch_answers(self.engine, prompts, pictures, budget)
         texts = [[normalised(t) for t in tokenizer.batch_decode(b, skip_special_tokens=True)] for b in branches]
         references = [None if e.answer is None else normalised(e.answer) for e in examples]
         right = [[text == reference for text in row] for row, reference in zip(texts, references, strict=True)]

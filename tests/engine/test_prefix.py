@@ -25,6 +25,7 @@ from dyvte_engine.kernels import ops
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
+from tests.engine.traces import forbid_growing_claims
 
 STATES = ("mean_visual", "last_visual", "mean_text", "last_text")
 LAYERS, ROWS = 4, tiny.VISUAL_TOKENS
@@ -78,9 +79,10 @@ def ask(engine, beginning, question, policy, n=5):
 
 
 @pytest.mark.parametrize("beginning", range(len(BEGINNINGS)))
-@pytest.mark.parametrize("order", [0, 1, 2])
-def test_every_policy_in_any_order(beginning, order):
-    engine, _ = build(max_len=192)
+@pytest.mark.parametrize(("order", "page_size"), [(0, 16), (1, 16), (2, 3)])
+def test_every_policy_in_any_order(beginning, order, page_size, monkeypatch):
+    forbid_growing_claims(monkeypatch)
+    engine, _ = build(max_len=192, page_size=page_size)
     names = sorted(policies())
     random.Random(order).shuffle(names)
     for i, name in enumerate(names):
@@ -132,7 +134,8 @@ def looking():
 
 
 @pytest.mark.parametrize("beginning", [0, 2, 3])
-def test_policies_that_look_share_up_to_the_layer_where_they_do(beginning):
+def test_policies_that_look_share_up_to_the_layer_where_they_do(beginning, monkeypatch):
+    forbid_growing_claims(monkeypatch)
     engine, _ = build(max_len=192)
     text, pictures = BEGINNINGS[beginning]
     names, deepest = [*looking()] * 2, {}
@@ -203,7 +206,7 @@ def logits(engine, text, pictures, policy):
     with runner.lock:
         (seen,) = runner.pictures.prepare([prompt], policy)
         cache = runner.cache(1, 1)
-        prefill = runner.shared_prefill(cache, [seen.prompt], policy, [prompt.input_ids], [seen.digest])
+        prefill = runner.prefill(cache, [seen.prompt], policy, keys=[(prompt.input_ids, seen.digest, None)])
         while not prefill.advance(1):
             pass
         out = engine.model.decoder.logits(prefill.finish().hidden)[0]
@@ -349,10 +352,10 @@ def test_who_is_cancelled_half_way_leaves_what_was_computed(layers):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("known", [False, True])
-def test_who_computes_for_others_is_cancelled(layers, known):
+@pytest.mark.parametrize(("known", "page_size"), [(False, 4), (False, 5), (True, 4), (True, 5)])
+def test_who_computes_for_others_is_cancelled(layers, known, page_size):
     """The first of three that extend one prefix together, in whose pages it is, then the second, between two layers."""
-    engine, _ = build(max_len=192, max_stall=1, page_size=4)
+    engine, _ = build(max_len=192, max_stall=1, page_size=page_size)
     if known:
         ask(engine, 2, 3, "fixed 0")
     running, (text, pictures) = begin(engine, "w1 w2 w3", None, 60), BEGINNINGS[2]
@@ -413,6 +416,51 @@ def test_running_questions_share_their_memory():
     assert pool.allocator.used_count == prefix.pages.count + own and 0 < own <= 8 * LAYERS * -(-rows // 4)
     for stats in (handle.result(60).stats for handle in handles):
         assert stats.kv_bytes_shared == prefix.pages.count * pool.page_bytes < stats.kv_bytes
+
+
+@pytest.mark.parametrize(("depth", "admitted"), [(None, 2), ("fixed 1", 3), ("keep-all", 7)])
+def test_pages_of_a_known_prefix_are_promised_once(depth, admitted, monkeypatch):
+    """A pool of 44 pages, requests of 20 rows in 4 layers; the prefix has 4 pages in each layer where it is known."""
+    forbid_growing_claims(monkeypatch)
+    engine, _ = build(max_len=44, page_size=4, kv_memory=44 * 4 * 2 * 2 * 16 * 4, max_batch=8)
+    assert engine.pool.n_pages == 44
+    if depth is not None:
+        ask(engine, 0, 0, depth)
+    handles = [begin(engine, f"<image> w{n}", PICTURES[:1], 4) for n in range(8)]
+    engine._scheduler.step()
+    assert engine.load["waiting"] == 8 - admitted
+    want = fresh().generate([f"<image> w{n}" for n in range(8)], [PICTURES[:1]] * 8, chat=False, max_new_tokens=4)
+    assert [handle.result(60).token_ids for handle in handles] == [result.token_ids for result in want]
+    engine.check_integrity()
+
+
+def test_a_prefix_deeper_than_there_is_room_for_leaves_for_a_request(monkeypatch):
+    """It keeps out nobody who would fit without it."""
+    forbid_growing_claims(monkeypatch)
+    engine, _ = build(max_len=40, page_size=4, kv_memory=40 * 4 * 2 * 2 * 16 * 4, max_batch=8)
+    ask(engine, 1, 0, "keep-all")
+    text, pictures = BEGINNINGS[1]
+    longest = 40 - len(text.split()) - ROWS
+    result = engine.generate(f"{text} w7", pictures, chat=False, max_new_tokens=longest, eos_token_id=[])
+    want = fresh().generate(f"{text} w7", pictures, chat=False, max_new_tokens=longest, eos_token_id=[])
+    assert result.token_ids == want.token_ids and len(want.token_ids) == longest
+
+
+def test_what_is_forgotten_while_a_request_begins(monkeypatch):
+    """It has what it was admitted with."""
+    forbid_growing_claims(monkeypatch)
+    engine, _ = build(max_len=40, page_size=4, kv_memory=40 * 4 * 2 * 2 * 16 * 4, max_batch=8, max_stall=1)
+    ask(engine, 0, 0, "keep-all")
+    first = begin(engine, "w1", None, 8)
+    engine._scheduler.step()
+    handles = [begin(engine, f"<image> w{n}", PICTURES[:1], 4) for n in range(2)]
+    engine._scheduler.step()
+    assert engine.load["prefilling"] == 1
+    engine.forget()
+    for handle in (first, *handles):
+        assert handle.result(60).token_ids
+    assert [handle.result(0).stats.prefix for handle in handles] == ["hit", "miss"]
+    engine.check_integrity()
 
 
 def test_no_page_is_left_in_the_midst_of_an_extension(monkeypatch):

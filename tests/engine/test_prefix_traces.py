@@ -1,25 +1,20 @@
-"""Random traces of questions about few pictures through a tight engine: known prefixes come, deepen, leave, return.
-
-`DYVTE_TRACES=2000` asks for more of them.
-"""
+"""Random traces of questions about few pictures through a tight engine: known prefixes come, deepen, leave, return."""
 
 import functools
-import os
 import random
 import threading
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import invariant, rule
 
-from dyvte_engine import FastV, Request, RequestCancelledError, ToMe
+from dyvte_engine import FastV, Request, ToMe
 from tests.engine.conftest import build
 from tests.engine.test_prefix import BEGINNINGS, QUESTIONS, policies
+from tests.engine.traces import Traces, settings_of, told
 
 POLICIES = {**policies(), "before": "fixed:-1", "fastv": FastV(1, 0.5), "in the tower": ToMe(0.5)}
-TRACES = int(os.environ.get("DYVTE_TRACES", 25))
 BUDGET = 60_000  # bytes: about three of these prefixes, or one and a half to the last layer
 specs = st.tuples(
     st.integers(0, len(BEGINNINGS)),
@@ -53,32 +48,16 @@ def answer(spec):
     return told(engines()[1].generate(r.prompt, r.images, chat=False, policy=r.policy, **r.options))
 
 
-def told(result):
-    stats = result.stats
-    return result.token_ids, result.text, result.finish_reason, stats.exit_layer, stats.tokens_per_layer
+class PrefixTraces(Traces):
+    request_of, answer = request_of, answer
 
-
-class Traces(RuleBasedStateMachine):
     def __init__(self):
-        super().__init__()
-        self.engine = engines()[0]
-        self.scheduler, self.prefixes = self.engine._scheduler, self.engine.runner.prefixes
-        self.handles = []
+        super().__init__(engines()[0])
+        self.prefixes = self.engine.runner.prefixes
 
     @rule(spec=specs, priority=st.integers(-1, 1))
     def submit(self, spec, priority):
-        sequences = self.engine._prepare_request(request_of(spec, priority))
-        self.handles.append((spec, self.engine._enqueue(sequences)[0]))
-
-    @rule(steps=st.integers(1, 12))
-    def step(self, steps):
-        for _ in range(steps):
-            self.scheduler.step()
-
-    @rule(which=st.integers(0, 99))
-    def cancel(self, which):
-        if self.handles:
-            self.handles[which % len(self.handles)][1].cancel()
+        self.ask(spec, priority)
 
     @rule()
     def forget(self):
@@ -86,10 +65,8 @@ class Traces(RuleBasedStateMachine):
             self.prefixes.clear()
 
     @invariant()
-    def everything_adds_up(self):
+    def prefixes_add_up(self):
         with self.engine.runner.lock:
-            group = self.scheduler._group
-            self.engine.runner.check_integrity(sum(group.promised) if group else 0)
             caches = list(self.engine.runner._caches)
             leases = Counter(lease for cache in caches for lease in cache.leases if lease is not None)
             entries = [prefix.pages for prefix in self.prefixes._entries.values()]
@@ -104,26 +81,12 @@ class Traces(RuleBasedStateMachine):
                         )
 
     def teardown(self):
-        while self.scheduler.has_work:
-            self.scheduler.step()
-        self.engine.check_integrity()
-        assert self.engine.pool.bytes_held == self.engine.pool.claimed == 0
+        super().teardown()
         assert self.prefixes.bytes_held <= BUDGET
-        for spec, handle in self.handles:
-            if handle._error is None:
-                assert told(handle.result(0)) == answer(spec), spec
-            else:
-                assert isinstance(handle._error, RequestCancelledError)
 
 
-TestTraces = Traces.TestCase
-TestTraces.settings = settings(
-    max_examples=TRACES,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize="DYVTE_TRACES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+TestTraces = PrefixTraces.TestCase
+TestTraces.settings = settings_of(40)
 
 
 def test_threads_that_ask_about_the_same_pictures():

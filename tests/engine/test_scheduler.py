@@ -1,22 +1,19 @@
 """Requests that join and leave a running batch: each is answered as if it were alone, and nothing leaks.
 
-Random traces of submit, step and cancel with mixed policies, lengths, pictures, sampling and stop rules. Each runs some
-dozens of traces here; `DYVTE_TRACES=2000` asks for more.
+Random traces of submit, step and cancel with mixed policies, lengths, pictures, sampling and stop rules.
 """
 
 import asyncio
 import functools
 import itertools
-import os
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import rule
 
 from dyvte_engine import (
     CacheError,
@@ -35,10 +32,10 @@ from dyvte_engine import (
 )
 from dyvte_engine.runtime import sequence as sequence_module
 from dyvte_engine.runtime.prefill import Prefill
-from dyvte_engine.runtime.shared_prefill import SharedPrefill
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
+from tests.engine.traces import Traces, settings_of, told
 
 TEXTS, IMAGES = tiny.prompts(seed=7, n=16)
 POLICIES = {
@@ -59,7 +56,6 @@ SAMPLING = {
     "stop string": dict(stop_strings=["w7", "w1 w2", "w33"]),
     "end tokens": dict(eos_token_id=list(range(3, 30))),
 }
-TRACES = int(os.environ.get("DYVTE_TRACES", 25))
 requests = st.tuples(
     st.integers(0, len(TEXTS) - 1),
     st.sampled_from(sorted(POLICIES)),
@@ -97,69 +93,22 @@ def engines():
 def answer(spec):
     r = request_of(spec)
     alone = engines()[1]
-    result = alone.generate(r.prompt, r.images, chat=False, policy=r.policy, seed=r.seed, **r.options)
-    return result.token_ids, result.text, result.finish_reason, result.stats.exit_layer, result.stats.tokens_per_layer
+    return told(alone.generate(r.prompt, r.images, chat=False, policy=r.policy, seed=r.seed, **r.options))
 
 
-def told(result):
-    return result.token_ids, result.text, result.finish_reason, result.stats.exit_layer, result.stats.tokens_per_layer
+class SchedulerTraces(Traces):
+    request_of, answer = request_of, answer
 
-
-class Traces(RuleBasedStateMachine):
     def __init__(self):
-        super().__init__()
-        self.engine = engines()[0]
-        self.scheduler = self.engine._scheduler
-        self.handles = []
+        super().__init__(engines()[0])
 
     @rule(spec=requests, priority=st.integers(-1, 1))
     def submit(self, spec, priority):
-        sequences = self.engine._prepare_request(request_of(spec, priority))
-        self.handles.append((spec, self.engine._enqueue(sequences)[0]))
-
-    @rule(steps=st.integers(1, 12))
-    def step(self, steps):
-        for _ in range(steps):
-            self.scheduler.step()
-
-    @rule(which=st.integers(0, 99))
-    def cancel(self, which):
-        if self.handles:
-            _, handle = self.handles[which % len(self.handles)]
-            done = handle.done
-            handle.cancel()
-            assert handle.done
-            if not done:
-                with pytest.raises(RequestCancelledError):
-                    handle.result(0)
-
-    @invariant()
-    def pages_add_up(self):
-        with self.engine.runner.lock:
-            group = self.scheduler._group
-            self.engine.runner.check_integrity(sum(group.promised) if group else 0)
-
-    def teardown(self):
-        while self.scheduler.has_work:
-            self.scheduler.step()
-        self.engine.check_integrity()
-        assert self.engine.pool.bytes_held == self.engine.pool.claimed == 0
-        for spec, handle in self.handles:
-            if handle._error is None:
-                assert told(handle.result(0)) == answer(spec), spec
-                assert "".join(chunk.text for chunk in handle) == answer(spec)[1]
-            else:
-                assert isinstance(handle._error, RequestCancelledError)
+        self.ask(spec, priority)
 
 
-TestTraces = Traces.TestCase
-TestTraces.settings = settings(
-    max_examples=TRACES,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize="DYVTE_TRACES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+TestTraces = SchedulerTraces.TestCase
+TestTraces.settings = settings_of(30)
 
 
 def specs(n):
@@ -403,7 +352,7 @@ def test_a_slice_is_as_many_layers_as_fit_into_it(prefix_cache, more, slices, mo
     layer, seen, counts = engine.model.decoder.layer, [], []
 
     def watched(number, hidden, x, of):
-        seen.extend([len(hidden)] if isinstance(of, (Prefill, SharedPrefill)) else [])
+        seen.extend([len(hidden)] if isinstance(of, Prefill) else [])
         return layer(number, hidden, x, of)
 
     monkeypatch.setattr(engine.model.decoder, "layer", watched)
@@ -511,6 +460,30 @@ def test_policies_are_bound_once():
         for k in range(40):
             engine.bind(compose(FixedExit(layer), Random(1, 0.01 * k)))
     assert len(engine._policies._bound) == len(engine._policies._keys) <= 64
+
+
+def test_who_submits_or_cancels_does_not_wait_for_an_admission(monkeypatch):
+    """Which hashes pictures: meanwhile another thread submits one more, and cancels the second that is chosen."""
+    engine, _ = build(page_size=4, max_batch=4)
+    known, chosen, late = engine.runner.known, [(i, "keep-all", "greedy", 0, 3) for i in range(3)], []
+    handles = queue(engine, *chosen[:2])
+
+    def meanwhile(prompt, policy):
+        if not late:
+            other = threading.Thread(target=lambda: (late.extend(queue(engine, chosen[2])), handles[1].cancel()))
+            other.start()
+            other.join(20)
+            assert not other.is_alive()
+        return known(prompt, policy)
+
+    monkeypatch.setattr(engine.runner, "known", meanwhile)
+    engine._scheduler._admit()
+    assert engine.load["prefilling"] == engine.load["waiting"] == 1
+    assert told(handles[0].result()) == answer(chosen[0]) and told(late[0].result()) == answer(chosen[2])
+    with pytest.raises(RequestCancelledError):
+        handles[1].result(0)
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
 
 
 class Bytes:

@@ -43,6 +43,16 @@ def test_curve_is_what_the_engine_does(engine, recorded, share, options):
         assert len(set(layers.tolist())) > 1
 
 
+def test_heads_are_asked_about_pictures_that_are_known(engine, recorded):
+    """What they say is what they say without a store, and no row of the pictures is computed for it."""
+    some, heads = recorded.samples[:6], DynamicExit.from_file(NANO_HEADS)
+    plain = Engine.from_pretrained("nano", device="cpu", max_batch=16, max_len=256, prefix_cache=0)
+    np.testing.assert_allclose(recorded.p["nano"][:6], sweep.probe(plain, some, [heads])[0], atol=1e-4)
+    prompts, pictures = [s.prompt for s in some], [s.picture for s in some]
+    for result in engine.generate(prompts, pictures, policy=sweep.Probe((heads,)), max_new_tokens=1):
+        assert result.stats.prefix == "hit" and min(result.stats.rows_reused) >= result.stats.visual_tokens
+
+
 def test_every_task_counts_alike(recorded):
     layers = np.full(len(recorded.tasks), 5)
     by_hand = [recorded.credit[recorded.tasks == name, 5].mean() for name in ("gqa", "mmvet")]

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from PIL import Image
 from typer.testing import CliRunner
 
-from dyvte_engine import Engine
+from dyvte_engine import Engine, EngineConfig
 from dyvte_engine.commands.main import app
 from dyvte_engine.errors import DataError, InvalidArgumentError
 from dyvte_engine.flops import paper_flops, vision_flops
+from dyvte_engine.runtime.prefill import Prefill
 from dyvte_engine.training import label_store
+from dyvte_engine.training.answers import branch_answers
 from dyvte_engine.training.files import read_tensors, write_tensors
 from dyvte_engine.training.head_data import Example, fingerprint, from_dataset, read_examples
 from dyvte_engine.training.label_store import LabelInfo, label, load_labels
@@ -137,6 +139,28 @@ def test_own_answers(folder, loaded, tmp_path, mode) -> None:
     data, _ = load_labels(tmp_path / "out", ["last_text"])
     assert torch.equal(data.label, found["same_text"] if mode == "free-running" else found["agreement"] == 1)
     assert (data.right is None) == (mode == "self")
+
+
+def test_a_picture_is_computed_once_for_all_its_questions_and_exits(folder, loaded, monkeypatch) -> None:
+    """Rows that pass through the layers of prefills: a picture and what comes before it once, a question L times."""
+    model, hf = loaded
+    engine = Engine(model, EngineConfig(torch.device("cpu"), torch.float32, max_batch=4, max_len=256))
+    rows, layer = [], model.decoder.layer
+
+    def watched(number, hidden, x, of):
+        rows.extend([len(hidden)] if isinstance(of, Prefill) else [])
+        return layer(number, hidden, x, of)
+
+    monkeypatch.setattr(model.decoder, "layer", watched)
+    pictures = [tiny.picture(random.Random(seed)) for seed in (1, 1, 2, 1, 2)]
+    questions = ["w1 w2", "w3", "w4 w5 w6", "w7 w8", "w9"]
+    answers = branch_answers(engine, [f"user : <image> {q} assistant :" for q in questions], pictures, 3)
+    head, own = 2, sum(len(q.split()) + 2 for q in questions)
+    assert sum(rows) == LAYERS * (2 * (head + tiny.VISUAL_TOKENS) + LAYERS * own)
+    for question, picture, found in zip(questions, pictures, answers, strict=True):
+        embeds, visual, _ = tiny.embed(hf, model.processor, f"user : <image> {question} assistant :", [picture])
+        gone = [lambda k, layer=layer, v=visual: v & (k > layer) for layer in range(LAYERS)]
+        assert found == [tiny.masked_greedy(hf, embeds, visual, 3, of) for of in gone]
 
 
 def test_answers_are_compared_without_case_and_blanks(folder, loaded, tmp_path, monkeypatch) -> None:
@@ -391,7 +415,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 KILLED = """
 import sys
-from dyvte_engine import Engine
+from dyvte_engine import Engine, EngineConfig
 from dyvte_engine.training.head_data import read_examples
 from dyvte_engine.training.label_store import label
 root, out = sys.argv[1:]
