@@ -204,3 +204,16 @@ def base() -> Path:
             save(model, processor, made)
             made.rename(folder)
     return folder
+
+
+def assemble(model: LlavaForConditionalGeneration, trained: dict[str, Tensor], scale: float) -> None:
+    """Puts what was trained into an untrained model: projector and tower replaced, W += scale * B A for LoRA."""
+    with torch.no_grad():
+        for part, module in (("projector", model.model.multi_modal_projector), ("tower", model.model.vision_tower)):
+            for name, p in module.named_parameters():
+                if f"{part}.{name}" in trained:
+                    p.copy_(trained[f"{part}.{name}"])
+        for name, p in model.model.language_model.named_parameters():
+            a, b = (trained.get(f"lora.{name.replace('weight', f'lora_{side}.weight')}") for side in "AB")
+            if a is not None and b is not None:
+                p += scale * (b.float() @ a.float()).to(p)
