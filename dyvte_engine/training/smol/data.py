@@ -136,12 +136,14 @@ class Step:
 class Steps(Dataset):
     """Batch i of a training run, by number; step i of every PRINTED shows printed words, and packs one block of them.
 
-    pictures: how many scenes there are; they come around again with other questions.
+    pictures: how many scenes there are; they come around again with other questions. rows: tokens behind each, in
+    blocks of `block` that no question goes beyond.
     """
 
-    def __init__(self, processor: Any, scenes: Scenes, pictures: int, batch: int, rows: int):
-        if rows % BLOCK or rows <= 0:
-            raise InvalidArgumentError(f"rows is {rows}; accepted: multiples of {BLOCK}")
+    def __init__(self, processor: Any, scenes: Scenes, pictures: int, batch: int, rows: int, block: int = BLOCK):
+        if rows % block or rows <= 0:
+            raise InvalidArgumentError(f"rows is {rows}; accepted: multiples of {block}")
+        self.block = block
         self.processor, self.scenes, self.pictures, self.batch, self.rows = processor, scenes, pictures, batch, rows
 
     def __getitem__(self, step: int) -> Step:
@@ -158,20 +160,20 @@ class Steps(Dataset):
         return -(-self.pictures // PRINTED)
 
     def packed(self, numbers: list[int], printed: bool, visits: list[int]) -> Packed:
-        rows = BLOCK if printed else self.rows
+        rows = self.block if printed else self.rows
         asked = [
             [self.encoded(*one) for one in self.scenes.ask(number, printed, rows // 20, visit)]
             for number, visit in zip(numbers, visits)
         ]
-        return pack(asked, rows, self.prefix, BLOCK)
+        return pack(asked, rows, self.prefix, self.block)
 
     def encoded(self, task: str, sample: Sample) -> Encoded:
         """What stands behind the picture: the question and its answer."""
         text = f"\n{sample.prompt}<|im_end|>\n<|im_start|>assistant\n"
         asked, said = self._tokens(text), self._tokens(f"{spoken(sample)}<|im_end|>")
-        if len(asked) + len(said) > BLOCK:
+        if len(asked) + len(said) > self.block:
             given = f"{sample.prompt!r} with its answer has {len(asked) + len(said)} tokens"
-            raise InvalidArgumentError(f"{given}; accepted: at most {BLOCK}")
+            raise InvalidArgumentError(f"{given}; accepted: at most {self.block}")
         return Encoded(np.array(asked + said), len(asked), NAMES.index(task))
 
     def _tokens(self, text: str) -> list[int]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from dyvte_engine.eval import emoji_sets as sets
 from dyvte_engine.eval.compose import Painter
 from dyvte_engine.files import write_bytes
-from dyvte_engine.training.smol import parts
+from dyvte_engine.models import smol as parts
 from dyvte_engine.training.smol.data import Scenes
 
 CHUNK = 32

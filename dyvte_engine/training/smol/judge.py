@@ -18,7 +18,7 @@ from dyvte_engine.eval.metrics import NUMBERS
 from dyvte_engine.eval.task import Sample
 from dyvte_engine.training.metrics import share
 from dyvte_engine.training.packing import Packed, pack, right_questions
-from dyvte_engine.training.smol.data import BLOCK, Scenes, Step, Steps, spoken
+from dyvte_engine.training.smol.data import Scenes, Step, Steps, spoken
 
 NAMED = re.compile(rf"\b(?:{'|'.join([*NOUNS, *COLORS, *NUMBERS])})\b")
 
@@ -57,7 +57,7 @@ class Judge:
         """Each picture once."""
         self.asked, self.right = [], {}
         for printed, count in self.sizes:
-            rows = BLOCK if printed else self.steps.rows
+            rows = self.steps.block if printed else self.steps.rows
             for first in range(0, count, self.steps.batch):
                 numbers = list(range(first, min(first + self.steps.batch, count)))
                 encoded = []
@@ -66,7 +66,7 @@ class Judge:
                     start = len(self.asked)
                     encoded.append([self.steps.encoded(*one)._replace(kind=start + i) for i, one in enumerate(about)])
                     self.asked += about
-                yield Step(numbers, printed, pack(encoded, rows, self.steps.prefix, BLOCK))
+                yield Step(numbers, printed, pack(encoded, rows, self.steps.prefix, self.steps.block))
 
     def count(self, logits: Tensor, packed: Packed) -> None:
         self.right |= dict(zip(packed.kinds.tolist(), right_questions(logits, packed).tolist()))

@@ -56,10 +56,9 @@ def start_projector(projector: nn.Module, features: Tensor, words: Tensor, steps
     """
     wide = features.float()
     mean, std = wide.mean(0), wide.std(0).clamp(min=1e-4)
-    made = nn.Sequential(
-        nn.Linear(features.shape[1], words.shape[1]), nn.GELU(), nn.Linear(words.shape[1], words.shape[1])
-    )
-    adam = torch.optim.AdamW(made.parameters(), lr=RATE, weight_decay=1e-3)
+    width = words.shape[1]
+    first, second = nn.Linear(features.shape[1], width), nn.Linear(width, width)
+    adam = torch.optim.AdamW([*first.parameters(), *second.parameters()], lr=RATE, weight_decay=1e-3)
     pace = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, total_steps=steps)
     apart = (words - words.mean(0)).norm(dim=1)
     shown = (apart > apart.median()).nonzero().flatten()  # tiles and sprites add words
@@ -70,19 +69,15 @@ def start_projector(projector: nn.Module, features: Tensor, words: Tensor, steps
         more = shown[torch.randint(len(shown), (BATCH // 2,), generator=generator)]
         chosen = torch.cat([some, more])
         with torch.autocast("cpu", torch.bfloat16):
-            said = made((wide[chosen] - mean) / std)
+            said = second(F.gelu(first((wide[chosen] - mean) / std)))
         error = F.mse_loss(said.float(), words[chosen])
         (error / spread).backward()
         adam.step()
         adam.zero_grad()
         pace.step()
     with torch.no_grad():
-        first = made[0].weight / std
-        for target, value in (
-            (projector.linear_1.weight, first),
-            (projector.linear_1.bias, made[0].bias - first @ mean),
-            (projector.linear_2.weight, made[2].weight),
-            (projector.linear_2.bias, made[2].bias),
-        ):
-            target.copy_(value)
+        first.bias.sub_((first.weight / std) @ mean)
+        first.weight.div_(std)
+        for part, fitted in ((projector.linear_1, first), (projector.linear_2, second)):
+            part.load_state_dict(fitted.state_dict())
     return 1 - float(error.detach() / spread)

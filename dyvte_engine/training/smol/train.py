@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,21 +27,22 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dyvte_engine.errors import InvalidArgumentError
 from dyvte_engine.files import write_bytes
+from dyvte_engine.models import smol as parts
 from dyvte_engine.training.optim import MasterAdamW
 from dyvte_engine.training.packing import Packed, answer_logits, layer_runner
-from dyvte_engine.training.smol import parts
-from dyvte_engine.training.smol.data import Scenes, Step, Steps, patch_labels, stream
+from dyvte_engine.training.smol.data import BLOCK, Scenes, Step, Steps, patch_labels, stream
 from dyvte_engine.training.smol.features import Features, run_blocks
 from dyvte_engine.training.smol.judge import Judge
 from dyvte_engine.training.smol.start import patch_words, start_projector
 
 RANK, ALPHA = 16, 32
+STARTING = 1000  # pictures that the projector's start sees
 LAST = 4  # blocks of the tower that learn
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RATES = {  # of each part, in each stage
-    "align": {"projector": 1e-3},
-    "lora": {"projector": 3e-4, "lora": 1e-3},
-    "tower": {"projector": 2e-4, "lora": 5e-4, "tower": 5e-5},
+    "align": {"projector": 3e-4},
+    "lora": {"projector": 2e-4, "lora": 6e-4},
+    "tower": {"projector": 1e-4, "lora": 3e-4, "tower": 5e-5},
 }
 
 
@@ -66,6 +68,7 @@ class Settings:
     say_every: int = 10  # steps
     check_every: int = 200
     compile_model: bool = False
+    block: int = BLOCK  # tokens; a question with its answer has at most so many
 
 
 def prepare(model: LlavaForConditionalGeneration) -> dict[str, nn.Parameter]:
@@ -109,7 +112,7 @@ class Trainer:
         self.active = {n: p for n, p in self.parameters.items() if n.partition(".")[0] in rates}
         self.leaving = sorted({*self.active, *stored})
         scenes = Scenes("train", settings.seed)
-        self.steps = Steps(processor, scenes, settings.pictures, settings.batch, settings.rows)
+        self.steps = Steps(processor, scenes, settings.pictures, settings.batch, settings.rows, settings.block)
         self.blocks = len(model.model.vision_tower.encoder.layer)
         kept = self.blocks - (LAST if "tower" in rates else 0)
         root = (features or self.out / "features") / str(model.dtype).removeprefix("torch.")
@@ -117,7 +120,7 @@ class Trainer:
             Features(root, scenes, printed, n, kept)
             for printed, n in ((False, settings.pictures), (True, self.steps.words))
         ]
-        self.judge = Judge(Steps(processor, Scenes("heldout", 1), settings.checked, 4, settings.rows))
+        self.judge = Judge(Steps(processor, Scenes("heldout", 1), settings.checked, 4, settings.rows, settings.block))
         self.held_out = [Features(root, self.judge.scenes, printed, n, kept) for printed, n in self.judge.sizes]
         self.run_layer = layer_runner(model.model.language_model, settings.compile_model)
         self._begin(bool(stored))
@@ -139,7 +142,7 @@ class Trainer:
             self.adam.load(path)
 
     def _start(self) -> None:
-        numbers = list(range(min(self.settings.pictures, 2000)))
+        numbers = list(range(min(self.settings.pictures, STARTING)))
         labels = torch.stack(
             [
                 torch.from_numpy(patch_labels(self.steps.scenes.layout(n, False), parts.SIDE // parts.PATCH))
@@ -216,7 +219,7 @@ class Trainer:
         """Both files, each complete at any moment."""
         self.adam.save(self.out / f"{self.settings.stage}.safetensors")
         half = {n: self.parameters[n].detach().to(torch.bfloat16).contiguous().cpu() for n in self.leaving}
-        header = {"stage": self.settings.stage, "step": str(self.step)}
+        header = {"stage": self.settings.stage, "step": str(self.step), "scale": str(ALPHA / RANK)}
         write_bytes(self.out / "trained.safetensors", save(half, metadata=header))
 
 
@@ -249,7 +252,7 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     args = _options()
     if args.stage == "assemble":
-        parts.assembled(args.out / "trained.safetensors", args.out / "model")
+        shutil.copytree(parts.assembled(args.out / "trained.safetensors"), args.out / "model", dirs_exist_ok=True)
         return
     folder = parts.base()
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
