@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(untrained, tmp_path, dtype):
     model = copy.deepcopy(untrained[0]).to(dtype), untrained[1]
     whole = trainer(model, tmp_path / "a", stage="tower")
     whole.run(lambda line: None)
-    assert whole.step == 6
+    assert whole.step == 6 and train.finished(tmp_path / "a", "tower", 6)
     first = trainer(model, tmp_path / "b", stage="tower", save_every=0.0)
     seen = []
 
@@ -184,7 +184,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(untrained, tmp_path, dtype):
         first.run(killed)
     shutil.rmtree(next((tmp_path / "b" / "features").glob("*/train*scenes*")))  # they can be computed again
     second = trainer(model, tmp_path / "b", stage="tower")
-    assert second.step == 3  # the last step before the kill was not saved
+    assert second.step == 3 and not train.finished(
+        tmp_path / "b", "tower", 6
+    )  # the last step before the kill was not saved
     second.run(lambda line: None)
     for name, p in whole.parameters.items():
         assert torch.equal(p, second.parameters[name]), name
@@ -210,6 +212,8 @@ def test_stages_train_their_parts_and_the_loss_falls(untrained, tmp_path):
     losses = [lora.train_step(batch) for _ in range(25)]
     assert losses[-1] < losses[0] - 0.5
     lora.save()
+    report = lora.report()
+    assert json.loads((tmp_path / "report.json").read_text()) == report and "blind" in report["held out"]["pope"]
     tower = trainer(untrained, tmp_path, stage="tower", steps=2)
     before = all_parameters(tower)
     tower.run(lines.append)
@@ -217,6 +221,8 @@ def test_stages_train_their_parts_and_the_loss_falls(untrained, tmp_path):
     assert changed == {"projector", "tower", "lora"}
     with pytest.raises(InvalidArgumentError, match="stage"):
         trainer(untrained, tmp_path, stage="polish")
+    with pytest.raises(InvalidArgumentError, match="trained tower"):
+        trainer(untrained, tmp_path, stage="lora")
     with pytest.raises(InvalidArgumentError, match="rows is 100"):
         trainer(untrained, tmp_path, rows=100)
 

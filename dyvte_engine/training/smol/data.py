@@ -159,6 +159,16 @@ class Steps(Dataset):
         """How many pictures of printed words there are."""
         return -(-self.pictures // PRINTED)
 
+    @property
+    def sizes(self) -> tuple[tuple[bool, int], tuple[bool, int]]:
+        """Whether printed, and how many pictures there are."""
+        return (False, self.pictures), (True, self.words)
+
+    def reached(self, steps: int) -> tuple[int, int]:
+        """How many pictures, without and with a word, the first `steps` steps show."""
+        printed = steps // PRINTED
+        return min((steps - printed) * self.batch, self.pictures), min(printed * self.batch, self.words)
+
     def packed(self, numbers: list[int], printed: bool, visits: list[int]) -> Packed:
         rows = self.block if printed else self.rows
         asked = [

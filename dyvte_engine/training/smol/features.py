@@ -5,6 +5,7 @@ A file holds a chunk of pictures; each is complete or not there, so a killed run
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,29 +53,31 @@ class _Paintings(Dataset):
 
 
 class Features:
-    """[1 + patches, d] of pictures by number, after the first `blocks` blocks; 197 KB of bfloat16 a picture.
+    """[1 + patches, d] of pictures by number, after the first `blocks` blocks of a tower; 197 KB of bfloat16 a picture.
 
     Files are named after all that they depend on: split, styles, seed, blocks, dtype.
     """
 
-    def __init__(self, root: Path, scenes: Scenes, printed: bool, count: int, blocks: int):
+    def __init__(self, root: Path, scenes: Scenes, printed: bool, count: int, tower: Any, blocks: int):
         world = scenes.world
         kind = "words" if printed else "scenes"
         name = f"{world.split}-{'-'.join(world.styles)}-{scenes.seed}-{kind}-{blocks}"
-        self.folder, self.count, self.blocks = root / name, count, blocks
+        self.folder = root / str(tower.dtype).removeprefix("torch.") / name
+        self.count, self.tower, self.blocks = count, tower, blocks
         self.paintings = _Paintings(scenes, printed, count)
 
-    def fill(self, tower: Any, workers: int = 0) -> None:
-        """Computes the chunks that are missing, with the tower's weights, dtype and device."""
-        missing = [c for c in range(-(-self.count // CHUNK)) if not self._complete(c)]
+    def fill(self, numbers: Iterable[int], workers: int = 0) -> None:
+        """Computes what is missing of these pictures, painted by so many worker processes."""
+        missing = [c for c in sorted({number // CHUNK for number in numbers}) if not self._complete(c)]
         for chunk, pictures in DataLoader(self.paintings, sampler=missing, batch_size=None, num_workers=workers):
-            pixels = normalised(pictures.to(tower.device), tower.dtype)
+            pixels = normalised(pictures.to(self.tower.device), self.tower.dtype)
             with torch.no_grad():
-                hidden = run_blocks(tower, tower.embeddings(pixels), 0, self.blocks)
-            write_bytes(self._path(chunk), save({"hidden": hidden.to(tower.dtype).cpu().contiguous()}))
+                hidden = run_blocks(self.tower, self.tower.embeddings(pixels), 0, self.blocks)
+            write_bytes(self._path(chunk), save({"hidden": hidden.to(self.tower.dtype).cpu().contiguous()}))
 
     def take(self, numbers: list[int]) -> Tensor:
-        """[len(numbers), 1 + patches, d], as `fill` computed them."""
+        """[len(numbers), 1 + patches, d]."""
+        self.fill(numbers)
         rows = []
         for number in numbers:
             with safe_open(self._path(number // CHUNK), "pt") as file:

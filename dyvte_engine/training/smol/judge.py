@@ -49,14 +49,13 @@ class Judge:
 
     def __init__(self, steps: Steps):
         self.steps, self.scenes = steps, steps.scenes
-        self.sizes = (False, steps.pictures), (True, steps.words)
         self.asked: list[tuple[str, Sample]] = []
         self.right: dict[int, bool] = {}
 
     def batches(self) -> Iterator[Step]:
         """Each picture once."""
         self.asked, self.right = [], {}
-        for printed, count in self.sizes:
+        for printed, count in self.steps.sizes:
             rows = self.steps.block if printed else self.steps.rows
             for first in range(0, count, self.steps.batch):
                 numbers = list(range(first, min(first + self.steps.batch, count)))

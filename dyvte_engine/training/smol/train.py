@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -32,10 +33,11 @@ from dyvte_engine.training.optim import MasterAdamW
 from dyvte_engine.training.packing import Packed, answer_logits, layer_runner
 from dyvte_engine.training.smol.data import BLOCK, Scenes, Step, Steps, patch_labels, stream
 from dyvte_engine.training.smol.features import Features, run_blocks
-from dyvte_engine.training.smol.judge import Judge
+from dyvte_engine.training.smol.judge import Blind, Judge
 from dyvte_engine.training.smol.start import patch_words, start_projector
 
 RANK, ALPHA = 16, 32
+BLIND = 1000  # pictures of training whose answers the blind baseline knows
 STARTING = 1000  # pictures that the projector's start sees
 LAST = 4  # blocks of the tower that learn
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -107,29 +109,28 @@ class Trainer:
         self.parameters = prepare(model)
         begun = self.out / "trained.safetensors"
         stored = load_file(begun) if begun.exists() else {}
-        load(self.parameters, stored)
         rates = RATES[settings.stage]
+        if "tower" not in rates and any(n.startswith("tower.") for n in stored):
+            given = f"stage is {settings.stage!r}, but {begun} holds a trained tower"
+            raise InvalidArgumentError(f"{given}; accepted: 'tower'")
+        load(self.parameters, stored)
         self.active = {n: p for n, p in self.parameters.items() if n.partition(".")[0] in rates}
         self.leaving = sorted({*self.active, *stored})
         scenes = Scenes("train", settings.seed)
         self.steps = Steps(processor, scenes, settings.pictures, settings.batch, settings.rows, settings.block)
         self.blocks = len(model.model.vision_tower.encoder.layer)
         kept = self.blocks - (LAST if "tower" in rates else 0)
-        root = (features or self.out / "features") / str(model.dtype).removeprefix("torch.")
-        self.features = [
-            Features(root, scenes, printed, n, kept)
-            for printed, n in ((False, settings.pictures), (True, self.steps.words))
-        ]
-        self.judge = Judge(Steps(processor, Scenes("heldout", 1), settings.checked, 4, settings.rows, settings.block))
-        self.held_out = [Features(root, self.judge.scenes, printed, n, kept) for printed, n in self.judge.sizes]
+        tower, root = model.model.vision_tower, features or self.out / "features"
+        self.features = [Features(root, scenes, printed, n, tower, kept) for printed, n in self.steps.sizes]
+        asked = Steps(processor, Scenes("heldout", 1), settings.checked, 4, settings.rows, settings.block)
+        self.judge = Judge(asked)
+        self.held_out = [Features(root, asked.scenes, printed, n, tower, kept) for printed, n in asked.sizes]
         self.run_layer = layer_runner(model.model.language_model, settings.compile_model)
         self._begin(bool(stored))
 
     def _begin(self, trained_before: bool) -> None:
-        """Features computed, the projector started where nothing was trained, masters made or continued."""
+        """The projector started where nothing was trained, masters made or continued."""
         s = self.settings
-        for part in (*self.features, *self.held_out):
-            part.fill(self.model.model.vision_tower, s.workers)
         path = self.out / f"{s.stage}.safetensors"
         if not trained_before and not path.exists() and s.start:
             self._start()
@@ -143,14 +144,11 @@ class Trainer:
 
     def _start(self) -> None:
         numbers = list(range(min(self.settings.pictures, STARTING)))
-        labels = torch.stack(
-            [
-                torch.from_numpy(patch_labels(self.steps.scenes.layout(n, False), parts.SIDE // parts.PATCH))
-                for n in numbers
-            ]
-        )
+        layouts = [self.steps.scenes.layout(n, False) for n in numbers]
+        labels = torch.stack([torch.from_numpy(patch_labels(one, parts.SIDE // parts.PATCH)) for one in layouts])
         embeddings = self.model.get_input_embeddings().weight.detach().float().cpu()
         words = patch_words(self.processor.tokenizer, embeddings, labels).flatten(0, 1)
+        self.features[0].fill(numbers, self.settings.workers)
         shown = self.features[0].take(numbers)[:, 1:].flatten(0, 1)
         reached = start_projector(self.model.model.multi_modal_projector, shown, words, self.settings.start)
         self._record({"start": self.settings.start, "words' variance": round(reached, 3)}, print)
@@ -161,8 +159,11 @@ class Trainer:
 
     def run(self, say: Callable[[str], None] = print) -> None:
         """Trains until the stage's steps or minutes are over, and saves."""
-        s, began, first = self.settings, time.monotonic(), self.step
-        saved, losses, questions = began, [], 0
+        s, first = self.settings, self.step
+        for part, count in zip(self.features, self.steps.reached(s.steps)):
+            part.fill(range(count), s.workers)
+        began = saved = time.monotonic()
+        losses, questions = [], 0
         for batch in stream(self.steps, first, s.steps, s.workers):
             losses.append(self.train_step(batch))
             questions += len(batch.packed.kinds)
@@ -209,6 +210,13 @@ class Trainer:
             self.judge.count(*self.logits(kept, self.held_out[0].blocks, batch.packed))
         return self.judge.shares()
 
+    def report(self) -> dict[str, Any]:
+        """Held-out questions by task, with intervals and the blind baseline; in `report.json`."""
+        self.check()
+        made = {"stage": self.settings.stage, "held out": self.judge.report(Blind(self.steps.scenes, BLIND))}
+        write_bytes(self.out / "report.json", (json.dumps(made, indent=1) + "\n").encode())
+        return made
+
     def _record(self, line: dict[str, Any], say: Callable[[str], None]) -> None:
         text = json.dumps(line)
         say(text)
@@ -221,6 +229,15 @@ class Trainer:
         half = {n: self.parameters[n].detach().to(torch.bfloat16).contiguous().cpu() for n in self.leaving}
         header = {"stage": self.settings.stage, "step": str(self.step), "scale": str(ALPHA / RANK)}
         write_bytes(self.out / "trained.safetensors", save(half, metadata=header))
+
+
+def finished(out: Path, stage: str, steps: int) -> bool:
+    """Whether a stage has run to its end, so that a recipe run again goes to the next one."""
+    path = out / f"{stage}.safetensors"
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return int(file.get_tensor("steps_done")) >= steps
 
 
 def load(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
@@ -254,11 +271,18 @@ def main() -> None:
     if args.stage == "assemble":
         shutil.copytree(parts.assembled(args.out / "trained.safetensors"), args.out / "model", dirs_exist_ok=True)
         return
+    if finished(args.out, args.stage, args.steps):
+        print(f"stage {args.stage} has its {args.steps} steps")
+        return
     folder = parts.base()
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    stage = args.stage
+    if stage == "report":
+        with safe_open(args.out / "trained.safetensors", "pt") as file:
+            stage = file.metadata()["stage"]
     settings = Settings(
-        args.stage,
+        stage,
         args.steps,
         args.batch,
         args.rows,
@@ -270,7 +294,11 @@ def main() -> None:
         check_every=args.check_every,
         compile_model=args.compile,
     )
-    Trainer(model, processor, args.out, settings).run()
+    trainer = Trainer(model, processor, args.out, settings)
+    if args.stage == "report":
+        print(json.dumps(trainer.report(), indent=1))
+    else:
+        trainer.run()
 
 
 if __name__ == "__main__":
