@@ -204,13 +204,13 @@ def test_stages_train_their_parts_and_the_loss_falls(untrained, tmp_path):
     assert said[0]["start"] == 5 and said[1]["step"] == 1 and said[1]["questions/s"] > 0
     assert set(said[2]["held out"]) >= {"pope", "gqa", "textvqa"}
     assert all(n.startswith("projector.") for n in load_file(tmp_path / "trained.safetensors"))
-    lora = trainer(untrained, tmp_path, steps=25)
+    lora = trainer(untrained, tmp_path, steps=12)
     assert lora.step == 0
     for name, p in lora.parameters.items():
         torch.testing.assert_close(p, align.parameters[name], rtol=1e-2, atol=1e-3)  # went on from bfloat16
     batch = lora.steps[0]
-    losses = [lora.train_step(batch) for _ in range(25)]
-    assert losses[-1] < losses[0] - 0.5
+    losses = [lora.train_step(batch) for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.3
     lora.save()
     report = lora.report()
     assert json.loads((tmp_path / "report.json").read_text()) == report and "blind" in report["held out"]["pope"]
@@ -224,7 +224,7 @@ def test_stages_train_their_parts_and_the_loss_falls(untrained, tmp_path):
     with pytest.raises(InvalidArgumentError, match="trained tower"):
         trainer(untrained, tmp_path, stage="lora")
     with pytest.raises(InvalidArgumentError, match="rows is 100"):
-        trainer(untrained, tmp_path, rows=100)
+        trainer(untrained, tmp_path / "odd", rows=100)
 
 
 def test_what_leaves_the_machine_is_small():
