@@ -158,12 +158,15 @@ findings: build ## the paper's figures and tables for nano, after `make heads` (
 	$(VENV)/bin/dyvte-engine reproduce nano --batch 32 --ablation $(HEADS)/ablation --out outputs/findings
 	mkdir -p docs/findings && cp outputs/findings/*.md outputs/findings/*.png docs/findings/
 
-SMOL ?= --batch 128 --workers 12
+SMOL ?= --workers 2
+SMOL_STEPS ?= 200 4000 2000
 SMOL_EVAL ?= --limit 300
-smol: build ## trains smol (needs one GPU for about 20 minutes; docs/smol.md); in outputs/smol
-	$(PY) -m dyvte_engine.training.smol.train --stage align --steps 1000 --minutes 4 $(SMOL) --out outputs/smol
-	$(PY) -m dyvte_engine.training.smol.train --stage joint --steps 6000 --minutes 9.5 $(SMOL) --out outputs/smol
-	$(PY) -m dyvte_engine.training.smol.train --stage joint --steps 6000 --minutes 9.5 $(SMOL) --out outputs/smol
+smol: build ## trains smol, on CPU cores with bfloat16 units in hours, on a GPU in minutes (docs/smol.md); continues what was killed; in outputs/smol
+	for stage in align lora tower; do \
+		set -- $(SMOL_STEPS); case $$stage in lora) shift;; tower) shift 2;; esac; \
+		$(PY) -m dyvte_engine.training.smol.train --stage $$stage --steps $$1 $(SMOL) --out outputs/smol || exit 1; \
+	done
+	$(PY) -m dyvte_engine.training.smol.train --stage report --checked 600 --out outputs/smol
 	$(PY) -m dyvte_engine.training.smol.train --stage assemble --out outputs/smol
 	$(VENV)/bin/dyvte-engine eval outputs/smol/model --source emoji --max-len 1024 --policy keep-all $(SMOL_EVAL)
 

@@ -72,3 +72,11 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
             file.write(bytes(4096))
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/dyvte_engine, by default ~/.cache/dyvte_engine; made if it is not there."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "dyvte_engine"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

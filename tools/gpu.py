@@ -91,7 +91,7 @@ def capacity(model: str, options: str = "") -> Step:
 def smol(stage: str, minutes: float) -> Step:
     """In outputs/smol, continued from what an earlier call left there."""
     command = ["-m", "dyvte_engine.training.smol.train"]
-    options = ["--stage", stage, "--minutes", str(minutes), "--batch", "128", "--workers", "12"]
+    options = ["--stage", stage, "--minutes", str(minutes), "--batch", "32", "--workers", "12"]
     return Step(f"smol {stage}", [*command, *options, "--out", str(ROOT / "outputs" / "smol")], [*command, "--help"])
 
 
@@ -129,7 +129,10 @@ PARTS = {
             capacity("llava-1.5-13b", "--budget 16384 --questions 16 --seconds 0 --least 1"),
         ],
     ),
-    "f": Part("training of smol (needs peft and smol's parts, docs/smol.md)", [smol("align", 2), smol("joint", 4.5)]),
+    "f": Part(
+        "training of smol (needs peft and smol's parts, docs/smol.md)",
+        [smol("align", 1), smol("lora", 4), smol("tower", 2)],
+    ),
     "full": Part(
         "every size at every batch size, longer answers, growth; about an hour",
         [

@@ -7,6 +7,7 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 NANO = _HERE / "nano"
 NANO_HEADS = NANO / "exit_heads.safetensors"
+SMOL_TRAINED = _HERE / "smol" / "trained.safetensors"  # what training adds to smol's parts
 EXAMPLES = _HERE / "examples"
 PAPER_RESULTS = _HERE / "paper_results.json"  # the published tables, with their source
 

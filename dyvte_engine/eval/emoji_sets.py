@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import FileError, SourceError
+from ..files import cache_folder
 
 SIDE = 96  # of a sprite in pixels
 PACKAGES = {
@@ -60,14 +61,6 @@ _NOUNS = {
 _NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 CATEGORY = {noun: category for category, nouns in _NOUNS.items() for noun in nouns.split()}
 NOUNS = tuple(CATEGORY)
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/dyvte_engine, by default ~/.cache/dyvte_engine; made if it is not there."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "dyvte_engine"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def fetch(package: str, digest: str) -> Path:

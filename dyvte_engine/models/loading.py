@@ -32,7 +32,7 @@ def load_model(
     """
     name = str(path)
     try:
-        folder = _folder(name)
+        folder = _assembled() if name == "smol" else _folder(name)
         if (Path(folder) / "adapter_config.json").exists():
             given = f"{name} holds an adapter"
             raise ModelError(f"{given}; accepted: a whole model, as peft's `merge_and_unload()` makes it")
@@ -64,6 +64,12 @@ def _parts(folder: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[An
     # Left over are at times what older releases stored too; what is missing would be random.
     hf_model = load_whole(cls, folder, dtype, left_out=("",))
     return hf_model, transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code), None
+
+
+def _assembled() -> str:
+    from .smol import assembled  # needs the packages of the extra "smol"
+
+    return str(assembled())
 
 
 def _folder(name: str) -> str:

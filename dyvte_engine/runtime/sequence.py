@@ -87,10 +87,6 @@ class Sequence:
         """
         pool, rows = cache.pool, [layer[b] for layer in done.rows]
         self._shape, self._rows = decoder.shape, rows
-        frontier = None if done.frontiers is None else done.frontiers[b]
-        shape, pool, n = decoder.shape, cache.pool, len(self.prompt.input_ids)
-        rows, full = [layer[b] for layer in done.rows], [n] * decoder.shape.num_layers
-        under, without = self._picture_flops
         frontier = done.frontiers[b]
         known = "no picture" if frontier is None else "miss" if frontier[0] < 0 else "hit"
         self._figures = dict(

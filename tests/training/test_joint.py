@@ -11,21 +11,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dyvte_engine.training.nano import scenes, tower
-from dyvte_engine.training.nano.joint import (
-    JointSettings,
-    Source,
-    answer_logits,
-    draw_batch,
-    layer_runner,
-    right_answers,
-    train_joint,
-)
+from dyvte_engine.training.nano.joint import JointSettings, Source, draw_batch, right_answers, train_joint
 from dyvte_engine.training.nano.model import build_config, build_model, build_tokenizer, normalise
-from dyvte_engine.training.nano.optim import MasterAdamW, average_over_workers
-from dyvte_engine.training.nano.packing import BLOCK, PREFIX, encode, pack
+from dyvte_engine.training.nano.packing import BLOCK, PREFIX, encode
 from dyvte_engine.training.nano.projector import add_places
 from dyvte_engine.training.nano.questions import KINDS, Question, ask_many
 from dyvte_engine.training.nano.tower import DenseTower, train_tower
+from dyvte_engine.training.optim import MasterAdamW, average_over_workers
+from dyvte_engine.training.packing import answer_logits, layer_runner, pack
 
 ROWS = 2 * BLOCK
 PREFIX_IDS = torch.tensor([1, 4])
@@ -44,7 +37,7 @@ def tiny(tokenizer):
 def logits(model, tokenizer, questions: list[Question], exit_layer: int | None = None) -> torch.Tensor:
     picture = torch.full((1, 96, 96, 3), 200, dtype=torch.uint8)
     encoded = encode(tokenizer, [questions])
-    packed = pack([[encoded.question(i) for i in range(len(questions))]], ROWS)
+    packed = pack([[encoded.question(i) for i in range(len(questions))]], ROWS, PREFIX, BLOCK)
     with torch.no_grad():
         features = model.model.vision_tower(normalise(picture, torch.float32)).last_hidden_state[:, 1:]
         visual = model.model.multi_modal_projector(features)
@@ -82,7 +75,7 @@ def test_a_packed_question_equals_a_single_prompt(tiny, tokenizer) -> None:
 def test_questions_stay_whole_within_their_block(tokenizer) -> None:
     asked = ask_many(scenes.sample_scene(0, "train", 3, "shapes"), 24)
     encoded = encode(tokenizer, [asked])
-    packed = pack([[encoded.question(i) for i in range(len(asked))]], 4 * BLOCK)
+    packed = pack([[encoded.question(i) for i in range(len(asked))]], 4 * BLOCK, PREFIX, BLOCK)
     texts = set()
     for index, kind in enumerate(packed.kinds.tolist()):
         at = torch.nonzero((packed.owner[0] == index) & (packed.ids[0] != 0)).flatten()
@@ -102,7 +95,7 @@ def test_right_answers_counts_whole_answers_by_kind(tokenizer) -> None:
         Question("Read the word.", "STOP", "word"),
     ]
     encoded = encode(tokenizer, [asked])
-    packed = pack([[encoded.question(i) for i in range(3)]], ROWS)
+    packed = pack([[encoded.question(i) for i in range(3)]], ROWS, PREFIX, BLOCK)
     targets = packed.targets[packed.targets >= 0]
     logits = torch.nn.functional.one_hot(targets, len(tokenizer)).float()
     assert right_answers(logits, packed) == {"presence": 1.0, "word": 1.0}

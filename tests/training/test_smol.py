@@ -1,20 +1,35 @@
 """smol's recipe on tiny stand-ins for the pretrained parts and on sprites made here: nothing is fetched."""
 
 import copy
+import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from dyvte_engine import Engine, FixedExit, KeepAll
-from dyvte_engine.errors import InvalidArgumentError
+from dyvte_engine.errors import InvalidArgumentError, ModelError
 from dyvte_engine.eval import emoji_sets as sets
 from dyvte_engine.eval import load_tasks, metrics
+from dyvte_engine.eval.compose import Layout, Placed
+from dyvte_engine.eval.emoji import COLORS
 from dyvte_engine.eval.run import answer_all
-from dyvte_engine.training.smol import data, parts, train
+from dyvte_engine.eval.suite import PLANS
+from dyvte_engine.models import smol as parts
+from dyvte_engine.training.smol import data, judge, start, train
 
 onnx = pytest.importorskip("onnx")
 
@@ -57,133 +72,253 @@ def untrained():
 
 
 def settings(**options):
-    return train.Settings(**{"stage": "joint", "steps": 6, "batch": 9, **options})
+    small = dict(stage="lora", steps=6, batch=2, rows=1152, block=384, pictures=3, checked=3, start=0, check_every=10)
+    return train.Settings(**{**small, **options})
+
+
+def trainer(untrained, folder, **options):
+    return train.Trainer(copy.deepcopy(untrained[0]), untrained[1], folder, settings(**options))
+
+
+def all_parameters(trained):
+    return {n: p.detach().clone() for n, p in trained.parameters.items()}
 
 
 def test_what_is_taught_scores_in_full(untrained):
-    steps = data.Steps(untrained[1], 0, 64)
-    samples = steps.samples(3)
-    assert len(samples) == 64
-    for s in samples:
+    scenes = data.Scenes("train", 0)
+    asked = [one for n in range(12) for printed in (False, True) for one in scenes.ask(n, printed, 24)]
+    for _, s in asked:
         assert metrics.credit(s, data.spoken(s)) == 1, (s.prompt, data.spoken(s))
-    assert len({s.key.split("/")[0] for s in samples}) == 9
-    assert {s.meta["style"] for s in samples} <= set(sets.TRAINING_STYLES)
+    assert {task for task, _ in asked} == set(PLANS)
+    assert {s.meta["style"] for _, s in asked} <= set(sets.TRAINING_STYLES)
+    for task, s in asked:
+        assert s.key.split("/")[0] == task
 
 
-def test_a_step_is_its_samples_in_tokens(untrained):
-    processor = untrained[1]
-    steps = data.Steps(processor, 0, 9)
-    batch, samples = steps[5], steps.samples(5)
-    for row, s in enumerate(samples):
-        length = int(batch.mask[row].sum())
-        ids = batch.ids[row, :length]
-        answer = batch.labels[row, :length][batch.labels[row, :length] != -100]
-        assert processor.tokenizer.decode(answer) == data.spoken(s) + "<|im_end|>"
-        assert torch.equal(ids[-len(answer) :], answer)
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s.prompt}]}],
-            add_generation_prompt=True,
-        )
-        asked = processor(images=[s.picture], text=[prompt], return_tensors="pt", add_special_tokens=False)
-        assert asked["input_ids"][0].tolist() == ids[: -len(answer)].tolist()
-        assert (batch.labels[row, length:] == -100).all()
-    assert not torch.equal(batch.ids, steps[6].ids)
-    assert torch.equal(batch.ids, data.Steps(processor, 0, 9)[5].ids)
+def test_no_more_is_denied_than_affirmed_and_visits_differ():
+    scenes = data.Scenes("train", 0)
+    for number in range(10):
+        asked = [s for _, s in scenes.ask(number, False, 24)]
+        assert len({s.prompt for s in asked}) == len(asked)
+        for begin in ("Is there", "Is the", "Are there"):
+            said = [data.spoken(s) for s in asked if s.prompt.startswith(begin)]
+            assert abs(said.count("yes") - said.count("no")) <= 1
+    first, again, later = (scenes.ask(3, False, 24, visit) for visit in (0, 0, 1))
+    assert [s.prompt for _, s in first] == [s.prompt for _, s in again] != [s.prompt for _, s in later]
 
 
-def test_training_pixels_are_the_processors(untrained, tmp_path):
-    model, processor = untrained
-    trainer = train.Trainer(copy.deepcopy(model), processor, tmp_path, settings())
-    s = next(s for s in data.Steps(processor, 0, 9).samples(0) if s.draw.layout.noise == 0)
-    painted = (trainer.painter([s.draw.layout]).float() / 255 - trainer.mean) / trainer.std
-    through = processor.image_processor([s.picture], return_tensors="pt")["pixel_values"]
-    assert (painted - through).abs().max() < 0.02  # a step of 8 bits is 0.017 here
+def test_patch_labels_say_what_is_painted_there():
+    layout = Layout("noto", ((0, 0, 0), (0, 0, 0)), 0.0, 0, 0.0, 0, (Placed(7, 0.25, 0.5, 0.25, COLORS["blue"]),))
+    labels = data.patch_labels(layout, 16).reshape(16, 16, 2)
+    rows, columns = np.nonzero(labels[..., 0] == 7)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (6, 9, 2, 5)
+    tile = labels[..., 1] == list(COLORS).index("blue")
+    assert tile.sum() == 25 if tile[:, 0].any() else tile.sum() >= 16
+    assert (labels[~tile] == -1).all()
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(untrained, tmp_path):
-    model, processor = untrained
-    whole = train.Trainer(copy.deepcopy(model), processor, tmp_path / "a", settings())
-    torch.manual_seed(7)
-    for i in range(4):
-        whole.train_step(data.Steps(processor, 0, 9)[i])
-    first = train.Trainer(copy.deepcopy(model), processor, tmp_path / "b", settings())
-    torch.manual_seed(7)
-    for i in range(2):
-        first.train_step(data.Steps(processor, 0, 9)[i])
-    first.save()
-    state = torch.get_rng_state()  # of the pictures' noise, which a resumed run draws anew
-    second = train.Trainer(copy.deepcopy(model), processor, tmp_path / "b", settings())
-    assert second.step == 2
-    torch.set_rng_state(state)
-    for i in range(2, 4):
-        second.train_step(data.Steps(processor, 0, 9)[i])
+def chat(processor, prompt):
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("stage", ["align", "lora", "tower"])
+def test_packed_loss_and_gradients_are_those_of_single_prompts(untrained, tmp_path, stage):
+    """Against transformers' own forward over one padded prompt for each question, with the pictures' pixels."""
+    packed_trainer = trainer(untrained, tmp_path, stage=stage)
+    for name, p in packed_trainer.parameters.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(1))
+    batch, processor = packed_trainer.steps[0], untrained[1]
+    kept = packed_trainer.features[0].take(batch.numbers)
+    logits, packed = packed_trainer.logits(kept, packed_trainer.features[0].blocks, batch.packed)
+    targets = packed.targets[packed.targets >= 0]
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / len(packed.kinds)
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in packed_trainer.active.items() if p.grad is not None}
+
+    model, images, texts = packed_trainer.model, [], []
+    model.zero_grad()
+    model.model.language_model.config._attn_implementation = "eager"
+    scenes = packed_trainer.steps.scenes
+    for number in batch.numbers:
+        for _, s in scenes.ask(number, False, 57):
+            images.append(s.picture)
+            texts.append((chat(processor, s.prompt), f"{data.spoken(s)}<|im_end|>"))
+    # of what was asked, pack leaves out what does not fit into its rows
+    fitted = {tuple(packed.ids.flatten()[(packed.owner == i).flatten()].tolist()) for i in range(len(packed.kinds))}
+    total, count = 0.0, 0
+    for image, (text, said) in zip(images, texts):
+        answer = len(processor.tokenizer(said, add_special_tokens=False).input_ids)
+        inputs = processor(images=[image], text=[text + said], return_tensors="pt", add_special_tokens=False)
+        behind = tuple(inputs["input_ids"][0, packed_trainer.steps.prefix :].tolist())
+        if not any(behind == ids[: len(behind)] for ids in fitted):
+            continue
+        labels = torch.full_like(inputs["input_ids"], -100)
+        labels[:, -answer:] = inputs["input_ids"][:, -answer:]
+        total, count = total + model(**inputs, labels=labels).loss * answer, count + 1
+    assert count == len(packed.kinds) > 4
+    (total / count).backward()
+    assert loss.item() == pytest.approx((total / count).item(), rel=1e-4)
+    assert set(found) == {n for n, p in packed_trainer.active.items() if p.grad is not None}
+    for name, gradient in found.items():
+        expected = packed_trainer.active[name].grad
+        torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_killed_run_goes_on_to_the_same_weights(untrained, tmp_path, dtype):
+    model = copy.deepcopy(untrained[0]).to(dtype), untrained[1]
+    whole = trainer(model, tmp_path / "a", stage="tower")
+    whole.run(lambda line: None)
+    assert whole.step == 6 and train.finished(tmp_path / "a", "tower", 6)
+    first = trainer(model, tmp_path / "b", stage="tower", save_every=0.0)
+    seen = []
+
+    def killed(line):
+        seen.append(line)
+        raise KeyboardInterrupt
+
+    first.settings = dataclasses.replace(first.settings, say_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(killed)
+    shutil.rmtree(next((tmp_path / "b" / "features").glob("*/train*scenes*")))  # they can be computed again
+    second = trainer(model, tmp_path / "b", stage="tower")
+    assert second.step == 3 and not train.finished(
+        tmp_path / "b", "tower", 6
+    )  # the last step before the kill was not saved
+    second.run(lambda line: None)
     for name, p in whole.parameters.items():
         assert torch.equal(p, second.parameters[name]), name
+    left = [load_file(tmp_path / run / "trained.safetensors") for run in "ab"]
+    assert left[0].keys() == left[1].keys() and all(torch.equal(p, left[1][n]) for n, p in left[0].items())
 
 
 def test_stages_train_their_parts_and_the_loss_falls(untrained, tmp_path):
-    model, processor = untrained
     lines = []
-    align = train.Trainer(copy.deepcopy(model), processor, tmp_path, settings(stage="align", steps=1))
-    before = {n: p.clone() for n, p in align.parameters.items()}
+    align = trainer(untrained, tmp_path, stage="align", steps=1, start=5)
+    before = all_parameters(align)
     align.run(lines.append)
-    changed = {n.partition(".")[0] for n, p in align.parameters.items() if not torch.equal(p, before[n])}
-    assert changed == {"projector"} and '"step": 1' in lines[-1]
-    joint = train.Trainer(copy.deepcopy(model), processor, tmp_path, settings(steps=20))
-    assert joint.step == 0
-    for name, p in joint.parameters.items():
-        assert torch.allclose(p, align.parameters[name], atol=1e-2)  # went on from bfloat16
-    batch = data.Steps(processor, 0, 9)[0]
-    losses = [joint.train_step(batch) for _ in range(20)]
-    assert losses[-1] < losses[0] - 0.1
-    changed = {n.partition(".")[0] for n, p in joint.parameters.items() if not torch.equal(p, before[n])}
+    assert {n.partition(".")[0] for n, p in align.parameters.items() if not torch.equal(p, before[n])} == {"projector"}
+    said = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    assert said[0]["start"] == 5 and said[1]["step"] == 1 and said[1]["questions/s"] > 0
+    assert set(said[2]["held out"]) >= {"pope", "gqa", "textvqa"}
+    assert all(n.startswith("projector.") for n in load_file(tmp_path / "trained.safetensors"))
+    lora = trainer(untrained, tmp_path, steps=12)
+    assert lora.step == 0
+    for name, p in lora.parameters.items():
+        torch.testing.assert_close(p, align.parameters[name], rtol=1e-2, atol=1e-3)  # went on from bfloat16
+    batch = lora.steps[0]
+    losses = [lora.train_step(batch) for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.3
+    lora.save()
+    report = lora.report()
+    assert json.loads((tmp_path / "report.json").read_text()) == report and "blind" in report["held out"]["pope"]
+    tower = trainer(untrained, tmp_path, stage="tower", steps=2)
+    before = all_parameters(tower)
+    tower.run(lines.append)
+    changed = {n.partition(".")[0] for n, p in tower.parameters.items() if not torch.equal(p, before[n])}
     assert changed == {"projector", "tower", "lora"}
     with pytest.raises(InvalidArgumentError, match="stage"):
-        train.Trainer(copy.deepcopy(model), processor, tmp_path, settings(stage="polish"))
+        trainer(untrained, tmp_path, stage="polish")
+    with pytest.raises(InvalidArgumentError, match="trained tower"):
+        trainer(untrained, tmp_path, stage="lora")
+    with pytest.raises(InvalidArgumentError, match="rows is 100"):
+        trainer(untrained, tmp_path / "odd", rows=100)
 
 
-def test_assembled_model_is_the_trained_one_and_runs(untrained, tmp_path):
-    model, processor = untrained
-    trainer = train.Trainer(copy.deepcopy(model), processor, tmp_path, settings())
-    batch = data.Steps(processor, 0, 9)[0]
-    for _ in range(8):
-        trainer.train_step(batch)
-    trainer.save()
-    plain = copy.deepcopy(model)
-    train.assemble(plain, {n: p.detach() for n, p in trainer.parameters.items()})
-    pixels = torch.randn(9, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+def test_what_leaves_the_machine_is_small():
+    """At the sizes of the real parts, without their weights."""
+    with torch.device("meta"):
+        text = LlamaConfig(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+        )
+        vision = Dinov2Config(
+            hidden_size=384, num_hidden_layers=9, num_attention_heads=6, image_size=224, patch_size=14
+        )
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+        held = sum(p.numel() for p in train.prepare(model).values())
+    assert 2 * held < 30e6
+
+
+def test_the_start_says_what_is_in_a_patch(untrained):
+    model, processor = copy.deepcopy(untrained[0]), untrained[1]
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, 3, (8, 16, 2), generator=generator)
+    embeddings = torch.randn(300, 32, generator=generator)
+    words = start.patch_words(processor.tokenizer, embeddings, labels).flatten(0, 1)
+    shown = torch.nn.functional.one_hot(labels + 1, 4).flatten(2).flatten(0, 1)  # what and colour, not where
+    where = torch.arange(16).repeat(8)
+    features = torch.cat([shown, torch.stack([where % 4, where // 4], 1)], 1).float() @ torch.randn(
+        10, 64, generator=generator
+    )
+    projector = model.model.multi_modal_projector
+    reached = start.start_projector(projector, features * 3 + 1, words, 400)
     with torch.no_grad():
-        inputs = dict(input_ids=batch.ids, attention_mask=batch.mask, pixel_values=pixels)
-        assert torch.allclose(plain(**inputs).logits, trainer.model(**inputs).logits, atol=1e-4)
+        error = (projector(features * 3 + 1) - words).square().mean() / (words - words.mean(0)).square().mean()
+    assert reached > 0.9 and error < 0.1
+    left, right = words.view(8, 4, 4, -1)[:, :, 0].mean(), words.view(8, 4, 4, -1)[:, :, 3].mean()
+    assert left != right
+
+
+def test_judge_counts_whole_answers_and_the_blind_ones(untrained):
+    judged = judge.Judge(data.Steps(untrained[1], data.Scenes("heldout", 1), 3, 2, 1152, 384))
+    for batch in judged.batches():
+        targets = batch.packed.targets[batch.packed.targets >= 0]
+        logits = torch.nn.functional.one_hot(targets, 300).float()
+        owners = batch.packed.owner[batch.packed.targets >= 0]
+        logits[owners == 0] = 0.0  # the first question of each batch is answered wrong
+        judged.count(logits, batch.packed)
+    assert sum(judged.right.values()) == len(judged.right) - 3
+    report = judged.report(judge.Blind(data.Scenes("train", 0), 20))
+    assert sum(task["all"]["n"] for task in report.values()) == len(judged.right)
+    assert report["pope"]["blind"]["share"] < 1 and any("unseen style" in task for task in report.values())
+    assert judge.pattern("Is there a dog in the picture?") == "Is there a _ in the picture?"
+    context = "Context: Anna lost the dog.\nQuestion: Whose?"
+    assert judge.pattern(context) == judge.pattern(context.replace("Anna", "Ben"))
+
+
+def test_assembled_model_is_the_trained_one_and_runs(untrained, tmp_path, monkeypatch):
+    model, processor = untrained
+    trained = trainer(untrained, tmp_path, stage="tower", steps=8)
+    trained.run(lambda line: None)
+    whole = {n: p.detach() for n, p in trained.parameters.items()}
+    plain = copy.deepcopy(model)
+    parts.assemble(plain, whole, train.ALPHA / train.RANK)
+    ids = torch.tensor(processor.tokenizer(chat(processor, "Is there a dog?")).input_ids)[None]
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    ids = torch.cat([ids[:, : (ids[0] == image).nonzero()[0, 0]], torch.full((1, 256), image), ids[:, -8:]], 1)
+    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    trained.model.model.language_model.config._attn_implementation = "eager"
+    with torch.no_grad():
+        inputs = dict(input_ids=ids, pixel_values=pixels)
+        assert torch.allclose(plain(**inputs).logits, trained.model(**inputs).logits, atol=1e-4)
         assert not torch.allclose(model(**inputs).logits, plain(**inputs).logits, atol=1e-2)
-    train.assemble(plain2 := copy.deepcopy(model), load_file(tmp_path / "trained.safetensors"))
-    parts.save(plain2, processor, tmp_path / "model")
-    engine = Engine.from_pretrained(tmp_path / "model", device="cpu", dtype="float32", max_len=1024)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    untouched = tmp_path / "untrained"
+    parts.save(copy.deepcopy(model), processor, untouched)
+    monkeypatch.setattr(parts, "base", lambda: untouched)
+    with pytest.raises(ModelError, match="make smol"):
+        parts.assembled(tmp_path / "nothing.safetensors")
+    monkeypatch.setattr(parts, "SMOL_TRAINED", tmp_path / "trained.safetensors")
+    monkeypatch.setattr(parts.assembled, "__defaults__", (parts.SMOL_TRAINED,))
+    engine = Engine.from_pretrained("smol", device="cpu", dtype="float32", max_len=1024)
     samples = load_tasks(["seed"], limit=4, source="emoji")[0].samples
     answers = answer_all(engine, samples, FixedExit(1), "fixed:1")
     assert [a.exit_layer for a in answers] == [1] * 4
     s, hf = samples[0], engine.model.hf
     engine.policy = KeepAll()
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s.prompt}]}],
-        add_generation_prompt=True,
+    inputs = processor(
+        images=[s.picture], text=[chat(processor, s.prompt)], return_tensors="pt", add_special_tokens=False
     )
-    inputs = processor(images=[s.picture], text=[prompt], return_tensors="pt", add_special_tokens=False)
     expected = hf.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert engine.generate(s.prompt, s.picture, max_new_tokens=12).token_ids == expected.tolist()
 
 
-def test_loss_is_transformers_own(untrained, tmp_path):
-    model, processor = untrained
-    trainer = train.Trainer(copy.deepcopy(model), processor, tmp_path, settings())
-    batch = data.Steps(processor, 0, 9)[1]
-    torch.manual_seed(3)
-    pixels = (trainer.painter(batch.layouts).float() / 255 - trainer.mean) / trainer.std
-    inputs = dict(input_ids=batch.ids, attention_mask=batch.mask, pixel_values=pixels, labels=batch.labels)
-    with torch.no_grad():
-        expected = trainer.model(**inputs).loss.item()
-    torch.manual_seed(3)
-    assert trainer.train_step(batch) == pytest.approx(expected, rel=1e-5)
+def test_without_weights_smol_says_how_to_train_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(parts.assembled, "__defaults__", (tmp_path / "trained.safetensors",))
+    with pytest.raises(ModelError, match="make smol"):
+        Engine.from_pretrained("smol")
 
 
 def exported(tower, path):

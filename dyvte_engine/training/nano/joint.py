@@ -12,96 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.func import functional_call
-from transformers import AttentionInterface, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from dyvte_engine.training.nano.model import normalise
-from dyvte_engine.training.nano.optim import MasterAdamW, Progress
-from dyvte_engine.training.nano.packing import BLOCK, PREFIX, EncodedQuestions, Packed, pack
+from dyvte_engine.training.nano.packing import BLOCK, PREFIX, EncodedQuestions
 from dyvte_engine.training.nano.questions import KINDS
 from dyvte_engine.training.nano.tower import DenseTower, dense_loss
-
-
-def _split_attention(
-    module: nn.Module,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float = 1.0,
-    prefix: int = 0,
-    **unused: Any,
-) -> tuple[torch.Tensor, None]:
-    """Plain attention of a packed batch: no scores are computed that the packing rules out anyway.
-
-    The first `prefix` rows are causal among themselves; the R others see all of those and, by `mask`, their own block.
-    q [B, Hq, S, D], k and v [B, Hkv, S, D]; mask [B, 1, R / BLOCK, BLOCK, BLOCK] is added; returns [B, S, Hq, D].
-    """
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    (q_first, q_text), (k_first, k_text), (v_first, v_text) = (
-        (x[:, :, :prefix], x[:, :, prefix:].unflatten(2, (-1, BLOCK))) for x in (q, k, v)
-    )
-    causal = torch.ones(prefix, prefix, dtype=torch.bool, device=q.device).tril()
-    scores = (q_first @ k_first.transpose(-1, -2)).float() * scaling
-    first = scores.masked_fill(~causal, -torch.inf).softmax(-1).to(q.dtype) @ v_first
-    own = (q_text @ k_text.transpose(-1, -2)).float() * scaling + mask
-    shown = (q_text.flatten(2, 3) @ k_first.transpose(-1, -2)).float() * scaling
-    weights = torch.cat([shown.view(*own.shape[:-1], prefix), own], -1).softmax(-1).to(q.dtype)
-    text = (weights[..., prefix:] @ v_text).flatten(2, 3) + weights[..., :prefix].flatten(2, 3) @ v_first
-    return torch.cat([first, text], 2).transpose(1, 2), None
-
-
-AttentionInterface.register("prefix_split", _split_attention)
-
-
-def layer_runner(decoder: Any, compile_model: bool) -> Callable:
-    """Runs any layer of the decoder through one (compiled) forward: `run(layer, hidden, mask, cos, sin, prefix)`."""
-    decoder.config._attn_implementation = "prefix_split"
-    template = decoder.layers[0]
-
-    def forward(
-        weights: dict, hidden: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, prefix: int
-    ) -> torch.Tensor:
-        extra = {"attention_mask": mask, "position_embeddings": (cos, sin), "prefix": prefix}
-        output = functional_call(template, weights, (hidden,), extra)
-        return output[0] if isinstance(output, tuple) else output
-
-    compiled = torch.compile(forward, dynamic=False) if compile_model else forward
-    return lambda layer, *inputs: compiled(dict(layer.named_parameters()), *inputs)
-
-
-def answer_logits(
-    model: LlavaForConditionalGeneration,
-    visual: torch.Tensor,
-    prefix_ids: torch.Tensor,
-    packed: Packed,
-    exit_layer: int | None,
-    run_layer: Callable,
-) -> torch.Tensor:
-    """Logits [answer tokens, vocabulary] of a packed batch.
-
-    visual: [B, 144, d] projected features; prefix_ids: int64 [2]; exit_layer: the last layer that sees the visual rows.
-    """
-    decoder = model.model.language_model
-    batch = visual.shape[0]
-    hidden = torch.cat(
-        [decoder.embed_tokens(prefix_ids).expand(batch, -1, -1), visual, decoder.embed_tokens(packed.ids)], 1
-    )
-    cos, sin = decoder.rotary_emb(hidden, packed.positions)
-    mask = torch.zeros(packed.mask.shape, device=hidden.device).masked_fill_(~packed.mask, -torch.inf)[:, None]
-    text = torch.cat([torch.arange(2), torch.arange(PREFIX, hidden.shape[1])]).to(hidden.device)
-    for index, layer in enumerate(decoder.layers):
-        hidden = run_layer(layer, hidden, mask, cos, sin, hidden.shape[1] - packed.ids.shape[1])
-        if index == exit_layer:
-            hidden, cos, sin = hidden[:, text], cos[:, text], sin[:, text]
-    rows = hidden[:, -packed.ids.shape[1] :][packed.targets >= 0]
-    return model.lm_head(decoder.norm(rows))
+from dyvte_engine.training.optim import MasterAdamW, Progress
+from dyvte_engine.training.packing import Packed, answer_logits, layer_runner, pack, right_questions
 
 
 @dataclass
@@ -167,7 +89,7 @@ def draw_batch(sources: list[Source], settings: JointSettings, step: int) -> Bat
     exit_layer = None
     if rng.random() < settings.exit_share:
         exit_layer = int(rng.integers(settings.exit_range[0], settings.exit_range[1] + 1))
-    packed = pack([questions for part in asked for questions in part], settings.rows)
+    packed = pack([questions for part in asked for questions in part], settings.rows, PREFIX, BLOCK)
     device = settings.device
     return Batch(
         torch.from_numpy(np.concatenate(pictures)).to(device),
@@ -179,9 +101,7 @@ def draw_batch(sources: list[Source], settings: JointSettings, step: int) -> Bat
 
 def right_answers(logits: torch.Tensor, packed: Packed) -> dict[str, torch.Tensor]:
     """Share of each kind's answers of which every token is the likeliest; kinds that were not asked are left out."""
-    answers = packed.targets >= 0
-    wrong = (logits.argmax(-1) != packed.targets[answers]).float()
-    right = torch.zeros_like(packed.kinds, dtype=torch.float32).index_add(0, packed.owner[answers], wrong) == 0
+    right = right_questions(logits, packed)
     return {KINDS[kind]: right[packed.kinds == kind].float().mean() for kind in packed.kinds.unique().tolist()}
 
 
@@ -197,7 +117,9 @@ def train_joint(
     """Trains `model` and `dense` (around its tower) in place; resumes from `folder/joint.safetensors`."""
     parameters = dict(model.named_parameters())
     parameters |= {f"labels.{name}": p for name, p in dense.labels.named_parameters()}
-    optimiser = MasterAdamW(parameters, settings.lr, settings.steps, min(300, settings.steps // 10 + 1), slow="tower")
+    optimiser = MasterAdamW(
+        parameters, settings.lr, settings.steps, min(300, settings.steps // 10 + 1), scales={"model.vision_tower": 0.3}
+    )
     checkpoint = folder / "joint.safetensors"
     if checkpoint.exists():
         optimiser.load(checkpoint)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dyvte_engine.training.nano.model import normalise
-from dyvte_engine.training.nano.optim import MasterAdamW, Progress
 from dyvte_engine.training.nano.scenes import IGNORE, LABEL_SIZES, LABELS
+from dyvte_engine.training.optim import MasterAdamW, Progress
 
 EVERY_PATCH = ("shape", "color", "letter")  # also learnt on empty patches; the others only on objects
 

