@@ -67,6 +67,68 @@ void rms_norm(DType dtype, int64_t outer, int64_t inner, int64_t d, int64_t shif
   });
 }
 
+// A product's arguments, and itself in float64.
+struct Product {
+  Values x, norm, weight, bias;
+  DecodeProduct p{};
+
+  Product(DType dtype, int64_t rows, int64_t n, int64_t k, bool with_norm, bool with_bias)
+      : x(dtype, rows * (k + 8)), norm(dtype, k), weight(dtype, n * (k + 16)), bias(dtype, n) {
+    for (int64_t i = 0; i < weight.size(); ++i) weight.set(i, weight.get(i) / std::sqrt(static_cast<float>(k)));
+    p = {x.data(), with_norm ? norm.data() : nullptr, weight.data(), with_bias ? bias.data() : nullptr, rows, n, k,
+         k + 8,    k + 16,                            1e-5f,         dtype};
+  }
+  double operator()(int64_t b, int64_t row) const {
+    double squares = 0, sum = 0;
+    for (int64_t c = 0; c < p.k; ++c) {
+      const double value = x.get(b * p.x_stride + c), w = weight.get(row * p.weight_stride + c);
+      squares += value * value;
+      sum += value * w * (p.norm ? norm.get(c) : 1.0f);
+    }
+    if (p.norm) sum /= std::sqrt(squares / static_cast<double>(p.k) + p.eps);
+    return sum + (p.bias ? bias.get(row) : 0.0f);
+  }
+};
+
+void compare_exact(const std::string& what, DType dtype, const Values& got, const std::vector<double>& expected) {
+  for (int64_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(got.get(i) - expected[i]);
+    if (error <= rounding(dtype) * std::fmax(1.0, std::fabs(expected[i]))) continue;  // false for NaN
+    std::printf("FAILED %s: %g at %zu, %g expected\n", what.c_str(), got.get(i), static_cast<size_t>(i), expected[i]);
+    std::exit(1);
+  }
+}
+
+void add_linear(DType dtype, int64_t rows, int64_t n, int64_t k, bool bias) {
+  const Product product(dtype, rows, n, k, false, bias);
+  const Values residual(dtype, rows * (n + 3));
+  std::vector<double> expected;
+  for (int64_t b = 0; b < rows; ++b) {
+    for (int64_t i = 0; i < n + 3; ++i) {
+      expected.push_back(residual.get(b * (n + 3) + i) + (i < n ? product(b, i) : 0.0));  // nothing between the rows
+    }
+  }
+  const AddLinearParams p{product.p, residual.data(), n + 3};
+  check(add_linear_cuda(p, nullptr), "add_linear");
+  compare_exact(label("add_linear", dtype, {rows, n, k, bias}), dtype, residual, expected);
+}
+
+void norm_gate_up(DType dtype, int64_t rows, int64_t m, int64_t k, bool bias) {
+  const Product product(dtype, rows, 2 * m, k, true, bias);
+  const Values out(dtype, rows * m);
+  out.fill(NAN);
+  std::vector<double> expected;
+  for (int64_t b = 0; b < rows; ++b) {
+    for (int64_t i = 0; i < m; ++i) {
+      const double gate = product(b, i);
+      expected.push_back(gate / (1.0 + std::exp(-gate)) * product(b, m + i));
+    }
+  }
+  const NormGateUpParams p{product.p, out.data()};
+  check(norm_gate_up_cuda(p, nullptr), "norm_gate_up");
+  compare_exact(label("norm_gate_up", dtype, {rows, m, k, bias}), dtype, out, expected);
+}
+
 // K and V of all slots, with pages in random order.
 struct Cache {
   DType dtype;
@@ -159,6 +221,44 @@ void rope_append(DType dtype, const std::vector<int64_t>& added, int64_t heads_q
             cache.v.append_to(result);
             return result;
           });
+}
+
+void norm_qkv_append(DType dtype, int64_t rows, int64_t heads_q, int64_t heads, int64_t dim, int64_t k, int64_t page,
+                     bool bias) {
+  const int64_t max_pos = 50, all = heads_q + 2 * heads;
+  const Product product(dtype, rows, all * dim, k, true, bias);
+  const Cache cache(dtype, rows, 60 / page + 1, page, heads, dim, 0);
+  Array<float> cos_sin(max_pos * dim);
+  for (int64_t i = 0; i < cos_sin.size(); ++i) cos_sin[i] = std::cos(0.1f * static_cast<float>(i));
+  Ints positions(rows), lens(rows);
+  std::vector<double> q_expected, pools[2];
+  for (int64_t i = 0; i < cache.k.size(); ++i) pools[0].push_back(cache.k.get(i)), pools[1].push_back(cache.v.get(i));
+  for (int64_t b = 0; b < rows; ++b) {
+    positions[b] = static_cast<int32_t>(pick(0, max_pos - 1));
+    lens[b] = static_cast<int32_t>(pick(0, 59));
+    const int64_t at = cache.table[b * cache.max_pages + lens[b] / page] * page + lens[b] % page;
+    for (int64_t i = 0; i < all * dim; ++i) {
+      const int64_t head = i / dim, c = i % dim, half = dim / 2;
+      const float* angle = cos_sin.data() + positions[b] * dim + c % half;
+      double value = product(b, i);
+      if (head < heads_q + heads) {
+        const double other = product(b, c < half ? i + half : i - half);
+        value = value * angle[0] + (c < half ? -other : other) * angle[half];
+      }
+      const int64_t of_kv = head - heads_q;
+      if (of_kv < 0) q_expected.push_back(value);
+      if (of_kv >= 0) pools[of_kv / heads][(at * heads + of_kv % heads) * dim + c] = value;
+    }
+  }
+  const Values q(dtype, rows * heads_q * dim);
+  q.fill(NAN);
+  const NormQkvAppendParams p{product.p,    q.data(), cos_sin.data(),  positions.data(), cache.table.data(), lens.data(),
+                              cache.pool(), heads_q,  cache.max_pages, cache.max_pages};
+  check(norm_qkv_append_cuda(p, nullptr), "norm_qkv_append");
+  const std::string what = label("norm_qkv_append", dtype, {rows, heads_q, heads, dim, k, page, bias});
+  compare_exact(what + " q", dtype, q, q_expected);
+  compare_exact(what + " k", dtype, cache.k, pools[0]);
+  compare_exact(what + " v", dtype, cache.v, pools[1]);
 }
 
 void token_score(DType dtype, const std::vector<int64_t>& queries, const std::vector<int64_t>& keys, int64_t heads_q,
@@ -392,6 +492,19 @@ void attention(DType dtype, int64_t shift) {
   token_score(dtype, {65, 16}, {65, 128}, 4, 1, 128, shift);
 }
 
+void decode_products(DType dtype) {
+  for (int64_t rows = 1; rows <= kDecodeRows; ++rows) add_linear(dtype, rows, pick(1, 300), 8 * pick(1, 200), rows % 2);
+  for (int64_t rows = 1; rows <= kDecodeRows; ++rows) norm_gate_up(dtype, rows, pick(1, 150), 8 * pick(1, 200), rows % 2);
+  add_linear(dtype, 3, 83, 2048, false);  // as many channels as the warps take in whole steps
+  norm_gate_up(dtype, 8, 520, 1032, false);
+  norm_gate_up(dtype, 5, 1, 8, true);
+  norm_qkv_append(dtype, 1, 2, 2, 64, 1024, 16, false);
+  norm_qkv_append(dtype, 8, 6, 2, 80, 264, 5, true);
+  norm_qkv_append(dtype, 4, 3, 1, 96, 72, 64, true);
+  norm_qkv_append(dtype, 7, 9, 3, 128, 576, 16, false);
+  norm_qkv_append(dtype, 2, 1, 1, 16, 8, 1, true);
+}
+
 void heads(DType dtype, int64_t shift) {
   for (int64_t batch : {1, 3, 10}) {
     exit_head(dtype, batch, 64, 16, 12, -1.0f, false, shift);
@@ -513,6 +626,7 @@ int main() {
       heads(dtype, shift);
     }
   }
+  for (dyvte::DType dtype : {dyvte::DType::f16, dyvte::DType::bf16}) decode_products(dtype);
   far_pages();
   empty_batches();
   too_many_rows();

@@ -39,7 +39,9 @@ ucontext_t scheduler;
 const std::function<void()>* body;
 float lanes[2][1024 / kWarp]
            [kWarp];  // a warp's exchanges take turns, so that nobody overwrites a value before it was read
+unsigned registers[2][1024 / kWarp][kWarp][6];
 std::mt19937 random_order{1};
+std::unique_ptr<char[]> shared;
 
 void entry() {
   (*body)();
@@ -118,17 +120,28 @@ float exchange(float value, unsigned source) {
   return warp[source];
 }
 
-void run_grid(dim3 blocks, unsigned threads, const std::function<void()>& thread) {
+const unsigned (*gather(const unsigned (&mine)[6]))[6] {
+  auto& warp = registers[fibers[threadIdx.x].exchanges++ % 2][threadIdx.x / kWarp];
+  std::copy(mine, mine + 6, warp[lane()]);
+  wait(State::at_warp_barrier);
+  return warp;
+}
+
+void* dynamic_shared() { return shared.get(); }
+
+void run_grid(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread) {
   if (threads % kWarp) die("block sizes that are no multiple of 32 are not modelled");
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   body = &thread;
   gridDim = blocks;
+  shared.reset(new char[shared_bytes]);  // of exactly this size, for the address sanitiser
   std::vector<size_t> order(size_t{blocks.x} * blocks.y * blocks.z);
   std::iota(order.begin(), order.end(), size_t{0});
   std::shuffle(order.begin(), order.end(), random_order);
   for (size_t block : order) {
     blockIdx = {static_cast<unsigned>(block % blocks.x), static_cast<unsigned>(block / blocks.x % blocks.y),
                 static_cast<unsigned>(block / blocks.x / blocks.y)};
+    std::memset(shared.get(), 0xff, shared_bytes);
     run_block(threads);
   }
 }
