@@ -321,8 +321,22 @@ void decode_attention(DType dtype, const std::vector<int64_t>& lens, int64_t hea
             p.out = out.data();
             p.scratch = scratch.data();
             check(with.decode_attention(p, threaded_for), "decode_attention");
-            std::vector<float> result;
+            std::vector<float> result, in_one;
             out.append_to(result);
+            if (!with.cuda) return result;
+            const Array<uint32_t> arrived(p.batch * heads_q);
+            for (int i = 0; i < 2; ++i) {  // the second time with what the first left
+              out.fill(NAN);
+              std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
+              DecodeAttentionParams one = p;
+              one.arrived = arrived.data();
+              check(with.decode_attention(one, threaded_for), "decode_attention in one kernel");
+              in_one.clear();
+              out.append_to(in_one);
+              if (in_one != result) check("one kernel and two differ", "decode_attention");
+            }
+            if (std::any_of(arrived.data(), arrived.data() + arrived.size(), [](uint32_t n) { return n; }))
+              check("a count was left", "decode_attention");
             return result;
           });
 }

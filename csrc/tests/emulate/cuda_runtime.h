@@ -66,12 +66,15 @@ inline float __shfl_down_sync(unsigned, float value, int delta) {
   const unsigned source = emulate::lane() + delta;
   return emulate::exchange(value, source < 32 ? source : emulate::lane());
 }
-inline unsigned atomicAdd(unsigned* at, unsigned value) {
+inline unsigned atomicInc(unsigned* at, unsigned most) {
   const unsigned old = *at;
-  *at += value;
+  *at = old >= most ? 0 : old + 1;
   return old;
 }
-inline float __ldcg(const float* at) { return *at; }
+template <class T>
+T __ldcg(const T* at) {
+  return *at;
+}
 inline void __stwb(uint4* at, uint4 value) { *at = value; }
 
 namespace emulate {
