@@ -326,6 +326,18 @@ def norm_gate_up(i: Inputs) -> Case:
     return Case(lambda: ops.norm_gate_up(hidden, norm, 1e-6, weight), usual, weight.nbytes, flops, plain=False)
 
 
+def norm_linear(i: Inputs) -> Case:
+    """The LM head of a Vicuna."""
+    rows = _few(i)
+    hidden, norm, weight = i.randn(rows, i.s.hidden), i.randn(i.s.hidden), i.randn(32000, i.s.hidden)
+
+    def usual() -> Tensor:
+        return F.linear(ops.rms_norm(hidden, norm, 1e-6), weight).float()
+
+    flops = 2.0 * rows * weight.numel()
+    return Case(lambda: ops.norm_linear(hidden, norm, 1e-6, weight), usual, weight.nbytes, flops, plain=False)
+
+
 CASES = (
     exit_head,
     kv_compact,
@@ -337,7 +349,7 @@ CASES = (
     silu_mul,
 )
 CPU_CASES = (linear_decode, linear_text, varlen_attention)  # on CUDA torch's own products and FlashAttention serve
-CUDA_CASES = (decode_attention_in_one, norm_qkv_append, add_linear_out, norm_gate_up, add_linear_down)
+CUDA_CASES = (decode_attention_in_one, norm_qkv_append, add_linear_out, norm_gate_up, add_linear_down, norm_linear)
 
 
 def cases(device: torch.device) -> tuple[Callable[[Inputs], Case], ...]:

@@ -12,7 +12,7 @@ void check_aligned(const View& v) {
   fail(v.op, ": ", v.name, " must begin at, and have rows at, multiples of 16 bytes");
 }
 
-// The arguments that all three take. `norm` may be null.
+// The arguments that all of them take. `norm` may be null.
 DecodeProduct check_product(const View& x, const View* norm, double eps, const View& weight,
                             const std::optional<Tensor>& bias) {
   if (!x.on_cuda()) fail(x.op, ": ", x.name, " must be on CUDA; a CPU has the ops that this one is made of");
@@ -71,6 +71,18 @@ Tensor norm_gate_up(const Tensor& hidden, const Tensor& norm, double eps, const 
   Tensor out = empty({p.product.rows, p.product.n / 2}, x.dtype, x);
   p.out = out.data_ptr();
   dispatch(x, on_cpu, [&](auto* stream) { return norm_gate_up_cuda(p, stream); });
+  return out;
+}
+
+Tensor norm_linear(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight,
+                   const std::optional<Tensor>& bias) {
+  constexpr const char* op = "norm_linear";
+  const View x(op, "hidden", hidden), n(op, "norm", norm), w(op, "weight", weight);
+  NormLinearParams p{};
+  p.product = check_product(x, &n, eps, w, bias);
+  Tensor out = empty({p.product.rows, p.product.n}, aoti_torch_dtype_float32(), x);
+  p.out = static_cast<float*>(out.data_ptr());
+  dispatch(x, on_cpu, [&](auto* stream) { return norm_linear_cuda(p, stream); });
   return out;
 }
 

@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("norm_gate_up(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("norm_linear(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias) -> Tensor");
   m.def("add_linear_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias) -> ()");
   m.def(
       "norm_qkv_append_(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias, Tensor cos_sin, Tensor "
@@ -53,6 +54,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("silu_mul", TORCH_BOX(&silu_mul));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("norm_gate_up", TORCH_BOX(&norm_gate_up));
+  m.impl("norm_linear", TORCH_BOX(&norm_linear));
   m.impl("add_linear_", TORCH_BOX(&add_linear_));
   m.impl("norm_qkv_append_", TORCH_BOX(&norm_qkv_append_));
 }

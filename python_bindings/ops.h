@@ -32,6 +32,8 @@ Tensor silu_mul(const Tensor& gate_up);
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 Tensor norm_gate_up(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight,
                     const std::optional<Tensor>& bias);
+Tensor norm_linear(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight,
+                   const std::optional<Tensor>& bias);
 void add_linear_(const Tensor& residual, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 Tensor norm_qkv_append_(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight,
                         const std::optional<Tensor>& bias, const Tensor& cos_sin, const Tensor& positions,

@@ -116,7 +116,8 @@ __device__ void write_part(const DecodeAttentionParams& p, int64_t head, int spl
   if (channel == 0) parts.stats[head * splits + split] = make_float2(largest, weight);
 }
 
-// One channel of a head, of what all splits found. They may have been written by this kernel: read past the first cache.
+// One channel of a head, of what all splits found. They may have been written by this kernel: read past the first
+// cache.
 template <class T>
 __device__ void combine(const DecodeAttentionParams& p, int64_t head, int splits, int channel) {
   const Parts parts = split_scratch(p, splits);

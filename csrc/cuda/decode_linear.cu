@@ -2,8 +2,6 @@
 // 16 x 8 one. A block takes 16 rows of the weight at a time (a tile: two halves of 8, from where the epilogue needs
 // them), its warps share out the channels and meet at the tile's end. Each lane always has kDepth steps of weights on
 // the way, those of the next tile included, and asks for the first ones before it waits for the kernel that makes x.
-#include <type_traits>
-
 #include "common.cuh"
 #include "dyvte/decode_linear.h"
 #include "ptx.cuh"
@@ -25,7 +23,8 @@ constexpr int kDepth = 2;  // steps
 // together meet all banks.
 __host__ __device__ int64_t shared_pitch(int64_t k) { return (k + kStep - 1) / kStep * kStep + kStep / 2; }
 
-// One lane's weights of one step: 8 channels of row lane / 4 of both halves of a tile, and 8 that are kStep / 2 further.
+// One lane's weights of one step: 8 channels of row lane / 4 of both halves of a tile, and 8 that are kStep / 2
+// further.
 struct Packs {
   uint4 at[2][2];  // [load][half]
 };
@@ -97,21 +96,35 @@ __device__ float bias_of(const DecodeProduct& p, int64_t row) {
 // What the products differ in. `row`: the weight row that is number i of half `half` of a tile; a valid one also where
 // it is past the end, for `finish` then drops it. `finish` takes the two products of x row b with rows i of the halves.
 
-template <class Element>
-struct AddLinear {
-  using T = Element;
-  static constexpr bool kNorm = false;
-  AddLinearParams p;
+template <class Params>
+struct Holds {
+  Params p;
+};
+
+// Tiles of 16 rows in a row.
+template <class Params>
+struct Plain : Holds<Params> {
+  using Holds<Params>::p;
 
   __host__ __device__ int64_t tiles() const { return (p.product.n + 2 * kHalf - 1) / (2 * kHalf); }
+  __device__ int64_t place(int tile, int half, int i) const {
+    return static_cast<int64_t>(tile) * (2 * kHalf) + half * kHalf + i;
+  }
   __device__ int64_t row(int tile, int half, int i) const {
-    const int64_t row = static_cast<int64_t>(tile) * (2 * kHalf) + half * kHalf + i;
+    const int64_t row = place(tile, half, i);
     return row < p.product.n ? row : p.product.n - 1;
   }
+};
+
+template <class Element>
+struct AddLinear : Plain<AddLinearParams> {
+  using T = Element;
+  static constexpr bool kNorm = false;
+
   __device__ void finish(int tile, int i, int b, float low, float high) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = static_cast<int64_t>(tile) * (2 * kHalf) + half * kHalf + i;
+      const int64_t row = place(tile, half, i);
       if (row >= p.product.n) return;
       T* to = static_cast<T*>(p.residual) + b * p.residual_stride + row;
       from_float(to_float(*to) + (half ? high : low) + bias_of<T>(p.product, row), to);
@@ -120,10 +133,23 @@ struct AddLinear {
 };
 
 template <class Element>
-struct NormGateUp {
+struct NormLinear : Plain<NormLinearParams> {
   using T = Element;
   static constexpr bool kNorm = true;
-  NormGateUpParams p;
+
+  __device__ void finish(int tile, int i, int b, float low, float high) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = place(tile, half, i);
+      if (row < p.product.n) p.out[b * p.product.n + row] = (half ? high : low) + bias_of<T>(p.product, row);
+    }
+  }
+};
+
+template <class Element>
+struct NormGateUp : Holds<NormGateUpParams> {
+  using T = Element;
+  static constexpr bool kNorm = true;
 
   __host__ __device__ int64_t width() const { return p.product.n / 2; }
   __host__ __device__ int64_t tiles() const { return (width() + kHalf - 1) / kHalf; }
@@ -142,10 +168,9 @@ struct NormGateUp {
 
 // A tile: 8 channels of a head and those that they are rotated with, half a head further.
 template <class Element>
-struct NormQkvAppend {
+struct NormQkvAppend : Holds<NormQkvAppendParams> {
   using T = Element;
   static constexpr bool kNorm = true;
-  NormQkvAppendParams p;
 
   __host__ __device__ int64_t tiles() const { return p.product.n / (2 * kHalf); }
   __device__ int64_t row(int tile, int half, int i) const {
@@ -253,11 +278,12 @@ void run(const Job& job, void* stream) {
   launch_early(product_kernel<Job>, tiles < most ? tiles : most, kThreads, shared, stream, job);
 }
 
-// Calls f with a null pointer of the element type.
-template <class F>
-Status by_half(const DecodeProduct& p, const F& f) {
-  if (p.dtype == DType::f16) f(static_cast<__half*>(nullptr));
-  if (p.dtype == DType::bf16) f(static_cast<__nv_bfloat16*>(nullptr));
+// Runs Job<element type>, which holds nothing but the parameters.
+template <template <class> class Job, class Params>
+Status run_half(const Params& p, void* stream) {
+  if (p.product.rows * p.product.n == 0) return nullptr;
+  if (p.product.dtype == DType::f16) run(Job<__half>{{p}}, stream);
+  if (p.product.dtype == DType::bf16) run(Job<__nv_bfloat16>{{p}}, stream);
   return launch_status();
 }
 
@@ -265,24 +291,15 @@ Status by_half(const DecodeProduct& p, const F& f) {
 }  // namespace cuda
 
 Status norm_gate_up_cuda(const NormGateUpParams& p, void* stream) {
-  if (p.product.rows * p.product.n == 0) return nullptr;
-  return cuda::by_half(p.product, [&](auto* type) {
-    cuda::run(cuda::NormGateUp<std::remove_pointer_t<decltype(type)>>{p}, stream);
-  });
+  return cuda::run_half<cuda::NormGateUp>(p, stream);
 }
 
-Status add_linear_cuda(const AddLinearParams& p, void* stream) {
-  if (p.product.rows * p.product.n == 0) return nullptr;
-  return cuda::by_half(p.product, [&](auto* type) {
-    cuda::run(cuda::AddLinear<std::remove_pointer_t<decltype(type)>>{p}, stream);
-  });
-}
+Status add_linear_cuda(const AddLinearParams& p, void* stream) { return cuda::run_half<cuda::AddLinear>(p, stream); }
+
+Status norm_linear_cuda(const NormLinearParams& p, void* stream) { return cuda::run_half<cuda::NormLinear>(p, stream); }
 
 Status norm_qkv_append_cuda(const NormQkvAppendParams& p, void* stream) {
-  if (p.product.rows * p.product.n == 0) return nullptr;
-  return cuda::by_half(p.product, [&](auto* type) {
-    cuda::run(cuda::NormQkvAppend<std::remove_pointer_t<decltype(type)>>{p}, stream);
-  });
+  return cuda::run_half<cuda::NormQkvAppend>(p, stream);
 }
 
 }  // namespace dyvte

@@ -10,12 +10,13 @@ namespace cuda {
 
 #ifdef __CUDACC__
 
-// 16 bytes that this block reads once. Volatile, and not `.nc`: such loads ptxas moves behind the wait for earlier kernels.
+// 16 bytes that this block reads once. Volatile, and not `.nc`: such loads ptxas moves behind the wait for earlier
+// kernels.
 __device__ __forceinline__ uint4 load_once(const void* from) {
   uint4 value;
   asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-      : "l"(from));
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
   return value;
 }
 

@@ -67,36 +67,65 @@ void rms_norm(DType dtype, int64_t outer, int64_t inner, int64_t d, int64_t shif
   });
 }
 
-// A product's arguments, and itself in float64.
+// A product's arguments, and itself in float64, of rows that are rounded where rms_norm rounds them.
 struct Product {
-  Values x, norm, weight, bias;
+  Values x, norm, weight, bias, factors;
   DecodeProduct p{};
 
   Product(DType dtype, int64_t rows, int64_t n, int64_t k, bool with_norm, bool with_bias)
-      : x(dtype, rows * (k + 8)), norm(dtype, k), weight(dtype, n * (k + 16)), bias(dtype, n) {
+      : x(dtype, rows * (k + 8)),
+        norm(dtype, k),
+        weight(dtype, n * (k + 16)),
+        bias(dtype, n),
+        factors(dtype, rows * k) {
     for (int64_t i = 0; i < weight.size(); ++i) weight.set(i, weight.get(i) / std::sqrt(static_cast<float>(k)));
-    p = {x.data(), with_norm ? norm.data() : nullptr, weight.data(), with_bias ? bias.data() : nullptr, rows, n, k,
-         k + 8,    k + 16,                            1e-5f,         dtype};
+    p.x = x.data();
+    p.norm = with_norm ? norm.data() : nullptr;
+    p.weight = weight.data();
+    p.bias = with_bias ? bias.data() : nullptr;
+    p.rows = rows;
+    p.n = n;
+    p.k = k;
+    p.x_stride = k + 8;
+    p.weight_stride = k + 16;
+    p.eps = 1e-5f;
+    p.dtype = dtype;
+    for (int64_t b = 0; b < rows; ++b) normalise(b);
+  }
+  void normalise(int64_t b) const {
+    double squares = 0;
+    for (int64_t c = 0; c < p.k; ++c) squares += std::pow(x.get(b * p.x_stride + c), 2);
+    const double factor = 1 / std::sqrt(squares / static_cast<double>(p.k) + p.eps);
+    for (int64_t c = 0; c < p.k; ++c) {
+      const int64_t at = b * p.k + c;
+      factors.set(at, x.get(b * p.x_stride + c) * static_cast<float>(p.norm ? factor : 1.0));
+      if (p.norm) factors.set(at, factors.get(at) * norm.get(c));
+    }
   }
   double operator()(int64_t b, int64_t row) const {
-    double squares = 0, sum = 0;
+    double sum = p.bias ? bias.get(row) : 0.0f;
     for (int64_t c = 0; c < p.k; ++c) {
-      const double value = x.get(b * p.x_stride + c), w = weight.get(row * p.weight_stride + c);
-      squares += value * value;
-      sum += value * w * (p.norm ? norm.get(c) : 1.0f);
+      sum += static_cast<double>(factors.get(b * p.k + c)) * weight.get(row * p.weight_stride + c);
     }
-    if (p.norm) sum /= std::sqrt(squares / static_cast<double>(p.k) + p.eps);
-    return sum + (p.bias ? bias.get(row) : 0.0f);
+    return sum;
   }
 };
 
-void compare_exact(const std::string& what, DType dtype, const Values& got, const std::vector<double>& expected) {
-  for (int64_t i = 0; i < got.size(); ++i) {
-    const double error = std::fabs(got.get(i) - expected[i]);
+void compare_exact(const std::string& what, DType dtype, const std::vector<float>& got,
+                   const std::vector<double>& expected) {
+  if (got.size() != expected.size()) check("another number of results", what.c_str());
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(got[i] - expected[i]);
     if (error <= rounding(dtype) * std::fmax(1.0, std::fabs(expected[i]))) continue;  // false for NaN
-    std::printf("FAILED %s: %g at %zu, %g expected\n", what.c_str(), got.get(i), static_cast<size_t>(i), expected[i]);
+    std::printf("FAILED %s: %g at %zu, %g expected\n", what.c_str(), got[i], i, expected[i]);
     std::exit(1);
   }
+}
+
+void compare_exact(const std::string& what, DType dtype, const Values& got, const std::vector<double>& expected) {
+  std::vector<float> all;
+  got.append_to(all);
+  compare_exact(what, dtype, all, expected);
 }
 
 void add_linear(DType dtype, int64_t rows, int64_t n, int64_t k, bool bias) {
@@ -111,6 +140,18 @@ void add_linear(DType dtype, int64_t rows, int64_t n, int64_t k, bool bias) {
   const AddLinearParams p{product.p, residual.data(), n + 3};
   check(add_linear_cuda(p, nullptr), "add_linear");
   compare_exact(label("add_linear", dtype, {rows, n, k, bias}), dtype, residual, expected);
+}
+
+void norm_linear(DType dtype, int64_t rows, int64_t n, int64_t k, bool bias) {
+  const Product product(dtype, rows, n, k, true, bias);
+  std::vector<float> out(rows * n, NAN);
+  std::vector<double> expected;
+  for (int64_t b = 0; b < rows; ++b) {
+    for (int64_t i = 0; i < n; ++i) expected.push_back(product(b, i));
+  }
+  const NormLinearParams p{product.p, out.data()};
+  check(norm_linear_cuda(p, nullptr), "norm_linear");
+  compare_exact(label("norm_linear", dtype, {rows, n, k, bias}), dtype, out, expected);
 }
 
 void norm_gate_up(DType dtype, int64_t rows, int64_t m, int64_t k, bool bias) {
@@ -252,8 +293,8 @@ void norm_qkv_append(DType dtype, int64_t rows, int64_t heads_q, int64_t heads, 
   }
   const Values q(dtype, rows * heads_q * dim);
   q.fill(NAN);
-  const NormQkvAppendParams p{product.p,    q.data(), cos_sin.data(),  positions.data(), cache.table.data(), lens.data(),
-                              cache.pool(), heads_q,  cache.max_pages, cache.max_pages};
+  const NormQkvAppendParams p{product.p,   q.data(),     cos_sin.data(), positions.data(), cache.table.data(),
+                              lens.data(), cache.pool(), heads_q,        cache.max_pages,  cache.max_pages};
   check(norm_qkv_append_cuda(p, nullptr), "norm_qkv_append");
   const std::string what = label("norm_qkv_append", dtype, {rows, heads_q, heads, dim, k, page, bias});
   compare_exact(what + " q", dtype, q, q_expected);
@@ -508,10 +549,13 @@ void attention(DType dtype, int64_t shift) {
 
 void decode_products(DType dtype) {
   for (int64_t rows = 1; rows <= kDecodeRows; ++rows) add_linear(dtype, rows, pick(1, 300), 8 * pick(1, 200), rows % 2);
-  for (int64_t rows = 1; rows <= kDecodeRows; ++rows) norm_gate_up(dtype, rows, pick(1, 150), 8 * pick(1, 200), rows % 2);
+  for (int64_t rows = 1; rows <= kDecodeRows; ++rows)
+    norm_gate_up(dtype, rows, pick(1, 150), 8 * pick(1, 200), rows % 2);
   add_linear(dtype, 3, 83, 2048, false);  // as many channels as the warps take in whole steps
   norm_gate_up(dtype, 8, 520, 1032, false);
   norm_gate_up(dtype, 5, 1, 8, true);
+  norm_linear(dtype, 1, 83, 520, true);
+  norm_linear(dtype, 6, 16, 1024, false);
   norm_qkv_append(dtype, 1, 2, 2, 64, 1024, 16, false);
   norm_qkv_append(dtype, 8, 6, 2, 80, 264, 5, true);
   norm_qkv_append(dtype, 4, 3, 1, 96, 72, 64, true);

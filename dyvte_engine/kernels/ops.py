@@ -29,6 +29,7 @@ from .ref import (
     kv_compact_ref,
     linear_ref,
     norm_gate_up_ref,
+    norm_linear_ref,
     norm_qkv_append_ref,
     paged_attention_ref,
     rms_norm_ref,
@@ -63,6 +64,8 @@ __all__ = [
     "load_library",
     "norm_gate_up",
     "norm_gate_up_ref",
+    "norm_linear",
+    "norm_linear_ref",
     "norm_qkv_append_",
     "norm_qkv_append_ref",
     "paged_attention",
@@ -121,6 +124,7 @@ _rms_norm = torch.ops.dyvte.rms_norm.default
 _linear = torch.ops.dyvte.linear.default
 _silu_mul = torch.ops.dyvte.silu_mul.default
 _norm_gate_up = torch.ops.dyvte.norm_gate_up.default
+_norm_linear = torch.ops.dyvte.norm_linear.default
 _add_linear = torch.ops.dyvte.add_linear_.default
 _norm_qkv_append = torch.ops.dyvte.norm_qkv_append_.default
 
@@ -350,7 +354,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def norm_gate_up(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`silu_mul` of the product of `rms_norm(hidden, norm, eps)` and weight, in one kernel. CUDA only.
 
-    This and the next two stream a weight once, for the few rows of a decoding step. They take float16 and bfloat16,
+    This and the next three stream a weight once, for the few rows of a decoding step. They take float16 and bfloat16,
     at most 8 rows, columns and row strides in multiples of 8, and begin early behind each other where the GPU can.
 
     Args:
@@ -360,6 +364,14 @@ def norm_gate_up(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias:
         [B, m].
     """
     return _norm_gate_up(hidden, norm, eps, weight, bias)
+
+
+def norm_linear(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product of `rms_norm(hidden, norm, eps)` [B, k] and weight [n, k], plus bias [n], unrounded: float32 [B, n].
+
+    See `norm_gate_up`.
+    """
+    return _norm_linear(hidden, norm, eps, weight, bias)
 
 
 def add_linear_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -440,6 +452,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @torch.library.register_fake("dyvte::norm_gate_up")
 def _(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     return hidden.new_empty(hidden.shape[0], weight.shape[0] // 2)
+
+
+@torch.library.register_fake("dyvte::norm_linear")
+def _(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("dyvte::norm_qkv_append_")

@@ -204,6 +204,10 @@ def norm_gate_up_ref(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, b
     return (F.silu(gate) * up).to(hidden.dtype)
 
 
+def norm_linear_ref(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _product(rms_norm_ref(hidden, norm, eps), weight, bias)
+
+
 def add_linear_ref(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     residual.copy_(residual.float() + _product(x, weight, bias))
 

@@ -1,4 +1,4 @@
-"""Layers of a decoding step in five kernels each, on CUDA: the four products with what comes before and after them.
+"""A decoding step in five kernels a layer, on CUDA: its products with what comes before and after them, and attention.
 
 The usual way needs ten launches or more, each of which drains and refills the device, and a product whose library is
 made for more rows.
@@ -19,11 +19,13 @@ MOST_ROWS = 8  # one of each sequence
 _MEASURED: dict[tuple[int, int], int] = {}
 """By compute capability: up to so many rows it is faster than the usual way (`benchmarks.kernels`). None measured."""
 
+_SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}  # CUDA's guide
+
 OneLayer = tuple[Tensor, Tensor, Tensor, Tensor]  # positions, block_table, lens, lens + 1 of all sequences
 
 
 class FusedLayers:
-    """All layers for one row of each of at most `most` sequences. For one stream at a time: it has counters of its own.
+    """All layers and the LM head for one row of each of at most `most` sequences. For one stream at a time: it has counters of its own.
 
     Attributes:
         most: as far as the normalised rows fit into the shared memory of one multiprocessor.
@@ -34,7 +36,7 @@ class FusedLayers:
         self._arrived = torch.zeros(most * decoder.shape.num_heads, dtype=torch.int32, device=decoder.norm.device)
 
     def run(self, hidden: Tensor, k_pool: Tensor, v_pool: Tensor, of_layer: Sequence[OneLayer]) -> Tensor:
-        """hidden [B, d] at the decoder's entry, which is written over -> [B, d], normalised for the LM head.
+        """hidden [B, d] at the decoder's entry, which is written over -> f32 logits [B, vocab].
 
         Appends a row to the cache of each sequence and layer; pools and tables as in `ops.decode_attention`.
         """
@@ -46,7 +48,7 @@ class FusedLayers:
             ops.add_linear_(hidden, read.flatten(1), this.out.weight, this.out.bias)
             inner = ops.norm_gate_up(hidden, this.post_norm, this.eps, this.gate_up.weight, this.gate_up.bias)
             ops.add_linear_(hidden, inner, this.down.weight, this.down.bias)
-        return ops.rms_norm(hidden, decoder.norm, decoder.eps)
+        return ops.norm_linear(hidden, decoder.norm, decoder.eps, decoder.lm_head.weight, decoder.lm_head.bias)
 
 
 def fused_layers(decoder: Decoder, asked: bool | str) -> FusedLayers | None:
@@ -87,7 +89,7 @@ def why_not(decoder: Decoder) -> str | None:
 
 def _shared_bytes(device: torch.device) -> int:
     """What a block may have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return _SHARED_KIB.get(torch.cuda.get_device_capability(device), 99) << 10
 
 
 def _fitting(hidden_size: int, shared_bytes: int) -> int:

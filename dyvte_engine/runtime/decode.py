@@ -55,12 +55,12 @@ def decode_step(
     """tokens int64 [B] -> f32 logits [B, vocab]; appends one row to every layer's cache. Nothing here knows the host.
 
     positions and lens int32 [L, B]; block_table int32 [L, B, M] with room for the rows. The caller raises the former.
-    fused: what runs the layers, of as many sequences as it takes.
+    fused: what computes it for as many sequences as it takes.
     """
     rows = _OneEach(decoder, pool, positions, block_table, lens)
     hidden = F.embedding(tokens, decoder.embed.weight)  # [B, d]
     if fused is not None and len(tokens) <= fused.most:
-        return decoder.logits(fused.run(hidden, pool.k, pool.v, rows.of_layer))
+        return fused.run(hidden, pool.k, pool.v, rows.of_layer)
     x = decoder.enter(hidden)
     for layer in range(len(decoder.layers)):
         hidden, x = decoder.layer(layer, hidden, x, rows)
@@ -80,6 +80,7 @@ class _Home:
     lens: Tensor
     positions: Tensor
     tenant: weakref.ref[KVCache] | None = field(default=None, init=False)
+    count: int = field(default=0, init=False)  # of slots that are alive
 
     @classmethod
     def of(cls, slots: int, pages: int, pool: PagePool) -> _Home:
@@ -92,6 +93,13 @@ class _Home:
             lens=numbers,
             positions=numbers.clone(),
         )
+
+    def enliven(self, count: int) -> None:
+        """The first slots; nothing is launched where as many were alive before."""
+        if count != self.count:
+            self.alive.fill_(0)
+            self.alive[:count].fill_(1)
+            self.count = count
 
     def admit(self, cache: KVCache) -> None:
         """`cache` keeps its device state here from now on; one that still does takes its own along."""
@@ -162,8 +170,7 @@ class DecodeGraphs:
         home = self._home
         home.admit(cache)
         home.tokens[:count].copy_(tokens)
-        home.alive.fill_(0)
-        home.alive[:count].fill_(1)
+        home.enliven(count)
         if key not in self._replays:
             self.capture(key)
         replay = self._replays[key]

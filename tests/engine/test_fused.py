@@ -20,7 +20,7 @@ from tests.engine.conftest import build
 from tests.engine.test_graphs import Captures, answered_alike
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-CALLS = ("norm_qkv_append_", "add_linear_", "norm_gate_up")
+CALLS = ("norm_qkv_append_", "add_linear_", "norm_gate_up", "norm_linear")
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def test_answers_are_the_usual_ones(decoder, calls):
     answered_alike(engine, plain)
     assert calls["norm_qkv_append_"] > 0
     assert calls["add_linear_"] == 2 * calls["norm_qkv_append_"] == 2 * calls["norm_gate_up"]
+    assert calls["norm_qkv_append_"] == 4 * calls["norm_linear"]  # layers
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -61,6 +61,17 @@ def test_norm_gate_up(device, dtype, rows, m, k, bias) -> None:
 
 
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("n,k", SHAPES)
+def test_norm_linear(device, dtype, rows, n, k) -> None:
+    """Unrounded: the error is that of rounding what is multiplied."""
+    args = entry(device, dtype, rows, n, k, n % 2 == 1)
+    out = (ops.norm_linear_ref if device == "cpu" else ops.norm_linear)(**args)
+    assert out.shape == (rows, n) and out.dtype == torch.float32
+    exact, rounded = (product(norm_of(args, t).double(), args, torch.float64) for t in (torch.float64, dtype))
+    assert (out - exact).abs().max() <= 2 * (rounded - exact).abs().max() + 1e-4
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n,k", [(1, 8), (83, 72), (1024, 2816), (1000, 4104)])
 def test_add_linear(device, dtype, rows, n, k, bias) -> None:
@@ -143,6 +154,8 @@ def test_a_layer_of_them_equals_the_usual_kernels(dtype: torch.dtype) -> None:
     want = hidden + ops.linear(inner, down["weight"], down["bias"])
     ops.add_linear_ref(hidden, inner, down["weight"], down["bias"])
     torch.testing.assert_close(hidden, want, **tolerance)
+    logits = ops.linear(ops.rms_norm(hidden, up["norm"], EPS), up["weight"]).float()
+    torch.testing.assert_close(ops.norm_linear_ref(hidden, up["norm"], EPS, up["weight"]), logits, **tolerance)
 
 
 @pytest.mark.parametrize("device", CUDA_ONLY)
@@ -175,6 +188,7 @@ def test_graph_capture(device: str, dtype: torch.dtype) -> None:
 def test_opcheck(device: str, dtype: torch.dtype) -> None:
     args = entry(device, dtype, 3, 32, 64, True)
     torch.library.opcheck(torch.ops.dyvte.norm_gate_up.default, tuple(args.values()), test_utils=OPCHECK)
+    torch.library.opcheck(torch.ops.dyvte.norm_linear.default, tuple(args.values()), test_utils=OPCHECK)
     add = weights(device, dtype, 3, 32, 64, True)
     add = (torch.zeros(3, 32).to(device, dtype), add["x"], add["weight"], add["bias"])
     torch.library.opcheck(torch.ops.dyvte.add_linear_.default, add, test_utils=OPCHECK)
@@ -187,6 +201,7 @@ def test_shapes_without_data() -> None:
     assert ops.norm_qkv_append_(**args).shape == (3, 4, 64)
     gate = {name: args[name] for name in ("hidden", "norm", "eps", "weight", "bias")}
     assert ops.norm_gate_up(**gate).shape == (3, 256)
+    assert ops.norm_linear(**gate).dtype == torch.float32
 
 
 def test_a_cpu_is_refused(dtype: torch.dtype) -> None:

@@ -33,6 +33,12 @@ struct AddLinearParams {
   int64_t residual_stride;
 };
 
+// out = product, unrounded: logits.
+struct NormLinearParams {
+  DecodeProduct product;
+  float* out;  // [rows, n]
+};
+
 // The product is q | k | v, heads of pool.dim columns. q and k are rotated (rotate-half, all channels), q is returned,
 // k and v are written behind each sequence's cached rows. pool.dim is a multiple of 16.
 struct NormQkvAppendParams {
@@ -48,6 +54,7 @@ struct NormQkvAppendParams {
 
 Status norm_gate_up_cuda(const NormGateUpParams& p, void* stream);
 Status add_linear_cuda(const AddLinearParams& p, void* stream);
+Status norm_linear_cuda(const NormLinearParams& p, void* stream);
 Status norm_qkv_append_cuda(const NormQkvAppendParams& p, void* stream);
 
 }  // namespace dyvte

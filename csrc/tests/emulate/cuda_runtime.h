@@ -83,7 +83,7 @@ namespace emulate {
 template <class T>
 void mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], T) {
   float of_a[32][8], of_b[32][4];  // every lane's
-  const unsigned(*all)[6] = gather({a[0], a[1], a[2], a[3], b[0], b[1]});
+  const unsigned (*all)[6] = gather({a[0], a[1], a[2], a[3], b[0], b[1]});
   for (unsigned source = 0; source < 32; ++source) {
     T pairs[12];
     std::memcpy(pairs, all[source], sizeof(pairs));
