@@ -25,7 +25,9 @@ OneLayer = tuple[Tensor, Tensor, Tensor, Tensor]  # positions, block_table, lens
 
 
 class FusedLayers:
-    """All layers and the LM head for one row of each of at most `most` sequences. For one stream at a time: it has counters of its own.
+    """All layers and the LM head for one row of each of at most `most` sequences.
+
+    It counts in memory of its own, so it is for one stream at a time.
 
     Attributes:
         most: as far as the normalised rows fit into the shared memory of one multiprocessor.

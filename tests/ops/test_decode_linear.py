@@ -29,7 +29,8 @@ def weights(device: str, dtype: torch.dtype, rows: int, n: int, k: int, bias: bo
 
 
 def norm_of(args: dict, dtype: torch.dtype) -> Tensor:
-    return F.rms_norm(args["hidden"].to(dtype), args["norm"].shape, args["norm"].to(dtype), EPS)
+    """Rounded twice, as Llama's."""
+    return F.rms_norm(args["hidden"].to(dtype), args["norm"].shape, None, EPS) * args["norm"].to(dtype)
 
 
 def product(x: Tensor, args: dict, dtype: torch.dtype) -> Tensor:
