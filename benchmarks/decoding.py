@@ -76,7 +76,8 @@ def measure_batch(engine: Engine, batch: int, args: argparse.Namespace, limits: 
 
 def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
     data = header("decoding", args, argv)
-    engine = workload.load(args.model, args.dtype, args.device, 2 * max(args.batch), STEPS * (3 + MOST_ROUNDS))
+    room = args.rows + STEPS * (3 + MOST_ROUNDS)
+    engine = workload.load(args.model, args.dtype, args.device, 2 * max(args.batch), room, warm_up=False)
     data["why_not"] = why_not(engine.model.decoder)
     limits = Limits(**data["limits"])
     data["cases"] = [entry for batch in args.batch for entry in measure_batch(engine, batch, args, limits)]
