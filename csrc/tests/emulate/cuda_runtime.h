@@ -1,8 +1,9 @@
 // Enough of CUDA to run the kernels of csrc/cuda on the CPU, where sanitisers can watch them and no GPU is needed.
 // Blocks run one after the other in a random order; the threads of a block are fibers, and which one runs next is
-// random at every barrier and shuffle, so a missing __syncthreads() shows as a wrong result. Shared memory is a static
-// array. Not modelled: memory ordering between blocks, kernels that overlap, coalescing, register and shared memory
-// limits, misaligned-access faults (the undefined-behaviour sanitiser reports those).
+// random at every barrier and shuffle, with one warp far behind the others, so a missing __syncthreads() shows as a
+// wrong result. Shared memory is a static array. Not modelled: memory ordering between blocks, kernels that overlap,
+// coalescing, register and shared memory limits, misaligned-access faults (the undefined-behaviour sanitiser reports
+// those).
 #pragma once
 
 #include <cmath>

@@ -84,21 +84,31 @@ void release(unsigned threads) {
   }
 }
 
+// Threads that can run, in random order; those of one warp, which changes now and then, only when no other can: it
+// finds what the others leave when they are as far ahead as barriers let them be.
+std::vector<unsigned> runnable(unsigned threads) {
+  static unsigned slow = 0;
+  const unsigned warps = threads / kWarp;
+  if (random_order() % 32 == 0) slow = random_order() % warps;
+  std::vector<unsigned> ready, behind;
+  for (unsigned i = 0; i < threads; ++i) {
+    if (fibers[i].state == State::ready) (i / kWarp == slow ? behind : ready).push_back(i);
+  }
+  if (ready.empty()) ready.swap(behind);
+  std::shuffle(ready.begin(), ready.end(), random_order);
+  return ready;
+}
+
 void run_block(unsigned threads) {
   for (unsigned i = 0; i < threads; ++i) start(i);
-  std::vector<unsigned> ready;
   while (true) {
-    ready.clear();
-    for (unsigned i = 0; i < threads; ++i) {
-      if (fibers[i].state == State::ready) ready.push_back(i);
-    }
+    const std::vector<unsigned> ready = runnable(threads);
     if (ready.empty()) {
       const bool all_done =
           std::all_of(fibers.begin(), fibers.begin() + threads, [](const Fiber& f) { return f.state == State::done; });
       if (all_done) return;
       die("threads wait for each other: a barrier or shuffle that not all of them reach");
     }
-    std::shuffle(ready.begin(), ready.end(), random_order);
     for (unsigned i : ready) {
       threadIdx = {i, 0, 0};
       swapcontext(&scheduler, &fibers[i].context);
