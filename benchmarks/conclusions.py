@@ -73,6 +73,14 @@ def _decisions(data: Data) -> str:
     return f"Asking makes a prefill at batch {batch} longer by {asked}; keeping every token, by {extra['KeepAll']}."
 
 
+def _decoding(data: Data) -> str:
+    shown = "; ".join(
+        f"batch {c['batch']}, {c['way']} kernels: {number(1e3 * c['step']['median'], 2)} ms, {percent(c['share'])}"
+        for c in data["cases"]
+    )
+    return f"A step's time, and its share of the copy bandwidth: {shown}."
+
+
 def _growth(data: Data) -> str:
     def power(axis: str, part: str) -> str:
         fits = {f["method"]: f["exponent"] for f in data["axes"][axis]["fits"] if f["part"] == part}
@@ -128,6 +136,7 @@ _CONCLUSIONS: dict[str, Callable[[Data], str]] = {
     "curves": _curves,
     "breakdown": _breakdown,
     "decisions": _decisions,
+    "decoding": _decoding,
     "growth": _growth,
     "capacity": _capacity,
     "kernels": _kernels,

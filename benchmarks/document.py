@@ -20,7 +20,18 @@ from benchmarks.summary import NO_GPU, nano, overview, readme
 
 ROOT = Path(__file__).parent.parent
 OWN_PAGE = "again"  # docs/again.md has its tables
-ORDER = ("policies", "curves", "breakdown", "decisions", "growth", "capacity", "kernels", "versus", "serving")
+ORDER = (
+    "policies",
+    "curves",
+    "breakdown",
+    "decisions",
+    "decoding",
+    "growth",
+    "capacity",
+    "kernels",
+    "versus",
+    "serving",
+)
 INTRO = """# Benchmarks
 
 What the exit and the engine save in time and memory, and where they do not.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyvte_engine.kernels import ops
+from dyvte_engine.models.fused import MOST_ROWS
 from dyvte_engine.models.linear import Linear, packing_fault
 
 
@@ -48,7 +49,8 @@ SIZES = {
 class Case:
     """Two forms of one operation, and what any form must do: bytes to move, and where they count, FLOPs.
 
-    `packed`: a third, with a weight that was brought into oneDNN's layout before.
+    `packed`: a third, with a weight that was brought into oneDNN's layout before. `plain` false: the second is made of
+    our kernels too, which torch.compile leaves as they are.
     """
 
     ours: Callable[[], Any]
@@ -56,10 +58,11 @@ class Case:
     bytes: int
     flops: float = 0.0
     packed: Callable[[], Any] | None = None
+    plain: bool = True
 
 
 class TooLarge(Exception):
-    """The tensors of a case need more memory than the benchmark was given."""
+    """The tensors of a case need more memory than the benchmark was given, or a kernel takes fewer rows."""
 
 
 @dataclass(eq=False)
@@ -252,6 +255,89 @@ def varlen_attention(i: Inputs) -> Case:
     return Case(lambda: ops.varlen_attention(q, k, v, cu, scale), torch_form, qkv.nbytes + q.nbytes, flops)
 
 
+def decode_attention_in_one(i: Inputs) -> Case:
+    """Its parts combined by the last of its own blocks, against a second launch that combines them."""
+    s = i.s
+    q = i.randn(i.batch, s.heads, s.head_dim)
+    k_pool, v_pool, table = _cache(i, s.rows)
+    args = q, k_pool, v_pool, table[0], i.ints([s.rows] * i.batch), s.head_dim**-0.5
+    arrived = i.ints([0] * (i.batch * s.heads))
+    moved = 2 * i.batch * s.rows * s.kv_heads * s.head_dim * q.itemsize
+    return Case(lambda: ops.decode_attention(*args, arrived), lambda: ops.decode_attention(*args), moved, plain=False)
+
+
+def _few(i: Inputs) -> int:
+    if i.batch > MOST_ROWS:
+        raise TooLarge(f"for at most {MOST_ROWS} rows")
+    return i.batch
+
+
+# The following stand against decoding as it is: our norm, torch's product, our kernel behind it.
+
+
+def norm_qkv_append(i: Inputs) -> Case:
+    s, rows = i.s, _few(i)
+    hidden, norm = i.randn(rows, s.hidden), i.randn(s.hidden)
+    weight = i.randn((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden)
+    k_pool, v_pool, table = _cache(i, s.rows + 1)
+    lens, positions = i.ints([s.rows] * rows), i.ints([s.rows] * rows)
+    cos_sin, cu = torch.randn(4096, s.head_dim, device=i.device), i.ints(torch.arange(rows + 1))
+
+    def usual() -> None:
+        qkv = F.linear(ops.rms_norm(hidden, norm, 1e-6), weight).view(rows, -1, s.head_dim)
+        q, k, v = qkv.split((s.heads, s.kv_heads, s.kv_heads), 1)
+        ops.rope_append_(q, k, v, cos_sin, positions, cu, k_pool, v_pool, table[0], lens)
+
+    def ours() -> None:
+        ops.norm_qkv_append_(hidden, norm, 1e-6, weight, None, cos_sin, positions, k_pool, v_pool, table[0], lens)
+
+    return Case(ours, usual, weight.nbytes, 2.0 * rows * weight.numel(), plain=False)
+
+
+def _add_linear(i: Inputs, width: int) -> Case:
+    rows = _few(i)
+    residual, x, weight = i.randn(rows, i.s.hidden), i.randn(rows, width), i.randn(i.s.hidden, width)
+    norm = i.randn(i.s.hidden)
+
+    def usual() -> None:
+        ops.add_rms_norm_(residual, F.linear(x, weight), norm, 1e-6)
+
+    return Case(
+        lambda: ops.add_linear_(residual, x, weight), usual, weight.nbytes, 2.0 * rows * weight.numel(), plain=False
+    )
+
+
+def add_linear_out(i: Inputs) -> Case:
+    return _add_linear(i, i.s.heads * i.s.head_dim)
+
+
+def add_linear_down(i: Inputs) -> Case:
+    return _add_linear(i, i.s.intermediate)
+
+
+def norm_gate_up(i: Inputs) -> Case:
+    rows = _few(i)
+    hidden, norm, weight = i.randn(rows, i.s.hidden), i.randn(i.s.hidden), i.randn(2 * i.s.intermediate, i.s.hidden)
+
+    def usual() -> Tensor:
+        return ops.silu_mul(F.linear(ops.rms_norm(hidden, norm, 1e-6), weight))
+
+    flops = 2.0 * rows * weight.numel()
+    return Case(lambda: ops.norm_gate_up(hidden, norm, 1e-6, weight), usual, weight.nbytes, flops, plain=False)
+
+
+def norm_linear(i: Inputs) -> Case:
+    """The LM head of a Vicuna."""
+    rows = _few(i)
+    hidden, norm, weight = i.randn(rows, i.s.hidden), i.randn(i.s.hidden), i.randn(32000, i.s.hidden)
+
+    def usual() -> Tensor:
+        return F.linear(ops.rms_norm(hidden, norm, 1e-6), weight).float()
+
+    flops = 2.0 * rows * weight.numel()
+    return Case(lambda: ops.norm_linear(hidden, norm, 1e-6, weight), usual, weight.nbytes, flops, plain=False)
+
+
 CASES = (
     exit_head,
     kv_compact,
@@ -263,8 +349,9 @@ CASES = (
     silu_mul,
 )
 CPU_CASES = (linear_decode, linear_text, varlen_attention)  # on CUDA torch's own products and FlashAttention serve
+CUDA_CASES = (decode_attention_in_one, norm_qkv_append, add_linear_out, norm_gate_up, add_linear_down, norm_linear)
 
 
 def cases(device: torch.device) -> tuple[Callable[[Inputs], Case], ...]:
     """Every operation there is on this device."""
-    return CASES + CPU_CASES if device.type == "cpu" else CASES
+    return CASES + (CPU_CASES if device.type == "cpu" else CUDA_CASES)

@@ -78,7 +78,7 @@ def measure_case(make: Callable[[Inputs], Case], inputs: Inputs, seconds: float,
     calls: Calls = {"torch": case.torch_form, "dyvte": case.ours}
     if case.packed is not None:
         calls["packed"] = case.packed
-    if with_compile:
+    if with_compile and case.plain:
         made = compiled(case)
         if isinstance(made, str):
             entry["compile_error"] = made

@@ -41,10 +41,10 @@ HF = "transformers, SDPA"
 HF_EAGER = "transformers, eager"
 
 
-def load(model: str, dtype: str, device: str, max_batch: int, new_tokens: int) -> Engine:
+def load(model: str, dtype: str, device: str, max_batch: int, new_tokens: int, **options: Any) -> Engine:
     """A preset with random weights, "nano", or a checkpoint; room for `max_batch` of `questions` and their answers."""
     nothing_kept: dict[str, Any] = dict(picture_cache=0, prefix_cache=0)  # every run is the first one
-    common = dict(dtype=dtype, device=device, max_batch=max_batch, **nothing_kept)
+    common = dict(dtype=dtype, device=device, max_batch=max_batch, **nothing_kept, **options)
     if model in PRESETS:
         config = preset(model)
         engine = Engine.from_config(model, max_len=config.image_seq_length + 128 + new_tokens, **common)

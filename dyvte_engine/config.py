@@ -100,6 +100,8 @@ class EngineOptions(TypedDict, total=False):
             them from there (docs/again.md). "auto" is 256 MiB, 0 none.
         prefix_cache: bytes for what prompts are up to their last visual token, most of them in the K/V pool; another
             question about the same pictures computes only its own text. "auto" is 1 GiB on a CPU, none on CUDA.
+        fused_decode: on CUDA with float16 or bfloat16, decoding of up to 8 sequences runs a layer as five kernels
+            (docs/performance.md); "auto": where that was measured to be faster.
         pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout the matrix units read
             (faster prompts); "auto": where all weights take at most a quarter of the machine's memory.
     """
@@ -115,6 +117,7 @@ class EngineOptions(TypedDict, total=False):
     max_stall: int
     picture_cache: int | str
     prefix_cache: int | str
+    fused_decode: bool | str
     pack_weights: bool | str
 
 
@@ -136,6 +139,7 @@ class EngineConfig:
     max_stall: int = 0  # 0: as many as suits the device
     picture_cache: int | str = "auto"  # bytes
     prefix_cache: int | str = "auto"
+    fused_decode: bool | str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("drop_early_kv", "graphs", "warm_up", "pack_weights"):
@@ -143,6 +147,8 @@ class EngineConfig:
                 raise InvalidArgumentError(f"{name} is a {type(getattr(self, name)).__name__}; accepted: True or False")
         if self.pack_weights and self.device.type != "cpu":
             raise InvalidArgumentError(f"pack_weights is True on {self.device}; accepted: False, it is for CPUs")
+        if not isinstance(self.fused_decode, bool) and not _is_auto(self.fused_decode):
+            raise InvalidArgumentError(f"fused_decode is {self.fused_decode!r}; accepted: True, False, 'auto'")
         if self.max_stall == 0:
             object.__setattr__(self, "max_stall", _MAX_STALL[self.device.type])
         _set_budget(self, "picture_cache", _PICTURES)
@@ -152,6 +158,10 @@ class EngineConfig:
             optional = name in ("max_len", "kv_memory") and value is None
             if not optional and (type(value) is not int or not 1 <= value < 1 << 48):
                 raise InvalidArgumentError(f"{name} is {value!r}; accepted: an integer of at least 1")
+
+
+def _is_auto(value: object) -> bool:
+    return isinstance(value, str) and value == "auto"  # an array would compare its elements
 
 
 def _set_budget(config: EngineConfig, name: str, auto: int) -> None:

@@ -47,7 +47,7 @@ Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const T
 }
 
 Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
-                        const Tensor& kv_lens, double scale) {
+                        const Tensor& kv_lens, double scale, const std::optional<Tensor>& arrived) {
   constexpr const char* op = "decode_attention";
   const View vq(op, "q", q), k(op, "k_pool", k_pool), v(op, "v_pool", v_pool), table(op, "block_table", block_table),
       lens(op, "kv_lens", kv_lens);
@@ -76,6 +76,15 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_p
       check_value(lens, b, 0, p.max_pages * p.pool.page);
       check_pages(table, b * p.table_stride, 0, len, p.pool);
     }
+  }
+  if (arrived) {
+    const View counts(op, "arrived", *arrived);
+    check_index(counts, {-1}, "[n]");
+    check_device(vq, {&counts});
+    if (counts.size[0] < p.batch * p.heads_q) {
+      fail(op, ": arrived must have at least B * Hq = ", p.batch * p.heads_q, " counts, got ", counts.shape());
+    }
+    p.arrived = counts.as<uint32_t>();
   }
   p.q = vq.data;
   p.q_stride = vq.row_stride();

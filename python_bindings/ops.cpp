@@ -15,8 +15,8 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
       "Tensor(c!) k_pool, Tensor(d!) v_pool, Tensor block_table, Tensor lens) -> ()");
   m.def("token_score(Tensor q, Tensor k, Tensor cu_q, Tensor cu_k, float scale) -> Tensor");
   m.def(
-      "decode_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor kv_lens, float scale) -> "
-      "Tensor");
+      "decode_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor kv_lens, float scale, "
+      "Tensor(a!)? arrived=None) -> Tensor");
   m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal=True) -> Tensor");
   m.def(
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor before, Tensor cu_seqlens, "
@@ -25,6 +25,12 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("norm_gate_up(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("norm_linear(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("add_linear_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias) -> ()");
+  m.def(
+      "norm_qkv_append_(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias, Tensor cos_sin, Tensor "
+      "positions, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor block_table, Tensor lens) -> Tensor");
   m.def("tape_begin(Tensor(a!) arena) -> int");
   m.def("tape_end(Tensor(a!) arena) -> int");
   m.def("tape_run(Tensor(a!) arena, int tape) -> ()");
@@ -47,6 +53,10 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("silu_mul", TORCH_BOX(&silu_mul));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("norm_gate_up", TORCH_BOX(&norm_gate_up));
+  m.impl("norm_linear", TORCH_BOX(&norm_linear));
+  m.impl("add_linear_", TORCH_BOX(&add_linear_));
+  m.impl("norm_qkv_append_", TORCH_BOX(&norm_qkv_append_));
 }
 
 }  // namespace

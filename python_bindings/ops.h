@@ -21,7 +21,7 @@ void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                   const Tensor& lens);
 Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const Tensor& cu_k, double scale);
 Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
-                        const Tensor& kv_lens, double scale);
+                        const Tensor& kv_lens, double scale, const std::optional<Tensor>& arrived);
 Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                         bool causal);
 Tensor paged_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
@@ -30,6 +30,14 @@ Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weig
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor silu_mul(const Tensor& gate_up);
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+Tensor norm_gate_up(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight,
+                    const std::optional<Tensor>& bias);
+Tensor norm_linear(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight,
+                   const std::optional<Tensor>& bias);
+void add_linear_(const Tensor& residual, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+Tensor norm_qkv_append_(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const Tensor& cos_sin, const Tensor& positions,
+                        const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table, const Tensor& lens);
 int64_t tape_begin(const Tensor& arena);
 int64_t tape_end(const Tensor& arena);
 void tape_run(const Tensor& arena, int64_t tape);

@@ -33,7 +33,7 @@ LARGE = ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "qwen2.5-vl-7b")
 GPU_TESTS = (  # other test files import what training and drawing need, which this Python may lack
     "tests/ops",
     "tests/engine/test_gpu.py",
-    "tests/engine/test_graphs.py",
+    "tests/engine/test_graphs.py tests/engine/test_fused.py",
     "tests/policies",
     "tests/analysis/test_attention.py tests/test_doctor.py",
 )
@@ -78,6 +78,10 @@ def policies(model: str, batch: str, new_tokens: str = "1 3 16 128", suffix: str
     return bench("policies", model, options, "--batch 1 --new-tokens 2 --seconds 0", suffix)
 
 
+def decoding(model: str) -> Step:
+    return bench("decoding", model, "--batch 1 2 4 8 --seconds 2", "--batch 1 --rows 20 --seconds 0")
+
+
 def kernels(options: str) -> Step:
     sizes = f"--sizes {' '.join(LARGE)} --batch 1 8 32 {options}"
     return bench("kernels", "", sizes, "--sizes nano --batch 1 --compile --seconds 0")
@@ -110,17 +114,18 @@ PARTS = {
     ),
     "b": Part("compute-sanitizer", [sanitizer(tool) for tool in ("memcheck", "racecheck", "synccheck")]),
     "c": Part(
-        "13B: all methods, where the time goes, exit decisions; every kernel",
+        "13B: all methods, where the time goes, exit decisions, decoding steps; every kernel",
         [
             policies("llava-1.5-13b", "1"),
             bench("breakdown", "llava-1.5-13b", "--exit 11 --new-tokens 3 --seconds 5", "--exit 1 --seconds 0"),
             bench("decisions", "llava-1.5-13b", "--batch 1 8 --seconds 3", "--batch 1 --seconds 0"),
+            decoding("llava-1.5-13b"),
             kernels("--seconds 0.2"),
         ],
     ),
     "d": Part(
         "7B, batches of 1 and 8: all methods",
-        [policies("llava-1.5-7b", "1 8"), policies("llava-next-7b", "1", "1 3 16")],
+        [policies("llava-1.5-7b", "1 8"), decoding("llava-1.5-7b"), policies("llava-next-7b", "1", "1 3 16")],
     ),
     "e": Part(
         "7B in batches of 32; how many sequences fit, 13B",

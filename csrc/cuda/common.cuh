@@ -112,6 +112,21 @@ __device__ __forceinline__ int64_t pool_row(const int32_t* table, unsigned row, 
   return static_cast<int64_t>(table[row / page]) * page + row % page;
 }
 
+// True in exactly one of the `blocks` blocks that count in `arrived`: the last, which may read, by __ldcg, what all of
+// them had written before. All threads must call it. `arrived` is 0 at first, and again afterwards. One thread fences
+// for its block, between barriers, as cooperative groups do.
+__device__ __forceinline__ bool last_to_arrive(unsigned* arrived, unsigned blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(arrived, blocks - 1) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -1,10 +1,11 @@
 // Flash-decoding: every (sequence, K/V head, group of query heads, split of the cached rows) is one block with its own
-// online softmax; a second launch combines the splits. The number of splits follows from the cache's capacity, never
-// from the lengths on the device, so both launches can be captured in a graph.
+// online softmax; the last of these blocks, or a second launch, combines the splits. The number of splits follows from
+// the cache's capacity, never from the lengths on the device, so that a graph can capture it.
 #include <type_traits>
 
 #include "common.cuh"
 #include "dyvte/decode_attention.h"
+#include "ptx.cuh"
 
 namespace dyvte {
 namespace cuda {
@@ -42,6 +43,11 @@ struct Parts {
 __host__ __device__ Parts split_scratch(const DecodeAttentionParams& p, int splits) {
   const int64_t n = p.batch * p.heads_q * splits;
   return {p.scratch + 2 * n, reinterpret_cast<float2*>(p.scratch)};
+}
+
+__device__ __forceinline__ int64_t cache_row(const int32_t* table, int row, const DecodeAttentionParams& p, int shift) {
+  if (shift < 0) return pool_row(table, row, static_cast<unsigned>(p.pool.page));
+  return (static_cast<int64_t>(table[row >> shift]) << shift) + (row & ((1 << shift) - 1));
 }
 
 template <class T, bool WIDE>
@@ -110,8 +116,29 @@ __device__ void write_part(const DecodeAttentionParams& p, int64_t head, int spl
   if (channel == 0) parts.stats[head * splits + split] = make_float2(largest, weight);
 }
 
+// One channel of a head, of what all splits found. They may have been written by this kernel: read past the first
+// cache.
+template <class T>
+__device__ void combine(const DecodeAttentionParams& p, int64_t head, int splits, int channel) {
+  const Parts parts = split_scratch(p, splits);
+  const float2* stats = parts.stats + head * splits;
+  const float* out = parts.out + head * splits * p.pool.dim + channel;
+  float top = -INFINITY, total = 0.0f, sum = 0.0f;
+  for (int s = 0; s < splits; ++s) top = fmaxf(top, __ldcg(stats + s).x);
+  for (int s = 0; s < splits; ++s) {
+    const float2 part = __ldcg(stats + s);
+    if (part.x == -INFINITY) continue;
+    const float scale = exp2f(part.x - top);
+    total += scale * part.y;
+    sum += scale * __ldcg(out + s * p.pool.dim);
+  }
+  from_float(total > 0.0f ? sum / total : total, static_cast<T*>(p.out) + head * p.pool.dim + channel);
+}
+
+// `shift`: the page size is 2 to this power; negative: it is none.
 template <class T, int LANES, int G, int U, bool WIDE>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) split_kernel(DecodeAttentionParams p, int groups, int splits) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    split_kernel(DecodeAttentionParams p, int groups, int splits, int shift) {
   constexpr int kRows = kWarp / LANES,
                 kSeen = kWarps * kRows;  // rows a warp reads at once; partial states of the block
   __shared__ float largest[kSeen][G], weight[kSeen][G], out[kSeen][G][LANES * kPerLane];
@@ -123,6 +150,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) split_kernel(DecodeAtten
   const int lane = threadIdx.x % kWarp, sub = lane / LANES, first = lane % LANES * kPerLane;
   const int seen = threadIdx.x / kWarp * kRows + sub;
 
+  wait_for_earlier_kernels();
+  let_next_begin();
   const int len = p.kv_lens[seq], per_split = (len + splits * 16 - 1) / (splits * 16) * 16;
   const int begin = split * per_split, end = min(len, begin + per_split);
   const int32_t* table = p.block_table + seq * p.table_stride;
@@ -143,14 +172,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) split_kernel(DecodeAtten
   for (int g = 0; g < G; ++g) state.largest[g] = -INFINITY;
 
   for (int base = begin + threadIdx.x / kWarp * kRows * U; base < end; base += kWarps * kRows * U) {
-    Pack<T, kPerLane> k[U] = {}, v[U] = {};
+    Pack<T, kPerLane> k[U], v[U];
     bool valid[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int r = base + u * kRows + sub;
       valid[u] = r < end;
-      if (!valid[u]) continue;
-      const int64_t at = pool_row(table, r, static_cast<unsigned>(p.pool.page)) * row;
+      const int64_t at = cache_row(table, min(r, end - 1), p, shift) * row;  // no branch: all loads are on the way
       k[u] = load_channels<T, WIDE>(k_pool + at, first, dim);
       v[u] = load_channels<T, WIDE>(v_pool + at, first, dim);
     }
@@ -178,32 +206,28 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) split_kernel(DecodeAtten
     }
     write_part<T>(p, seq * p.heads_q + head + g, split, splits, channel, sum, top, total);
   }
+  if (splits == 1 || p.arrived == nullptr || !last_to_arrive(p.arrived + blockIdx.x / splits, splits)) return;
+  for (int i = threadIdx.x; i < n_heads * dim; i += kThreads) {
+    combine<T>(p, seq * p.heads_q + head + i / dim, splits, i % dim);
+  }
 }
 
 // Block per (sequence, query head).
 template <class T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(DecodeAttentionParams p, int splits) {
-  const Parts parts = split_scratch(p, splits);
-  const int64_t head = blockIdx.x;
-  const float2* stats = parts.stats + head * splits;
-  float top = -INFINITY, total = 0.0f;
-  for (int s = 0; s < splits; ++s) top = fmaxf(top, stats[s].x);
-  for (int s = 0; s < splits; ++s) total += stats[s].x == -INFINITY ? 0.0f : exp2f(stats[s].x - top) * stats[s].y;
-  for (int64_t channel = threadIdx.x; channel < p.pool.dim; channel += kThreads) {
-    float sum = 0.0f;
-    for (int s = 0; s < splits; ++s) {
-      if (stats[s].x == -INFINITY) continue;
-      sum += exp2f(stats[s].x - top) * parts.out[(head * splits + s) * p.pool.dim + channel];
-    }
-    from_float(total > 0.0f ? sum / total : total, static_cast<T*>(p.out) + head * p.pool.dim + channel);
-  }
+  for (int channel = threadIdx.x; channel < p.pool.dim; channel += kThreads) combine<T>(p, blockIdx.x, splits, channel);
 }
 
 template <class T, int LANES, int G, bool WIDE>
 void launch_split(const DecodeAttentionParams& p, int splits, void* stream) {
   constexpr int U = G == 8 ? 2 : 4;  // cached rows in flight per lane
   const int64_t groups = head_groups(p), blocks = p.batch * p.pool.heads * groups * splits;
-  launch(split_kernel<T, LANES, G, U, WIDE>, blocks, kThreads, stream, p, static_cast<int>(groups), splits);
+  int shift = 0;
+  while (shift < 30 && (int64_t{1} << shift) < p.pool.page) ++shift;
+  if ((int64_t{1} << shift) != p.pool.page) shift = -1;
+  const auto kernel = split_kernel<T, LANES, G, U, WIDE>;
+  if (p.arrived) return launch_early(kernel, blocks, kThreads, 0, stream, p, static_cast<int>(groups), splits, shift);
+  launch(kernel, blocks, kThreads, stream, p, static_cast<int>(groups), splits, shift);
 }
 
 template <class T, int LANES>
@@ -249,7 +273,7 @@ void run(const DecodeAttentionParams& p, void* stream) {
   } else {
     run_wide<T, 32>(p, splits, stream);
   }
-  if (splits > 1) launch(combine_kernel<T>, p.batch * p.heads_q, kThreads, stream, p, splits);
+  if (splits > 1 && p.arrived == nullptr) launch(combine_kernel<T>, p.batch * p.heads_q, kThreads, stream, p, splits);
 }
 
 }  // namespace

@@ -189,18 +189,7 @@ __device__ float2 warp_logits(const ExitHeadParams& p, int row, const float (&su
   return make_float2(keep, exit);
 }
 
-// True in exactly one block: the last to arrive. All threads must call it, after writing their results.
-__device__ bool last_block(unsigned* done) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(done, 1u) == gridDim.x - 1;
-  __syncthreads();
-  return last;
-}
-
 __device__ void decide(const ExitHeadParams& p, const Scratch& scratch) {
-  __threadfence();
   for (int seq = threadIdx.x / kWarp; seq < p.batch; seq += kMlpWarps) {
     float keep = 0.0f, exit = 0.0f;
     for (int64_t block = threadIdx.x % kWarp; block < gridDim.x; block += kWarp) {
@@ -242,7 +231,7 @@ __global__ void __launch_bounds__(kMlpThreads, kMlpMinBlocks) mlp_kernel(ExitHea
     }
     __syncthreads();
   }
-  if (last_block(scratch.done)) decide(p, scratch);
+  if (last_to_arrive(scratch.done, gridDim.x)) decide(p, scratch);
 }
 
 template <class T, int V, int R, int NB>

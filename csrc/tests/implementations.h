@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dyvte/decode_attention.h"
+#include "dyvte/decode_linear.h"
 #include "dyvte/exit_head.h"
 #include "dyvte/kv_compact.h"
 #include "dyvte/linear.h"

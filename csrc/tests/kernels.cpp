@@ -67,6 +67,109 @@ void rms_norm(DType dtype, int64_t outer, int64_t inner, int64_t d, int64_t shif
   });
 }
 
+// A product's arguments, and itself in float64, of rows that are rounded where rms_norm rounds them.
+struct Product {
+  Values x, norm, weight, bias, factors;
+  DecodeProduct p{};
+
+  Product(DType dtype, int64_t rows, int64_t n, int64_t k, bool with_norm, bool with_bias)
+      : x(dtype, rows * (k + 8)),
+        norm(dtype, k),
+        weight(dtype, n * (k + 16)),
+        bias(dtype, n),
+        factors(dtype, rows * k) {
+    for (int64_t i = 0; i < weight.size(); ++i) weight.set(i, weight.get(i) / std::sqrt(static_cast<float>(k)));
+    p.x = x.data();
+    p.norm = with_norm ? norm.data() : nullptr;
+    p.weight = weight.data();
+    p.bias = with_bias ? bias.data() : nullptr;
+    p.rows = rows;
+    p.n = n;
+    p.k = k;
+    p.x_stride = k + 8;
+    p.weight_stride = k + 16;
+    p.eps = 1e-5f;
+    p.dtype = dtype;
+    for (int64_t b = 0; b < rows; ++b) normalise(b);
+  }
+  void normalise(int64_t b) const {
+    double squares = 0;
+    for (int64_t c = 0; c < p.k; ++c) squares += std::pow(x.get(b * p.x_stride + c), 2);
+    const double factor = 1 / std::sqrt(squares / static_cast<double>(p.k) + p.eps);
+    for (int64_t c = 0; c < p.k; ++c) {
+      const int64_t at = b * p.k + c;
+      factors.set(at, x.get(b * p.x_stride + c) * static_cast<float>(p.norm ? factor : 1.0));
+      if (p.norm) factors.set(at, factors.get(at) * norm.get(c));
+    }
+  }
+  double operator()(int64_t b, int64_t row) const {
+    double sum = p.bias ? bias.get(row) : 0.0f;
+    for (int64_t c = 0; c < p.k; ++c) {
+      sum += static_cast<double>(factors.get(b * p.k + c)) * weight.get(row * p.weight_stride + c);
+    }
+    return sum;
+  }
+};
+
+void compare_exact(const std::string& what, DType dtype, const std::vector<float>& got,
+                   const std::vector<double>& expected) {
+  if (got.size() != expected.size()) check("another number of results", what.c_str());
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(got[i] - expected[i]);
+    if (error <= rounding(dtype) * std::fmax(1.0, std::fabs(expected[i]))) continue;  // false for NaN
+    std::printf("FAILED %s: %g at %zu, %g expected\n", what.c_str(), got[i], i, expected[i]);
+    std::exit(1);
+  }
+}
+
+void compare_exact(const std::string& what, DType dtype, const Values& got, const std::vector<double>& expected) {
+  std::vector<float> all;
+  got.append_to(all);
+  compare_exact(what, dtype, all, expected);
+}
+
+void add_linear(DType dtype, int64_t rows, int64_t n, int64_t k, bool bias) {
+  const Product product(dtype, rows, n, k, false, bias);
+  const Values residual(dtype, rows * (n + 3));
+  std::vector<double> expected;
+  for (int64_t b = 0; b < rows; ++b) {
+    for (int64_t i = 0; i < n + 3; ++i) {
+      expected.push_back(residual.get(b * (n + 3) + i) + (i < n ? product(b, i) : 0.0));  // nothing between the rows
+    }
+  }
+  const AddLinearParams p{product.p, residual.data(), n + 3};
+  check(add_linear_cuda(p, nullptr), "add_linear");
+  compare_exact(label("add_linear", dtype, {rows, n, k, bias}), dtype, residual, expected);
+}
+
+void norm_linear(DType dtype, int64_t rows, int64_t n, int64_t k, bool bias) {
+  const Product product(dtype, rows, n, k, true, bias);
+  std::vector<float> out(rows * n, NAN);
+  std::vector<double> expected;
+  for (int64_t b = 0; b < rows; ++b) {
+    for (int64_t i = 0; i < n; ++i) expected.push_back(product(b, i));
+  }
+  const NormLinearParams p{product.p, out.data()};
+  check(norm_linear_cuda(p, nullptr), "norm_linear");
+  compare_exact(label("norm_linear", dtype, {rows, n, k, bias}), dtype, out, expected);
+}
+
+void norm_gate_up(DType dtype, int64_t rows, int64_t m, int64_t k, bool bias) {
+  const Product product(dtype, rows, 2 * m, k, true, bias);
+  const Values out(dtype, rows * m);
+  out.fill(NAN);
+  std::vector<double> expected;
+  for (int64_t b = 0; b < rows; ++b) {
+    for (int64_t i = 0; i < m; ++i) {
+      const double gate = product(b, i);
+      expected.push_back(gate / (1.0 + std::exp(-gate)) * product(b, m + i));
+    }
+  }
+  const NormGateUpParams p{product.p, out.data()};
+  check(norm_gate_up_cuda(p, nullptr), "norm_gate_up");
+  compare_exact(label("norm_gate_up", dtype, {rows, m, k, bias}), dtype, out, expected);
+}
+
 // K and V of all slots, with pages in random order.
 struct Cache {
   DType dtype;
@@ -161,6 +264,44 @@ void rope_append(DType dtype, const std::vector<int64_t>& added, int64_t heads_q
           });
 }
 
+void norm_qkv_append(DType dtype, int64_t rows, int64_t heads_q, int64_t heads, int64_t dim, int64_t k, int64_t page,
+                     bool bias) {
+  const int64_t max_pos = 50, all = heads_q + 2 * heads;
+  const Product product(dtype, rows, all * dim, k, true, bias);
+  const Cache cache(dtype, rows, 60 / page + 1, page, heads, dim, 0);
+  Array<float> cos_sin(max_pos * dim);
+  for (int64_t i = 0; i < cos_sin.size(); ++i) cos_sin[i] = std::cos(0.1f * static_cast<float>(i));
+  Ints positions(rows), lens(rows);
+  std::vector<double> q_expected, pools[2];
+  for (int64_t i = 0; i < cache.k.size(); ++i) pools[0].push_back(cache.k.get(i)), pools[1].push_back(cache.v.get(i));
+  for (int64_t b = 0; b < rows; ++b) {
+    positions[b] = static_cast<int32_t>(pick(0, max_pos - 1));
+    lens[b] = static_cast<int32_t>(pick(0, 59));
+    const int64_t at = cache.table[b * cache.max_pages + lens[b] / page] * page + lens[b] % page;
+    for (int64_t i = 0; i < all * dim; ++i) {
+      const int64_t head = i / dim, c = i % dim, half = dim / 2;
+      const float* angle = cos_sin.data() + positions[b] * dim + c % half;
+      double value = product(b, i);
+      if (head < heads_q + heads) {
+        const double other = product(b, c < half ? i + half : i - half);
+        value = value * angle[0] + (c < half ? -other : other) * angle[half];
+      }
+      const int64_t of_kv = head - heads_q;
+      if (of_kv < 0) q_expected.push_back(value);
+      if (of_kv >= 0) pools[of_kv / heads][(at * heads + of_kv % heads) * dim + c] = value;
+    }
+  }
+  const Values q(dtype, rows * heads_q * dim);
+  q.fill(NAN);
+  const NormQkvAppendParams p{product.p,   q.data(),     cos_sin.data(), positions.data(), cache.table.data(),
+                              lens.data(), cache.pool(), heads_q,        cache.max_pages,  cache.max_pages};
+  check(norm_qkv_append_cuda(p, nullptr), "norm_qkv_append");
+  const std::string what = label("norm_qkv_append", dtype, {rows, heads_q, heads, dim, k, page, bias});
+  compare_exact(what + " q", dtype, q, q_expected);
+  compare_exact(what + " k", dtype, cache.k, pools[0]);
+  compare_exact(what + " v", dtype, cache.v, pools[1]);
+}
+
 void token_score(DType dtype, const std::vector<int64_t>& queries, const std::vector<int64_t>& keys, int64_t heads_q,
                  int64_t heads, int64_t dim, int64_t shift) {
   const Ints cu_q = cumulative(queries), cu_k = cumulative(keys);
@@ -221,8 +362,22 @@ void decode_attention(DType dtype, const std::vector<int64_t>& lens, int64_t hea
             p.out = out.data();
             p.scratch = scratch.data();
             check(with.decode_attention(p, threaded_for), "decode_attention");
-            std::vector<float> result;
+            std::vector<float> result, in_one;
             out.append_to(result);
+            if (!with.cuda) return result;
+            const Array<uint32_t> arrived(p.batch * heads_q);
+            for (int i = 0; i < 2; ++i) {  // the second time with what the first left
+              out.fill(NAN);
+              std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
+              DecodeAttentionParams one = p;
+              one.arrived = arrived.data();
+              check(with.decode_attention(one, threaded_for), "decode_attention in one kernel");
+              in_one.clear();
+              out.append_to(in_one);
+              if (in_one != result) check("one kernel and two differ", "decode_attention");
+            }
+            if (std::any_of(arrived.data(), arrived.data() + arrived.size(), [](uint32_t n) { return n; }))
+              check("a count was left", "decode_attention");
             return result;
           });
 }
@@ -392,6 +547,22 @@ void attention(DType dtype, int64_t shift) {
   token_score(dtype, {65, 16}, {65, 128}, 4, 1, 128, shift);
 }
 
+void decode_products(DType dtype) {
+  for (int64_t rows = 1; rows <= kDecodeRows; ++rows) add_linear(dtype, rows, pick(1, 300), 8 * pick(1, 200), rows % 2);
+  for (int64_t rows = 1; rows <= kDecodeRows; ++rows)
+    norm_gate_up(dtype, rows, pick(1, 150), 8 * pick(1, 200), rows % 2);
+  add_linear(dtype, 3, 83, 2048, false);  // as many channels as the warps take in whole steps
+  norm_gate_up(dtype, 8, 520, 1032, false);
+  norm_gate_up(dtype, 5, 1, 8, true);
+  norm_linear(dtype, 1, 83, 520, true);
+  norm_linear(dtype, 6, 16, 1024, false);
+  norm_qkv_append(dtype, 1, 2, 2, 64, 1024, 16, false);
+  norm_qkv_append(dtype, 8, 6, 2, 80, 264, 5, true);
+  norm_qkv_append(dtype, 4, 3, 1, 96, 72, 64, true);
+  norm_qkv_append(dtype, 7, 9, 3, 128, 576, 16, false);
+  norm_qkv_append(dtype, 2, 1, 1, 16, 8, 1, true);
+}
+
 void heads(DType dtype, int64_t shift) {
   for (int64_t batch : {1, 3, 10}) {
     exit_head(dtype, batch, 64, 16, 12, -1.0f, false, shift);
@@ -513,6 +684,7 @@ int main() {
       heads(dtype, shift);
     }
   }
+  for (dyvte::DType dtype : {dyvte::DType::f16, dyvte::DType::bf16}) decode_products(dtype);
   far_pages();
   empty_batches();
   too_many_rows();

@@ -22,11 +22,15 @@ from torch import Tensor
 
 from ..errors import NativeLibraryError
 from .ref import (
+    add_linear_ref,
     add_rms_norm_ref,
     decode_attention_ref,
     exit_head_ref,
     kv_compact_ref,
     linear_ref,
+    norm_gate_up_ref,
+    norm_linear_ref,
+    norm_qkv_append_ref,
     paged_attention_ref,
     rms_norm_ref,
     rope_append_ref,
@@ -41,6 +45,8 @@ __all__ = [
     "MEAN_TEXT",
     "MEAN_VISUAL",
     "PageAllocator",
+    "add_linear_",
+    "add_linear_ref",
     "add_rms_norm_",
     "add_rms_norm_ref",
     "build_info",
@@ -56,6 +62,12 @@ __all__ = [
     "linear",
     "linear_ref",
     "load_library",
+    "norm_gate_up",
+    "norm_gate_up_ref",
+    "norm_linear",
+    "norm_linear_ref",
+    "norm_qkv_append_",
+    "norm_qkv_append_ref",
     "paged_attention",
     "paged_attention_ref",
     "rms_norm",
@@ -111,6 +123,10 @@ _add_rms_norm = torch.ops.dyvte.add_rms_norm_.default
 _rms_norm = torch.ops.dyvte.rms_norm.default
 _linear = torch.ops.dyvte.linear.default
 _silu_mul = torch.ops.dyvte.silu_mul.default
+_norm_gate_up = torch.ops.dyvte.norm_gate_up.default
+_norm_linear = torch.ops.dyvte.norm_linear.default
+_add_linear = torch.ops.dyvte.add_linear_.default
+_norm_qkv_append = torch.ops.dyvte.norm_qkv_append_.default
 
 
 def build_info() -> dict[str, Any]:
@@ -215,7 +231,13 @@ def token_score(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float) 
 
 
 def decode_attention(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, kv_lens: Tensor, scale: float
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    arrived: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query row per sequence over its first kv_lens[b] cached rows.
 
@@ -224,11 +246,13 @@ def decode_attention(
     Args:
         q: [B, Hq, D]; k_pool, v_pool: [P, page, Hkv, D]; block_table: int32 [B, M]; kv_lens: int32 [B].
         scale: factor on q k^T.
+        arrived: int32, at least B * Hq zeros, which are zeros again afterwards; calls that may run at the same time
+            must not share them. On CUDA one kernel then does what else are two, with the same bits.
 
     Returns:
         [B, Hq, D]; zeros where kv_lens is 0.
     """
-    return _decode_attention(q, k_pool, v_pool, block_table, kv_lens, scale)
+    return _decode_attention(q, k_pool, v_pool, block_table, kv_lens, scale, arrived)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool = True) -> Tensor:
@@ -327,6 +351,60 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear(x, weight, bias)
 
 
+def norm_gate_up(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`silu_mul` of the product of `rms_norm(hidden, norm, eps)` and weight, in one kernel. CUDA only.
+
+    This and the next three stream a weight once, for the few rows of a decoding step. They take float16 and bfloat16,
+    at most 8 rows, columns and row strides in multiples of 8, and begin early behind each other where the GPU can.
+
+    Args:
+        hidden: [B, k]; norm: [k]; weight: [2 m, k], the gate's rows first; bias: [2 m].
+
+    Returns:
+        [B, m].
+    """
+    return _norm_gate_up(hidden, norm, eps, weight, bias)
+
+
+def norm_linear(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product of `rms_norm(hidden, norm, eps)` [B, k] and weight [n, k], plus bias [n], unrounded: float32 [B, n].
+
+    See `norm_gate_up`.
+    """
+    return _norm_linear(hidden, norm, eps, weight, bias)
+
+
+def add_linear_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """residual [B, n] += x [B, k] times weight [n, k] transposed, plus bias [n]. See `norm_gate_up`."""
+    _add_linear(residual, x, weight, bias)
+
+
+def norm_qkv_append_(
+    hidden: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+) -> Tensor:
+    """q, k and v of `rms_norm(hidden, norm, eps)`, rotated; k and v go behind the cached rows. See `norm_gate_up`.
+
+    Args:
+        hidden: [B, k]; norm: [k]; weight: [(Hq + 2 Hkv) D, k], the heads of q, k and v; bias: [(Hq + 2 Hkv) D].
+        cos_sin: float32 [max_pos, D], as in `rope_append_`; D a multiple of 16, all of which is rotated.
+        positions, lens: int32 [B]; k_pool, v_pool: [P, page, Hkv, D]; block_table: int32 [B, M].
+
+    Returns:
+        q [B, Hq, D].
+    """
+    return _norm_qkv_append(hidden, norm, eps, weight, bias, cos_sin, positions, k_pool, v_pool, block_table, lens)
+
+
 # --- fake kernels: shapes and dtypes only, for torch.compile and opcheck ----------------------------------------------
 
 
@@ -337,6 +415,7 @@ def _(hidden: Tensor, text_ranges: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("dyvte::kv_compact_")
+@torch.library.register_fake("dyvte::add_linear_")
 @torch.library.register_fake("dyvte::rope_append_")
 def _(*_: Any) -> None:
     return None
@@ -368,3 +447,19 @@ def _(gate_up: Tensor) -> Tensor:
 @torch.library.register_fake("dyvte::linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("dyvte::norm_gate_up")
+def _(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], weight.shape[0] // 2)
+
+
+@torch.library.register_fake("dyvte::norm_linear")
+def _(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("dyvte::norm_qkv_append_")
+def _(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, *rest: Tensor) -> Tensor:
+    heads, dim = rest[2].shape[2:]  # of k_pool
+    return hidden.new_empty(hidden.shape[0], weight.shape[0] // dim - 2 * heads, dim)

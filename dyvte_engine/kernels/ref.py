@@ -119,7 +119,13 @@ def token_score_ref(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, scale: flo
 
 
 def decode_attention_ref(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, kv_lens: Tensor, scale: float
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    arrived: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for b, n in enumerate(kv_lens.tolist()):
@@ -179,10 +185,53 @@ def add_rms_norm_ref(residual: Tensor, x: Tensor, weight: Tensor, eps: float) ->
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    out = x.float() @ weight.float().T
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    return _product(x, weight, bias).to(x.dtype)
 
 
 def silu_mul_ref(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In float32, unrounded."""
+    out = x.float() @ weight.float().T
+    return out if bias is None else out + bias.float()
+
+
+def norm_gate_up_ref(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    gate, up = _product(rms_norm_ref(hidden, norm, eps), weight, bias).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(hidden.dtype)
+
+
+def norm_linear_ref(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _product(rms_norm_ref(hidden, norm, eps), weight, bias)
+
+
+def add_linear_ref(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    residual.copy_(residual.float() + _product(x, weight, bias))
+
+
+def norm_qkv_append_ref(
+    hidden: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+) -> Tensor:
+    page, heads, dim = k_pool.shape[1:]
+    qkv = _product(rms_norm_ref(hidden, norm, eps), weight, bias).unflatten(1, (-1, dim))
+    q, k, v = qkv.split((qkv.shape[1] - 2 * heads, heads, heads), dim=1)
+    cos, sin = cos_sin[positions.long()].chunk(2, dim=-1)
+    _rotate(q, cos, sin)
+    _rotate(k, cos, sin)
+    at = block_table.long().gather(1, (lens // page).long()[:, None])[:, 0] * page + lens % page
+    k_pool.flatten(0, 1)[at] = k.to(k_pool.dtype)
+    v_pool.flatten(0, 1)[at] = v.to(v_pool.dtype)
+    return q.to(hidden.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..kernels import ops
 from ..kernels.graphs import Replay, capture_cuda
 from ..models.decoder import Decoder
+from ..models.fused import FusedLayers
 from .kv_cache import KVCache, PagePool
 
 
@@ -43,14 +44,23 @@ class _OneEach:
 
 
 def decode_step(
-    decoder: Decoder, pool: PagePool, tokens: Tensor, positions: Tensor, block_table: Tensor, lens: Tensor
+    decoder: Decoder,
+    pool: PagePool,
+    tokens: Tensor,
+    positions: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+    fused: FusedLayers | None = None,
 ) -> Tensor:
     """tokens int64 [B] -> f32 logits [B, vocab]; appends one row to every layer's cache. Nothing here knows the host.
 
     positions and lens int32 [L, B]; block_table int32 [L, B, M] with room for the rows. The caller raises the former.
+    fused: what computes it for as many sequences as it takes.
     """
     rows = _OneEach(decoder, pool, positions, block_table, lens)
     hidden = F.embedding(tokens, decoder.embed.weight)  # [B, d]
+    if fused is not None and len(tokens) <= fused.most:
+        return fused.run(hidden, pool.k, pool.v, rows.of_layer)
     x = decoder.enter(hidden)
     for layer in range(len(decoder.layers)):
         hidden, x = decoder.layer(layer, hidden, x, rows)
@@ -70,6 +80,7 @@ class _Home:
     lens: Tensor
     positions: Tensor
     tenant: weakref.ref[KVCache] | None = field(default=None, init=False)
+    count: int = field(default=0, init=False)  # of slots that are alive
 
     @classmethod
     def of(cls, slots: int, pages: int, pool: PagePool) -> _Home:
@@ -82,6 +93,13 @@ class _Home:
             lens=numbers,
             positions=numbers.clone(),
         )
+
+    def enliven(self, count: int) -> None:
+        """The first slots; nothing is launched where as many were alive before."""
+        if count != self.count:
+            self.alive.fill_(0)
+            self.alive[:count].fill_(1)
+            self.count = count
 
     def admit(self, cache: KVCache) -> None:
         """`cache` keeps its device state here from now on; one that still does takes its own along."""
@@ -121,8 +139,10 @@ class DecodeGraphs:
         max_len: int,
         capture: Callable[..., Replay[Tensor] | None] = capture_cuda,
         padded: bool = True,
+        fused: FusedLayers | None = None,
     ):
         self.decoder, self.pool, self._capture, self._padded = decoder, pool, capture, padded
+        self.fused = fused
         self.sealed = False
         self._slots, self._pages = slots, pool.pages(max_len)
         self._home = _Home.of(slots, self._pages, pool)
@@ -150,8 +170,7 @@ class DecodeGraphs:
         home = self._home
         home.admit(cache)
         home.tokens[:count].copy_(tokens)
-        home.alive.fill_(0)
-        home.alive[:count].fill_(1)
+        home.enliven(count)
         if key not in self._replays:
             self.capture(key)
         replay = self._replays[key]
@@ -164,7 +183,7 @@ class DecodeGraphs:
         def step() -> Tensor:
             table, here = home.block_table[:, :count, :pages], slice(count)
             lens, positions = home.lens[:, here], home.positions[:, here]
-            logits = decode_step(self.decoder, self.pool, home.tokens[here], positions, table, lens)
+            logits = decode_step(self.decoder, self.pool, home.tokens[here], positions, table, lens, self.fused)
             lens += home.alive[here]
             positions += home.alive[here]
             return logits

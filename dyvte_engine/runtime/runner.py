@@ -17,6 +17,7 @@ from ..kernels.attention import CAPTURABLE, choose_backend
 from ..kernels.graphs import capture_cpu, capture_cuda
 from ..kernels.transfer import DeviceLock
 from ..models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
+from ..models.fused import fused_layers
 from ..models.rows import Rows
 from ..models.tower_graphs import MOST
 from ..policies import VisualTokenPolicy
@@ -49,6 +50,7 @@ class Runner:
         self.pool = PagePool(shape, self._n_pages(), config.page_size, config.dtype, config.device)
         self.prefixes = PrefixStore(int(config.prefix_cache), self.pool)
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+        self.fused = fused_layers(model.decoder, config.fused_decode)
         self.graphs = self.decode_graphs(config.max_batch)
         self.text_graphs: TextGraphs | None = None
         if config.device.type == "cuda" and config.graphs:
@@ -73,7 +75,7 @@ class Runner:
             return None
         on_cuda = self.config.device.type == "cuda"
         capture = capture_cuda if on_cuda else capture_cpu
-        return DecodeGraphs(self.model.decoder, self.pool, slots, self.max_len, capture, padded=on_cuda)
+        return DecodeGraphs(self.model.decoder, self.pool, slots, self.max_len, capture, on_cuda, self.fused)
 
     def cache(self, slots: int, count: int) -> KVCache:
         """Room for `slots` sequences, the first `count` of them in use."""
@@ -170,7 +172,7 @@ class Runner:
                 done = prefill.finish()
                 for b in range(len(prompts)):
                     cache.claim(b, cache.held(b))  # fewer than at its peak, where early K/V was dropped
-                return Running(self.model.decoder, cache, done, self.graphs, self.lock)
+                return Running(self.model.decoder, cache, done, self.graphs, self.lock, self.fused)
             except Exception:
                 cache.close()
                 raise
@@ -198,7 +200,7 @@ class Runner:
 
     def nobody(self, slots: int) -> Running:
         """A batch that prefilled sequences can join: so many slots, all empty."""
-        return Running(self.model.decoder, self.cache(slots, 0), None, self.graphs, self.lock)
+        return Running(self.model.decoder, self.cache(slots, 0), None, self.graphs, self.lock, self.fused)
 
     def check_integrity(self) -> None:
         """Every page is free, or held once by a sequence or by what several share, and all claims add up.

@@ -11,6 +11,7 @@ from ..checks import is_whole
 from ..errors import CacheError, InvalidArgumentError
 from ..kernels.transfer import DeviceLock, read_later, to_device
 from ..models.decoder import Decoder
+from ..models.fused import FusedLayers
 from .decode import DecodeGraphs, decode_step
 from .kv_cache import KVCache
 from .prefill import Prefilled
@@ -30,8 +31,9 @@ class Running:
         prefilled: Prefilled | None,
         graphs: DecodeGraphs | None = None,
         lock: DeviceLock | None = None,
+        fused: FusedLayers | None = None,
     ):
-        self.decoder, self.cache, self._graphs = decoder, cache, graphs
+        self.decoder, self.cache, self._graphs, self._fused = decoder, cache, graphs, fused
         self._lock = lock or DeviceLock(cache.lens.device)
         self.exit_layers = [] if prefilled is None else prefilled.exit_layers
         self.rows = [] if prefilled is None else prefilled.rows
@@ -82,7 +84,7 @@ class Running:
         if logits is None:
             n = cache.count
             table, lens, positions = cache.block_table[:, :n], cache.lens[:, :n], cache.positions[:, :n]
-            logits = decode_step(self.decoder, cache.pool, tokens, positions, table, lens)
+            logits = decode_step(self.decoder, cache.pool, tokens, positions, table, lens, self._fused)
             lens += 1
             positions += 1
         cache.host_lens[:, : cache.count] += 1

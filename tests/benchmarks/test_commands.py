@@ -13,6 +13,7 @@ from benchmarks import (
     capacity,
     curves,
     decisions,
+    decoding,
     document,
     growth,
     kernels,
@@ -280,6 +281,17 @@ def test_a_case_that_does_not_fit_is_left_out_and_said_so():
         inputs.randn(16, 16)
     entry = kernels.measure_case(CASES[0], inputs, 0.0, with_compile=False)
     assert entry == {"op": "exit_head", "batch": 1, "skipped": entry["skipped"]}
+
+
+def test_decoding_times_steps(checkpoint, out):
+    data = run(decoding, out, "--model", checkpoint, "--batch", "1", "2", "--rows", "20", "--seconds", "0")
+    assert [(c["batch"], c["way"]) for c in data["cases"]] == [(1, "usual"), (2, "usual")]
+    assert "it is for CUDA" in data["why_not"] and "it is for CUDA" in decoding.tables(data)[0].note
+    for c in data["cases"]:
+        check_spread(c["step"])
+        assert c["share"] == pytest.approx(c["bytes"] / data["limits"]["bytes"] / c["step"]["median"])
+    assert data["cases"][0]["bytes"] < data["cases"][1]["bytes"]
+    assert "batch 2, usual kernels" in conclusion(data)
 
 
 def test_curves_has_accuracy_and_both_costs(out):

@@ -55,7 +55,8 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         named = dict(zip((a.name for a in function._schema.arguments), args)) | kwargs
         for argument in function._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and named.get(argument.name) is not None:  # an argument may be left out
                 storage = named[argument.name].untyped_storage()
                 self.before.setdefault(storage._cdata, (storage, storage.clone()))
         out = function(*args, **kwargs)
@@ -182,6 +183,19 @@ def test_running_batches_of_one_size_do_not_disturb_each_other(device):
     for r in running:
         r.close()
     assert engine.pool.bytes_held == 0
+
+
+def test_a_step_like_the_last_writes_its_tokens_and_nothing_else():
+    """What is launched between two replays keeps the device waiting."""
+    engine, _ = with_graphs("cpu", page_size=64)
+    texts, images = tiny.prompts(seed=92, n=3)
+    with engine.prefill_prepared(engine.model.prepare(engine.model.tokenize(texts, images))) as running:
+        running.step([5, 6, 7])
+        engine.runner.graphs._replays = dict.fromkeys(engine.runner.graphs._replays, lambda: running.logits)
+        with Operations() as operations:
+            running.feed(torch.tensor([5, 6, 7]))
+    writing = [f for f, *_ in operations.calls if f._schema.is_mutable]
+    assert writing == [torch.ops.aten.copy_.default]
 
 
 def test_a_batch_that_is_gone_is_not_kept():

@@ -236,6 +236,7 @@ def prefill(rng: random.Random, world: World) -> Call:
 def from_pretrained(rng: random.Random, world: World) -> Call:
     valid = dict(model=str(world.model), policy=None, dtype="float32", device="cpu", attn_backend="auto", max_batch=2)
     valid |= dict(max_len=64, page_size=16, drop_early_kv=False, graphs=True, pack_weights="auto")
+    valid |= dict(fused_decode="auto")
     options = varied(rng, valid | {"trust_remote_code": False})
 
     def run() -> None:

@@ -61,6 +61,16 @@ def test_against_torch(device, dtype, lens, heads, dim, page) -> None:
     assert torch.equal(out, ops.decode_attention(**args))
 
 
+@pytest.mark.parametrize("lens,heads,dim,page", CASES)
+def test_in_one_kernel(device, dtype, lens, heads, dim, page) -> None:
+    """The same bits, whichever block comes last; what it counts with is as it was."""
+    args = make(device, dtype, lens, heads, dim, page)
+    want, arrived = ops.decode_attention(**args), int32([0] * (len(lens) * heads[0]), device)
+    for _ in range(10):
+        assert torch.equal(ops.decode_attention(**args, arrived=arrived), want)
+    assert arrived.count_nonzero() == 0
+
+
 def test_empty_batch(device: str) -> None:
     args = make(device, torch.float32, [3], (4, 2), 64, 16)
     empty = args | {"q": args["q"][:0], "block_table": args["block_table"][:0], "kv_lens": args["kv_lens"][:0]}
@@ -118,6 +128,8 @@ def test_errors(device: str) -> None:
             ("block_table", good["block_table"][1:], ""),
             ("block_table", good["block_table"].long(), ""),
             ("kv_lens", good["kv_lens"][1:], ""),
+            ("arrived", int32([0] * 7, device), ""),
+            ("arrived", int32([0] * 8, device).long(), ""),
         ],
     )
 

@@ -8,7 +8,14 @@ import torch
 
 from dyvte_engine.kernels import ops
 
-from . import test_decode_attention, test_exit_head, test_kv_compact, test_rope_append, test_token_score
+from . import (
+    test_decode_attention,
+    test_decode_linear,
+    test_exit_head,
+    test_kv_compact,
+    test_rope_append,
+    test_token_score,
+)
 
 CASES = {
     "exit_head": (ops.exit_head, lambda t: test_exit_head.make("cpu", t, 83, 33, 15)),
@@ -39,3 +46,43 @@ def test_sanitizer(name: str, dtype: torch.dtype) -> None:
     for n, v in host.items():
         if isinstance(v, torch.Tensor):
             torch.testing.assert_close(device[n].cpu(), v, rtol=2e-2, atol=2e-2)
+
+
+DECODING = {
+    "norm_gate_up": (
+        ops.norm_gate_up,
+        ops.norm_gate_up_ref,
+        lambda t: test_decode_linear.entry("cpu", t, 7, 2 * 83, 1096, True),
+    ),
+    "norm_linear": (
+        ops.norm_linear,
+        ops.norm_linear_ref,
+        lambda t: test_decode_linear.entry("cpu", t, 1, 4999, 264, False),
+    ),
+    "add_linear": (ops.add_linear_, ops.add_linear_ref, lambda t: added(t, 8, 83, 520)),
+    "norm_qkv_append": (
+        ops.norm_qkv_append_,
+        ops.norm_qkv_append_ref,
+        lambda t: test_decode_linear.qkv("cpu", t, 3, (6, 2), 80, 264, True),
+    ),
+}
+
+
+def added(dtype: torch.dtype, rows: int, n: int, k: int) -> dict:
+    args = test_decode_linear.weights("cpu", dtype, rows, n, k, True)
+    del args["norm"]
+    return {"residual": torch.randn(rows, n).to(dtype), **args}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_products_of_a_decoding_step(name: str, half: torch.dtype) -> None:
+    torch.manual_seed(0)
+    op, reference, make = DECODING[name]
+    host = make(half)
+    device = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in host.items()}
+    got, want = op(**device), reference(**host)
+    tensors = [(device[n], v) for n, v in host.items() if isinstance(v, torch.Tensor)]
+    for there, here in tensors + ([] if want is None else [(got, want)]):
+        torch.testing.assert_close(there.cpu(), here, rtol=3e-2, atol=3e-2)

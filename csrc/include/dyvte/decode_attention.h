@@ -16,6 +16,9 @@ struct DecodeAttentionParams {
   int64_t max_len;  // CPU: the largest of kv_lens. CUDA: the capacity max_pages * page, since kv_lens is on the device
   float scale;
   DType dtype;
+  // CUDA: [batch * heads_q] zeros, which are zeros again afterwards: then it is one kernel, whose last blocks combine
+  // what all of them found. Null: a second kernel combines.
+  uint32_t* arrived;
 };
 
 int64_t decode_attention_cpu_scratch(const DecodeAttentionParams& p);

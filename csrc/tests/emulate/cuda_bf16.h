@@ -12,3 +12,4 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   dyvte::DYVTE_ISA::from_float(x, &to.value);
   return to;
 }
+inline float number(__nv_bfloat16 x) { return __bfloat162float(x); }

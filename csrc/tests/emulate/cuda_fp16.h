@@ -12,3 +12,4 @@ inline __half __float2half_rn(float x) {
   dyvte::DYVTE_ISA::from_float(x, &to.value);
   return to;
 }
+inline float number(__half x) { return __half2float(x); }

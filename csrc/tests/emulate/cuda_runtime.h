@@ -1,8 +1,9 @@
 // Enough of CUDA to run the kernels of csrc/cuda on the CPU, where sanitisers can watch them and no GPU is needed.
 // Blocks run one after the other in a random order; the threads of a block are fibers, and which one runs next is
-// random at every barrier and shuffle, so a missing __syncthreads() shows as a wrong result. Shared memory is a static
-// array. Not modelled: memory ordering between blocks, coalescing, register and shared memory limits, misaligned-access
-// faults (the undefined-behaviour sanitiser reports those).
+// random at every barrier and shuffle, with one warp far behind the others, so a missing __syncthreads() shows as a
+// wrong result. Shared memory is a static array. Not modelled: memory ordering between blocks, kernels that overlap,
+// coalescing, register and shared memory limits, misaligned-access faults (the undefined-behaviour sanitiser reports
+// those).
 #pragma once
 
 #include <cmath>
@@ -43,12 +44,17 @@ extern dim3 gridDim;
 
 namespace emulate {
 
-// Runs `thread` once per thread of the grid.
-void run_grid(dim3 blocks, unsigned threads, const std::function<void()>& thread);
+// Runs `thread` once per thread of the grid. What a block finds in its `shared_bytes` at first is no number.
+void run_grid(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread);
 void block_barrier();
 // The value that lane `source` of this warp passed to the same call.
 float exchange(float value, unsigned source);
+// Six registers of every lane of this warp.
+const unsigned (*gather(const unsigned (&mine)[6]))[6];
 unsigned lane();
+void* dynamic_shared();
+inline void wait_for_earlier_kernels() {}
+inline void let_next_begin() {}
 
 }  // namespace emulate
 
@@ -61,23 +67,63 @@ inline float __shfl_down_sync(unsigned, float value, int delta) {
   const unsigned source = emulate::lane() + delta;
   return emulate::exchange(value, source < 32 ? source : emulate::lane());
 }
-inline unsigned atomicAdd(unsigned* at, unsigned value) {
+inline unsigned atomicInc(unsigned* at, unsigned most) {
   const unsigned old = *at;
-  *at += value;
+  *at = old >= most ? 0 : old + 1;
   return old;
 }
-inline float __ldcg(const float* at) { return *at; }
+template <class T>
+T __ldcg(const T* at) {
+  return *at;
+}
 inline void __stwb(uint4* at, uint4 value) { *at = value; }
+
+namespace emulate {
+
+// mma.m16n8k16: a[16][16] times b[16][8], spread over the lanes as PTX says. T: two of them are in each register.
+template <class T>
+void mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], T) {
+  float of_a[32][8], of_b[32][4];  // every lane's
+  const unsigned (*all)[6] = gather({a[0], a[1], a[2], a[3], b[0], b[1]});
+  for (unsigned source = 0; source < 32; ++source) {
+    T pairs[12];
+    std::memcpy(pairs, all[source], sizeof(pairs));
+    for (unsigned i = 0; i < 12; ++i) (i < 8 ? of_a[source][i] : of_b[source][i - 8]) = number(pairs[i]);
+  }
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      // Register k / 8 of the row's half (a: 2 of them for each half) and of b, in lane k % 8 / 2 of the quad.
+      const float x = of_a[row % 8 * 4 + k % 8 / 2][(k / 8 * 2 + row / 8) * 2 + k % 2];
+      sum[i] += x * of_b[column * 4 + k % 8 / 2][k / 8 * 2 + k % 2];
+    }
+  }
+}
+
+}  // namespace emulate
 
 // --- runtime API ---------------------------------------------------------------------------------------------------
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaFuncAttributes {
+  int ptxVersion, maxDynamicSharedSizeBytes;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 cudaError_t cudaGetLastError();
@@ -86,6 +132,16 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
 cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t);
 void emulate_launch_error(cudaError_t error);
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  *attributes = {90, 48 << 10};
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -97,6 +153,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     emulate_launch_error(cudaErrorInvalidConfiguration);
     return cudaErrorInvalidConfiguration;
   }
-  emulate::run_grid(grid, config->blockDim.x, [&] { kernel(arguments...); });
+  emulate::run_grid(grid, config->blockDim.x, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -39,7 +39,9 @@ ucontext_t scheduler;
 const std::function<void()>* body;
 float lanes[2][1024 / kWarp]
            [kWarp];  // a warp's exchanges take turns, so that nobody overwrites a value before it was read
+unsigned registers[2][1024 / kWarp][kWarp][6];
 std::mt19937 random_order{1};
+std::unique_ptr<char[]> shared;
 
 void entry() {
   (*body)();
@@ -82,21 +84,31 @@ void release(unsigned threads) {
   }
 }
 
+// Threads that can run, in random order; those of one warp, which changes now and then, only when no other can: it
+// finds what the others leave when they are as far ahead as barriers let them be.
+std::vector<unsigned> runnable(unsigned threads) {
+  static unsigned slow = 0;
+  const unsigned warps = threads / kWarp;
+  if (random_order() % 32 == 0) slow = random_order() % warps;
+  std::vector<unsigned> ready, behind;
+  for (unsigned i = 0; i < threads; ++i) {
+    if (fibers[i].state == State::ready) (i / kWarp == slow ? behind : ready).push_back(i);
+  }
+  if (ready.empty()) ready.swap(behind);
+  std::shuffle(ready.begin(), ready.end(), random_order);
+  return ready;
+}
+
 void run_block(unsigned threads) {
   for (unsigned i = 0; i < threads; ++i) start(i);
-  std::vector<unsigned> ready;
   while (true) {
-    ready.clear();
-    for (unsigned i = 0; i < threads; ++i) {
-      if (fibers[i].state == State::ready) ready.push_back(i);
-    }
+    const std::vector<unsigned> ready = runnable(threads);
     if (ready.empty()) {
       const bool all_done =
           std::all_of(fibers.begin(), fibers.begin() + threads, [](const Fiber& f) { return f.state == State::done; });
       if (all_done) return;
       die("threads wait for each other: a barrier or shuffle that not all of them reach");
     }
-    std::shuffle(ready.begin(), ready.end(), random_order);
     for (unsigned i : ready) {
       threadIdx = {i, 0, 0};
       swapcontext(&scheduler, &fibers[i].context);
@@ -118,17 +130,28 @@ float exchange(float value, unsigned source) {
   return warp[source];
 }
 
-void run_grid(dim3 blocks, unsigned threads, const std::function<void()>& thread) {
+const unsigned (*gather(const unsigned (&mine)[6]))[6] {
+  auto& warp = registers[fibers[threadIdx.x].exchanges++ % 2][threadIdx.x / kWarp];
+  std::copy(mine, mine + 6, warp[lane()]);
+  wait(State::at_warp_barrier);
+  return warp;
+}
+
+void* dynamic_shared() { return shared.get(); }
+
+void run_grid(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread) {
   if (threads % kWarp) die("block sizes that are no multiple of 32 are not modelled");
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   body = &thread;
   gridDim = blocks;
+  shared.reset(new char[shared_bytes]);  // of exactly this size, for the address sanitiser
   std::vector<size_t> order(size_t{blocks.x} * blocks.y * blocks.z);
   std::iota(order.begin(), order.end(), size_t{0});
   std::shuffle(order.begin(), order.end(), random_order);
   for (size_t block : order) {
     blockIdx = {static_cast<unsigned>(block % blocks.x), static_cast<unsigned>(block / blocks.x % blocks.y),
                 static_cast<unsigned>(block / blocks.x / blocks.y)};
+    std::memset(shared.get(), 0xff, shared_bytes);
     run_block(threads);
   }
 }
