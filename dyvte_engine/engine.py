@@ -64,7 +64,6 @@ class Engine:
         self._scheduler = Scheduler(self.runner)
         self._worker = Worker(self._scheduler)
         self._policies, self._merged = PolicyCache(model), MergedConfigs()
-        self._tower_flops = vision_flops(model.hf.config.vision_config)
         self._policy = self.bind(KeepAll() if policy is None else policy)
         if config.warm_up and config.device.type == "cuda":
             self.warm_up(progress=True)
@@ -328,6 +327,10 @@ class Engine:
                 )
             )
         return out
+
+    @functools.cached_property
+    def _tower_flops(self) -> float:
+        return vision_flops(self.model.hf.config.vision_config)
 
     def _enqueue(self, sequences: list[sequence.Sequence], chunks: deque[StreamChunk] | None = None) -> list[Handle]:
         for s in sequences:
