@@ -106,6 +106,11 @@ class Prefix:
         behind_head = pages(rows) - self.ends[HEAD] // page
         return both * max(seen, gone) + (head - both) * behind_head + (layers - head) * pages(rows)
 
+    def own_rows(self, rows: int, stop: int | None) -> int:
+        """Of a prompt of so many rows, those that a layer computes at most; `stop` as there."""
+        whole = stop is None and self.depth[REST] == self._pool.num_layers - 1
+        return rows - len(self) + len(self.between) if whole else rows
+
     def marked(self, layer: int) -> bool:
         """Whether it has a mark there, or is going to have one when it has been computed so far."""
         return layer in self.marks or all(depth < layer for depth, n in zip(self.depth, self.ends, strict=True) if n)

@@ -147,6 +147,11 @@ class Runner:
             return self.pool.num_layers * self.pool.pages(rows)
         return prefix.own_pages(rows, acts_after(policy, self.pool.num_layers))
 
+    def worst_rows(self, prompt: TokenizedPrompt, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:
+        """Rows of a prompt that a layer computes at most, behind this prefix."""
+        rows = len(prompt.input_ids)
+        return rows if prefix is None else prefix.own_rows(rows, acts_after(policy, self.pool.num_layers))
+
     def unshared(self, policy: VisualTokenPolicy) -> str | None:
         """Why prefixes are not shared under this policy; None where they are."""
         if self.prefixes.budget == 0:

@@ -288,17 +288,17 @@ class Scheduler:
                 continue
             if len(chosen) == room:
                 break
-            needed, prefix = self._needs(s, chosen.values())
-            pages, rows, policy = pages - needed, rows - len(s.prompt.input_ids), s.policy
+            needed, prefix = self._needs(s, chosen.values(), pages)
+            pages, rows, policy = pages - needed, rows - self.runner.worst_rows(s.prompt, s.policy, prefix), s.policy
             if pages < 0 or (chosen and rows < 0):
                 break
             chosen[s] = prefix
         return chosen
 
-    def _needs(self, s: Sequence, counted: Collection[Prefix | None]) -> tuple[int, Prefix | None]:
+    def _needs(self, s: Sequence, counted: Collection[Prefix | None], free: int) -> tuple[int, Prefix | None]:
         """Pages that admit it, and the prefix to lease for that. What nobody reads yet, nor is `counted`, counts too.
 
-        So a prefix that is deeper than this request may need costs one who is alone more than to know nothing of it.
+        So one who is alone may fit without a prefix where it does not fit with it.
         """
         runner, prefix = self.runner, self.runner.known(s.prompt, s.policy)
         alone = runner.worst_pages(s.rows, s.policy, None)
@@ -306,7 +306,7 @@ class Scheduler:
             return alone, None
         shared = 0 if prefix.pages.users or prefix in counted else prefix.pages.count
         needed = runner.worst_pages(s.rows, s.policy, prefix) + shared
-        return (needed, prefix) if needed <= alone else (alone, None)
+        return (needed, prefix) if needed <= free else (alone, None)
 
     def _choose(self) -> None:
         """A token for everybody; those that are finished leave."""

@@ -434,6 +434,25 @@ def test_pages_of_a_known_prefix_are_promised_once(depth, admitted, monkeypatch)
     engine.check_integrity()
 
 
+@pytest.mark.parametrize(
+    ("depth", "policy", "together"), [("keep-all", None, 4), ("fixed 2", None, 1), ("keep-all", FastV(2, 0.5), 1)]
+)
+def test_a_group_within_a_slice_counts_the_rows_that_it_computes(depth, policy, together):
+    """While somebody is answered, a layer of those who begin is of at most 30 rows; a prompt here has 37."""
+    engine, _ = build(max_len=192, page_size=4, max_batch=8, max_stall=30)
+    ask(engine, 2, 0, depth)
+    text, pictures = BEGINNINGS[2]
+    begin(engine, "w1 w2 w3", None, 60)
+    engine._scheduler.step()
+    handles = [begin(engine, f"{text} w{n}", pictures, 3, policy) for n in range(4)]
+    engine._scheduler.step()
+    assert engine.load["prefilling"] == together
+    want = fresh().generate(
+        [f"{text} w{n}" for n in range(4)], [pictures] * 4, chat=False, max_new_tokens=3, policy=policy
+    )
+    assert [handle.result(60).token_ids for handle in handles] == [result.token_ids for result in want]
+
+
 def test_a_prefix_deeper_than_there_is_room_for_leaves_for_a_request(monkeypatch):
     """It keeps out nobody who would fit without it."""
     forbid_growing_claims(monkeypatch)
@@ -526,9 +545,9 @@ def test_after_a_change_of_weights_nothing_old_is_found():
     engine.check_integrity()
 
 
-def begin(engine, text, pictures, n):
+def begin(engine, text, pictures, n, policy=None):
     config, inputs = engine._config(None, dict(max_new_tokens=n)), engine._tokenize(text, pictures, None, 2.0, False)
-    return engine._enqueue(engine._sequences(inputs, None, 0, config))[0]
+    return engine._enqueue(engine._sequences(inputs, policy, 0, config))[0]
 
 
 @pytest.mark.parametrize("value", [-1, 2.5, False, "all", None])
