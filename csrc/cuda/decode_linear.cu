@@ -101,7 +101,7 @@ struct Holds {
   Params p;
 };
 
-// Tiles of 16 rows in a row.
+// Tiles of 16 consecutive rows.
 template <class Params>
 struct Plain : Holds<Params> {
   using Holds<Params>::p;
