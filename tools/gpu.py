@@ -124,7 +124,7 @@ PARTS = {
         ],
     ),
     "d": Part(
-        "7B, batches of 1 and 8: all methods",
+        "7B, batches of 1 and 8: all methods; decoding steps",
         [policies("llava-1.5-7b", "1 8"), decoding("llava-1.5-7b"), policies("llava-next-7b", "1", "1 3 16")],
     ),
     "e": Part(

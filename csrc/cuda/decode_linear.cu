@@ -101,7 +101,7 @@ struct Holds {
   Params p;
 };
 
-// Tiles of 16 rows in a row.
+// Tiles of 16 consecutive rows.
 template <class Params>
 struct Plain : Holds<Params> {
   using Holds<Params>::p;
@@ -219,6 +219,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) product_kernel(Job job) 
   Packs packs[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) packs[d] = fetch(row, first + d * kWarps * kStep, k);
+  if constexpr (Job::kNorm) {
+    constexpr int kLine = 128 / sizeof(T);
+#pragma unroll 1
+    for (int c = threadIdx.x * kLine; c < k; c += kThreads * kLine) prefetch(static_cast<const T*>(p.norm) + c);
+  }
 
   wait_for_earlier_kernels();
   let_next_begin();

@@ -20,6 +20,9 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
   return value;
 }
 
+// Begins to bring the line of `at` into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" : : "l"(at)); }
+
 // sum += a b of 16 x 16 and 16 x 8 numbers, as mma.m16n8k16 spreads them over a warp.
 __device__ __forceinline__ void mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], __nv_bfloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -62,6 +65,7 @@ using emulate::let_next_begin;
 using emulate::mma;
 using emulate::wait_for_earlier_kernels;
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
+inline void prefetch(const void* at) { (void)*static_cast<const char*>(at); }
 
 #endif
 

@@ -57,6 +57,11 @@ def pair(decoder, device, most=8):
     return engine, plain
 
 
+def assert_near(got, want, device):
+    """Of a layer bfloat16 rounds some other numbers than the usual kernels do."""
+    assert (got - want).norm() <= (0.05 if device == "cuda" else 1e-5) * want.norm()
+
+
 @pytest.mark.parametrize("decoder", ["llama-gqa", "qwen2"])
 def test_answers_are_the_usual_ones(decoder, calls):
     """Sequences of other lengths in each layer, which end at different steps; without biases and with."""
@@ -72,13 +77,12 @@ def test_answers_are_the_usual_ones(decoder, calls):
 def test_steps_of_more_sequences_than_it_takes_run_as_usual(device, most, calls):
     engine, plain = pair("llama-gqa", device, most)
     texts, images = tiny.prompts(seed=77, n=3)
-    tolerance = dict(rtol=1e-4, atol=1e-4) if device == "cpu" else dict(rtol=0.1, atol=0.1)
     for count in (1, 2, 3):
         prompts = plain.model.prepare(plain.model.tokenize(texts[:count], images[:count]))
         with engine.prefill_prepared(prompts) as got, plain.prefill_prepared(prompts) as want:
             before = calls["norm_gate_up"]
             for token in (5, 9):
-                torch.testing.assert_close(got.step([token] * count), want.step([token] * count), **tolerance)
+                assert_near(got.step([token] * count), want.step([token] * count), device)
             padded = 4 if count == 3 else count  # a graph is for a power of two
             assert (calls["norm_gate_up"] > before) == (padded <= most)
     assert engine.runner.fused._arrived.count_nonzero() == 0
@@ -93,7 +97,7 @@ def test_an_engine_that_asks_for_it(calls):
     prompts = plain.model.prepare(plain.model.tokenize(texts, images))
     with engine.prefill_prepared(prompts) as got, plain.prefill_prepared(prompts) as want:
         for token in range(5, 12):
-            torch.testing.assert_close(got.step([token] * 2), want.step([token] * 2), rtol=0.1, atol=0.1)
+            assert_near(got.step([token] * 2), want.step([token] * 2), "cuda")
     assert sum(calls.values()) > 0
 
 

@@ -160,27 +160,33 @@ def test_a_layer_of_them_equals_the_usual_kernels(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("device", CUDA_ONLY)
-def test_graph_capture(device: str, dtype: torch.dtype) -> None:
-    """Captured behind each other, as in a step; each begins early, and reads what the one before wrote."""
+@pytest.mark.parametrize("rows", [1, 8])
+def test_behind_each_other_as_one_by_one(device: str, dtype: torch.dtype, rows: int) -> None:
+    """Each begins early where the GPU can, and reads what the one before wrote; also captured, as in a step."""
     torch.manual_seed(0)
-    hidden = torch.randn(5, 1024).to(device, dtype)
+    first = torch.randn(rows, 1024).to(device, dtype)
     layers = [
-        (entry(device, dtype, 5, 2 * 2816, 1024, False), weights(device, dtype, 5, 1024, 2816, False)["weight"])
+        (entry(device, dtype, rows, 2 * 2816, 1024, False), weights(device, dtype, rows, 1024, 2816, False)["weight"])
         for _ in range(6)
     ]
 
-    def step(x: Tensor) -> Tensor:
+    def step(x: Tensor, wait: bool = False) -> Tensor:
         for up, down in layers:
-            ops.add_linear_(x, ops.norm_gate_up(x, up["norm"], EPS, up["weight"]), down)
+            inner = ops.norm_gate_up(x, up["norm"], EPS, up["weight"])
+            if wait:
+                torch.cuda.synchronize()
+            ops.add_linear_(x, inner, down)
+            if wait:
+                torch.cuda.synchronize()
         return x
 
-    x = hidden.clone()
-    want = step(hidden.clone())
+    want, x = step(first.clone(), wait=True), first.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step(x)
-    for _ in range(20):
-        x.copy_(hidden)
+    for _ in range(50):
+        assert torch.equal(step(first.clone()), want)
+        x.copy_(first)
         graph.replay()
         assert torch.equal(out, want)
 
