@@ -69,15 +69,37 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor 
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     batch, _, n, dim = q.shape
-    asked = {name for name, value in options.items() if value is not None}
-    causal = options.get("is_causal", getattr(module, "is_causal", True))
-    plain = attention_mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    fits = dim <= MAX_HEAD_DIM and q.shape == k.shape == v.shape and native_gains(q.dtype, n)
-    if not (getattr(_run, "active", 0) and plain and fits) or learns:
+    ours = getattr(_run, "active", 0) and q.shape == k.shape == v.shape and not learns
+    if not ours or not _is_plain(module, q.dtype, n, dim, attention_mask, options):
         return sdpa_attention_forward(module, q, k, v, attention_mask, **options)
     # a view, unless the heads of a row are apart
     q, k, v = (t.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, dim)) for t in (q, k, v))
-    cu = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32)
-    out = ops.varlen_attention(q, k, v, cu, options.get("scaling") or dim**-0.5, causal=False)
+    out = ops.varlen_attention(q, k, v, _starts(batch, n), options.get("scaling") or dim**-0.5, causal=False)
     return out.unflatten(0, (batch, n)), None
+
+
+def attend_rows(module: Any, qkv: Tensor, batch: int, mask: Tensor | None, **options: Any) -> Tensor:
+    """As `attend` in a run, of qkv [B * n, 3, H, D]: what each row asks for and holds -> [B * n, H * D]."""
+    n, dim = len(qkv) // batch, qkv.shape[-1]
+    if _is_plain(module, qkv.dtype, n, dim, mask, options):
+        q, k, v = qkv.unbind(1)
+        return ops.varlen_attention(q, k, v, _starts(batch, n), module.scale, causal=False).flatten(1)
+    q, k, v = qkv.unflatten(0, (batch, n)).permute(2, 0, 3, 1, 4)
+    out, _ = attend(module, q, k, v, mask, scaling=module.scale, dropout=0.0, **options)
+    return out.reshape(len(qkv), -1)
+
+
+def _is_plain(module: Any, dtype: torch.dtype, n: int, dim: int, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether our kernel does what is asked for, and gains by it."""
+    asked = {name for name, value in options.items() if value is not None}
+    causal = options.get("is_causal", getattr(module, "is_causal", True))
+    plain = mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
+    return plain and dim <= MAX_HEAD_DIM and native_gains(dtype, n)
+
+
+@functools.lru_cache(16)
+def _starts(batch: int, n: int) -> Tensor:
+    """int32 [B + 1], where the rows of each picture begin."""
+    with torch.inference_mode(False):
+        return torch.arange(0, (batch + 1) * n, n, dtype=torch.int32)

@@ -12,12 +12,11 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .guard import addresses, is_patched, version
 from .linear import Linear
-from .tower_attention import KIND, attend
+from .tower_attention import KIND, attend_rows
 from .vision_run import VisionRun
 
 _CLASSES = {
@@ -110,13 +109,12 @@ class _Layer:
         """hidden_states [B, n, d] -> [B, n, d]."""
         attention, _, norm1, norm2, activation = self._parts[:5]
         batch, n, width = hidden_states.shape
-        qkv = self._qkv(_normed(norm1, hidden_states).flatten(0, 1))
-        q, k, v = qkv.view(batch, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        read, _ = attend(attention, q, k, v, attention_mask, scaling=attention.scale, dropout=0.0, **options)
-        hidden = self._out(read.reshape(batch * n, width)).view_as(hidden_states) + hidden_states
-        rows = _normed(norm2, hidden).flatten(0, 1)
+        hidden = hidden_states.reshape(batch * n, width)
+        qkv = self._qkv(_normed(norm1, hidden)).view(batch * n, 3, attention.num_heads, -1)
+        hidden = self._out(attend_rows(attention, qkv, batch, attention_mask, **options)) + hidden
+        rows = _normed(norm2, hidden)
         wide = self._fc1.gelu(rows, self._gelu) if self._gelu is not None else activation(self._fc1(rows))
-        return self._fc2(wide).view_as(hidden) + hidden
+        return (self._fc2(wide) + hidden).view_as(hidden_states)
 
 
 def _is_touched(state: dict[str, Any]) -> bool:
@@ -151,7 +149,7 @@ def _are_plain(layer: nn.Module, parts: tuple[Any, ...]) -> bool:
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _packed(*modules: Any) -> Linear:
