@@ -203,36 +203,32 @@ class KVCache:
             CacheError: beyond what was claimed, and the pool is out of pages.
         """
         wanted = np.array([0 if b in self.given_up else self.pool.pages(n) for b, n in enumerate(rows)])
-        missing = np.zeros_like(self._held)
-        missing[layers.start : layers.stop, : len(rows)] = wanted - self._held[layers.start : layers.stop, : len(rows)]
-        self._take(missing.clip(0))
+        self._take(layers, (wanted - self._held[layers.start : layers.stop, : len(rows)]).clip(0))
 
     def reserve_next(self) -> None:
         """Room for one more row everywhere; touches the device only when a page is full."""
         full = self.host_lens == self._held * self.pool.page_size
         full[:, self.count :] = False
         if full.any():
-            self._take(full.astype(np.int64))
+            self._take(range(len(full)), full[:, : self.count].astype(np.int64))
 
-    def _take(self, missing: np.ndarray) -> None:
-        """missing: int64 [L, S], pages that each (layer, sequence) takes."""
-        most = self._host_table.shape[2]
-        if (self._held + missing > most).any():
+    def _take(self, layers: range, missing: np.ndarray) -> None:
+        """missing: int64 [layers, B], pages that each of the first B sequences takes in these layers."""
+        table, most = self._host_table[layers.start : layers.stop], self._host_table.shape[2]
+        held = self._held[layers.start : layers.stop, : missing.shape[1]]
+        after = held + missing
+        if after.max(initial=0) > most:
             raise CacheError(f"a sequence has more than the {most * self.pool.page_size} rows of its {most} pages")
-        for b, n in enumerate(missing.sum(axis=0)[: self.count].tolist()):
-            if self.held(b) + n > self.claims[b]:
+        counts = missing.sum(axis=0).tolist()
+        for b, n in enumerate(counts):
+            if n and self.held(b) + n > self.claims[b]:
                 self.claim(b, self.held(b) + n)
-        counts = missing.ravel()
-        total = int(counts.sum())
-        new = np.array(self.pool.allocator.alloc(total), dtype=np.int32)
-        slot = np.repeat(np.arange(counts.size), counts)
-        first = np.repeat(counts.cumsum() - counts, counts)
-        at = np.stack((*np.divmod(slot, missing.shape[1]), self._held.ravel()[slot] + np.arange(total) - first))
-        self._host_table[tuple(at)] = new
-        self._held += missing
-        device = self.lens.device
-        places = to_device(torch.from_numpy(at), device, torch.int64).unbind()
-        self.block_table.index_put_(places, to_device(torch.from_numpy(new), device, torch.int32))
+        places = np.arange(most)
+        new = (places >= held[..., None]) & (places < after[..., None])
+        table[:, : len(counts)][new] = self.pool.allocator.alloc(sum(counts))
+        held[:] = after
+        numbers = to_device(torch.from_numpy(table), self.lens.device, torch.int32)
+        self.block_table[layers.start : layers.stop].copy_(numbers)
 
     def set_lens(self, rows: Sequence[Sequence[int]], next_positions: Tensor) -> None:
         """Layer l now holds `rows[l][b]` rows of sequence b. next_positions: int32 [L, B]."""

@@ -42,12 +42,20 @@ class _Group:
         self._prepared: list[Seen] = []
         self._one_by_one = False
         self._prefill: Prefill | None = None
-        self.cache = runner.cache(len(sequences), len(sequences))
-        for b, prefix in enumerate(prefixes):  # all of them, before a claim makes one leave that is not in use
+        self.caches = [runner.cache(len(sequences), len(sequences))]
+
+    @property
+    def cache(self) -> KVCache:
+        """What holds their rows; those before it are empty, unless somebody interrupted."""
+        return self.caches[-1]
+
+    def claim(self) -> None:
+        """Their worst case, but for what is known; apart from the making, so that an interrupt finds what was taken."""
+        for b, prefix in enumerate(self._prefixes):  # all of them, before a claim makes one leave that is not in use
             if prefix is not None:
                 self.cache.lease(b, prefix.pages)
-        for b, (s, prefix) in enumerate(zip(sequences, prefixes, strict=True)):
-            self.cache.claim(b, runner.worst_pages(s.rows, s.policy, prefix))
+        for b, (s, prefix) in enumerate(zip(self.sequences, self._prefixes, strict=True)):
+            self.cache.claim(b, self._runner.worst_pages(s.rows, s.policy, prefix))
             s.begin()
 
     def advance(self, row_layers: float) -> bool:
@@ -95,7 +103,7 @@ class _Group:
     def _begin(self) -> None:
         cache, n = self.cache, len(self.sequences)
         if n < cache.slots:  # some were lost: a prefill takes no empty slots
-            self.cache = self._runner.cache(n, 0)
+            self.caches.append(self._runner.cache(n, 0))
             self.cache.join(cache)
         runner, policy, prompts = self._runner, self.sequences[0].policy, [seen.prompt for seen in self._prepared]
         keys = [
@@ -277,6 +285,7 @@ class Scheduler:
                 self._begun += chosen  # first: an interrupt finds them here or there
                 self._waiting = [s for s in self._waiting if s not in chosen]
                 self._group = _Group(self.runner, list(chosen), list(chosen.values()))
+                self._group.claim()
 
     def _fitting(self, waiting: Iterable[Sequence]) -> dict[Sequence, Prefix | None]:
         """Those to begin with, and what is known of their beginnings."""
@@ -386,4 +395,4 @@ class Scheduler:
         with self._mutex:
             self._waiting = [s for s in self._waiting if s not in begun]
         self._running = self.runner.nobody(self._slots)
-        self.runner.forget(before.cache, *([] if group is None else [group.cache]))
+        self.runner.forget(before.cache, *([] if group is None else group.caches))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
+from functools import partial
 from typing import Any
 
 from ..config import DecoderShape
@@ -51,9 +52,8 @@ class Sequence:
         self._begun_at = self._first_at = self._last_at = 0.0
         self._vision_s = 0.0
         self._pictures_reused: int | None = None
-        self._shape: DecoderShape | None = None
-        self._rows: list[int] = []  # of its prompt, in each layer
         self._figures: dict[str, Any] = {}
+        self._flops: abc.Callable[[], dict[str, Any]] = dict  # figures that the first token need not wait for
 
     @property
     def rows(self) -> int:
@@ -86,7 +86,8 @@ class Sequence:
         unshared: why its prefix was not shared.
         """
         pool, rows = cache.pool, [layer[b] for layer in done.rows]
-        self._shape, self._rows = decoder.shape, rows
+        n = len(self.prompt.input_ids)
+        self._flops = partial(_flops, decoder.shape, rows, n, *self._picture_flops)
         frontier = done.frontiers[b]
         known = "no picture" if frontier is None else "miss" if frontier[0] < 0 else "hit"
         self._figures = dict(
@@ -97,19 +98,7 @@ class Sequence:
             tokens_per_layer=rows,
             kv_bytes=cache.bytes_of(b),
             kv_bytes_shared=cache.shared(b) * pool.page_bytes,
-            kv_bytes_keep_all=len(rows) * pool.pages(len(self.prompt.input_ids)) * pool.page_bytes,
-        )
-
-    def _flops(self) -> dict[str, Any]:
-        """Figures that the first token need not wait for."""
-        shape, rows, full = self._shape, self._rows, [len(self.prompt.input_ids)] * len(self._rows)
-        assert shape is not None
-        under, without = self._picture_flops
-        return dict(
-            prefill_tflops=paper_flops(shape, rows, under) / 1e12,
-            prefill_tflops_keep_all=paper_flops(shape, full, without) / 1e12,
-            prefill_tflops_true=true_flops(shape, rows, under) / 1e12,
-            prefill_tflops_true_keep_all=true_flops(shape, full, without) / 1e12,
+            kv_bytes_keep_all=len(rows) * pool.pages(n) * pool.page_bytes,
         )
 
     def accept(self, token: int) -> None:
@@ -157,3 +146,14 @@ class Sequence:
             **self._flops(),
         )
         return GenerationResult(self._text, list(self.new), finish_reason, stats)
+
+
+def _flops(shape: DecoderShape, rows: list[int], n: int, under: float, without: float) -> dict[str, Any]:
+    """Of a prompt of n rows; under, without: of its pictures, under the policy and without one."""
+    full = [n] * len(rows)
+    return dict(
+        prefill_tflops=paper_flops(shape, rows, under) / 1e12,
+        prefill_tflops_keep_all=paper_flops(shape, full, without) / 1e12,
+        prefill_tflops_true=true_flops(shape, rows, under) / 1e12,
+        prefill_tflops_true_keep_all=true_flops(shape, full, without) / 1e12,
+    )
