@@ -32,7 +32,7 @@ COPY = ROOT / "build" / "mutants"
 # left out.
 TESTS = {
     "dyvte_engine/flops.py": ("tests/eval/test_flops.py", "tests/engine/test_exit.py"),
-    "dyvte_engine/engine.py": ("tests/engine",),
+    "dyvte_engine/engine.py": ("tests/serve/test_hooks.py", "tests/engine"),
     "dyvte_engine/hf.py": ("tests/families/test_hf.py",),
     "dyvte_engine/heads": ("tests/policies/test_rule.py", "tests/training/test_calibration.py"),
     "dyvte_engine/heads/calibration.py": ("tests/policies/test_arguments.py", "tests/training/test_calibration.py"),
@@ -79,6 +79,7 @@ TESTS = {
         "tests/engine/test_memory.py",
         "tests/engine/test_exit.py",
         "tests/policies/test_shared.py",
+        "tests/engine/test_misuse.py",
         "tests/engine/test_scheduler.py",
     ),
     "dyvte_engine/runtime/running.py": (
