@@ -8,6 +8,7 @@ import pytest
 
 from dyvte_engine import CacheError, DynamicExit, FastV, FixedExit, KeepAll, Request
 from dyvte_engine.runtime.kv_cache import KVCache
+from dyvte_engine.runtime.scheduler import _Group
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
@@ -89,10 +90,8 @@ def test_idle_pages_leave_as_far_as_a_claim_is_short_of_others():
 
 def test_pages_are_promised_to_a_prompt_before_it_has_a_cache():
     engine, _ = build(page_size=4)
-    engine._enqueue(engine._prepare_request(Request("w1 w2", tiny.picture(random.Random(0)))))
-    engine._scheduler.step()
-    group = engine._scheduler._group
-    assert group is not None and not group.caches and sum(group.promised) == engine.pool.claimed > 0
+    group = _Group(engine.runner, engine._prepare_request(Request("w1 w2", tiny.picture(random.Random(0)))))
+    assert not group.caches and sum(group.promised) == engine.pool.claimed > 0
     engine.runner.check_integrity(engine.pool.claimed)
     with pytest.raises(CacheError, match="does not add up"):
         engine.runner.check_integrity()
