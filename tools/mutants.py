@@ -48,6 +48,7 @@ TESTS = {
         "tests/policies/test_heads.py",
         "tests/policies/test_methods.py",
         "tests/engine/test_exit.py",
+        "tests/families/test_families.py",
     ),
     "dyvte_engine/policies": (
         "tests/policies/test_arguments.py",
