@@ -43,6 +43,7 @@ TESTS = {
         "tests/training/test_train_heads.py",
     ),
     "dyvte_engine/inputs": ("tests/inputs", "tests/engine/test_errors.py", "tests/families/test_videos.py"),
+    "dyvte_engine/inputs/splice.py": ("tests/policies/test_methods.py", "tests/families/test_families.py"),
     "dyvte_engine/models/decoder.py": ("tests/engine", "tests/families/test_families.py"),
     "dyvte_engine/models/rows.py": (
         "tests/policies/test_heads.py",
