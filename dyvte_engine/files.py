@@ -19,10 +19,10 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     Raises:
         FileError: the folder or the file cannot be written. What was at `path` is still there.
     """
-    path = Path(path)
-    special = path.exists() and not path.is_file()
-    part = path if special else path.with_name(f"{path.name}.part")
+    path = named(path)
     try:
+        special = path.exists() and not path.is_file()
+        part = path if special else path.with_name(f"{path.name}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as file:
@@ -38,6 +38,13 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def named(path: str | Path) -> Path:
+    """The path to write to. Raises FileError where no file can have this name."""
+    if "\0" in str(path):
+        raise FileError(f"{str(path)!r} cannot be written: no file has a null byte in its name")
+    return Path(path)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -59,7 +66,7 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
     Raises:
         FileError: a part of the path is not a folder, is read-only or is on a full disk.
     """
-    path = Path(path)
+    path = named(path)
     try:
         if path.exists() and not folder:
             open(path, "ab").close()

@@ -12,6 +12,9 @@ import pytest
 import typer
 
 from dyvte_engine.commands import main as cli
+from dyvte_engine.errors import DataError, FileError
+from dyvte_engine.files import check_writable, write_bytes
+from dyvte_engine.training.head_data import read_examples
 from tests import tiny
 
 
@@ -150,6 +153,16 @@ def test_a_value_is_refused_under_the_name_of_its_option(command, option, values
         code, out, err = run(*command.split(), option, value)
         assert re.search(rf"\b({option[2:]}|{option[2:].replace('-', '_')})\b", err), err
         assert code == 2 and out == "" and "Traceback" not in err
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    for write in (check_writable, lambda path: write_bytes(path, b"x")):
+        for name in ("a\0b", "a" * 300, "a" * 300 + "/b"):
+            with pytest.raises(FileError, match="cannot be written"):
+                write(tmp_path / name)
+    with pytest.raises(DataError, match=r"data: .* cannot be read: embedded null byte"):
+        read_examples("a\0.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_line():

@@ -32,7 +32,7 @@ COPY = ROOT / "build" / "mutants"
 # left out.
 TESTS = {
     "dyvte_engine/flops.py": ("tests/eval/test_flops.py", "tests/engine/test_exit.py"),
-    "dyvte_engine/engine.py": ("tests/engine",),
+    "dyvte_engine/engine.py": ("tests/serve/test_hooks.py", "tests/engine"),
     "dyvte_engine/hf.py": ("tests/families/test_hf.py",),
     "dyvte_engine/heads": ("tests/policies/test_rule.py", "tests/training/test_calibration.py"),
     "dyvte_engine/heads/calibration.py": ("tests/policies/test_arguments.py", "tests/training/test_calibration.py"),
@@ -43,11 +43,13 @@ TESTS = {
         "tests/training/test_train_heads.py",
     ),
     "dyvte_engine/inputs": ("tests/inputs", "tests/engine/test_errors.py", "tests/families/test_videos.py"),
+    "dyvte_engine/inputs/splice.py": ("tests/policies/test_methods.py", "tests/families/test_families.py"),
     "dyvte_engine/models/decoder.py": ("tests/engine", "tests/families/test_families.py"),
     "dyvte_engine/models/rows.py": (
         "tests/policies/test_heads.py",
         "tests/policies/test_methods.py",
         "tests/engine/test_exit.py",
+        "tests/families/test_families.py",
     ),
     "dyvte_engine/policies": (
         "tests/policies/test_arguments.py",
@@ -79,6 +81,7 @@ TESTS = {
         "tests/engine/test_memory.py",
         "tests/engine/test_exit.py",
         "tests/policies/test_shared.py",
+        "tests/engine/test_misuse.py",
         "tests/engine/test_scheduler.py",
     ),
     "dyvte_engine/runtime/running.py": (

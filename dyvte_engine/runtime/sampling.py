@@ -136,7 +136,8 @@ class StopRules:
         self._strings = None
         if config.stop_strings is not None:
             try:
-                self._strings = transformers.StopStringCriteria(tokenizer, config.stop_strings)
+                with torch.device("cpu"):  # whatever device the caller has made the default
+                    self._strings = transformers.StopStringCriteria(tokenizer, config.stop_strings)
             except ValueError as e:
                 raise InvalidArgumentError(f"stop_strings is {config.stop_strings!r}: {e}") from e
 
@@ -149,8 +150,9 @@ class StopRules:
             return "stop"
         if self._strings is not None:
             last = ids[-self._strings.maximum_token_len :]  # a stop string is at most as many tokens as characters
-            if bool(self._strings(torch.tensor([last], device="cpu"), None)[0]):
-                return "stop_string"
+            with torch.device("cpu"):
+                if bool(self._strings(torch.tensor([last]), None)[0]):
+                    return "stop_string"
         if len(new) >= self._limit:
             return "length"
         return "time" if self._deadline is not None and time.perf_counter() > self._deadline else None

@@ -70,7 +70,7 @@ def read_examples(path: str | Path, images: str | Path | None = None) -> list[Ex
     folder = Path(images) if images is not None else path.parent
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no UTF-8, or a name that no file can have
         raise DataError(f"data: {path} cannot be read: {error}") from error
     entries = _json_lines(path, text) if path.suffix == ".jsonl" else _llava(path, text)
     examples: list[Example] = []

@@ -73,6 +73,9 @@ def storages(values):
     return {v.untyped_storage()._cdata for v in tree_leaves(values) if isinstance(v, torch.Tensor)}
 
 
+POOL = 8 << 20  # bytes of K/V; a replay of `Captures` copies all of it
+
+
 class Captures:
     """What stands for `capture_cuda`: a replay runs no Python of the step, but its operations at the same addresses."""
 
@@ -112,7 +115,8 @@ def test_each_device_captures_on_a_stream_of_its_own(monkeypatch):
 
 
 def with_graphs(device, policy=None, **options):
-    plainly = dict(page_size=4, graphs=False, picture_cache=0, prefix_cache=0)  # what was seen runs no graph
+    # What was seen runs no graph.
+    plainly = dict(page_size=4, graphs=False, picture_cache=0, prefix_cache=0, kv_memory=POOL)
     engine, _ = build(device=device, policy=policy, **{**plainly, **options})
     plain, _ = build(device=device, policy=policy, **{**plainly, **options})
     capture = Captures() if device == "cpu" else capture_cuda
@@ -433,7 +437,7 @@ def test_rows_that_fill_up_write_to_the_spare_page_alone(device):
 @pytest.mark.parametrize("decoder", tiny.DECODERS)
 def test_rows_that_fill_up_are_as_new_for_every_prompt(decoder):
     """NaN among them would reach the others, and what added up over prompts would end in it."""
-    engine, _ = build(decoder, page_size=4)
+    engine, _ = build(decoder, page_size=4, kv_memory=POOL)
     graphs, _ = add_text_graphs(engine, "cpu")
     entry, fill = text_prompts(engine, [10, 9]), []
     for leftover in (0, torch.nan, 1e30):
@@ -469,7 +473,7 @@ def test_watched_layers_pass_by_the_graphs():
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_text_layers_of_families_with_several_axes_and_deepstack(family, layer):
     """Their angles are not those of a position; what deepstack adds after the first layers is added plainly."""
-    config = EngineConfig(torch.device("cpu"), torch.float32, max_len=384)
+    config = EngineConfig(torch.device("cpu"), torch.float32, max_len=384, kv_memory=POOL)
     loaded = [VisionLanguageModel(zoo.model(family), zoo.processor(family), family, 384) for _ in range(2)]
     engine, plain = (Engine(model, config, FixedExit(layer)) for model in loaded)
     graphs, _ = add_text_graphs(engine, "cpu")
@@ -506,7 +510,7 @@ def test_nothing_is_captured_in_a_request_after_warming_up(device):
 
 
 def test_a_tower_that_cannot_be_captured_runs_plainly():
-    engine, _ = build(picture_cache=0)
+    engine, _ = build(picture_cache=0, kv_memory=POOL)
     texts, images = tiny.prompts(seed=99, n=3, images=(1,))
 
     def fails(step, memory):

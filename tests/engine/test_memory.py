@@ -1,5 +1,6 @@
 """K/V memory is what the pool really gave out."""
 
+import random
 import time
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 
 from dyvte_engine import CacheError, DynamicExit, FastV, FixedExit, KeepAll, Request
 from dyvte_engine.runtime.kv_cache import KVCache
+from dyvte_engine.runtime.scheduler import _Group
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
@@ -71,6 +73,31 @@ def test_stats_report_what_was_held():
         assert stats.tokens_per_layer == [full] + [stats.text_tokens] * (LAYERS - 1)
         assert stats.kv_bytes == (pages(full, 8) + 3 * pages(stats.text_tokens, 8)) * engine.pool.page_bytes
         assert stats.kv_bytes_keep_all == LAYERS * pages(full, 8) * engine.pool.page_bytes
+
+
+def test_idle_pages_leave_as_far_as_a_claim_is_short_of_others():
+    pool = build(page_size=16, max_batch=1, max_len=32, prefix_cache=0)[0].pool
+    asked: list[int] = []
+    pool.reclaim, pool.idle = asked.append, 3
+    for beyond in range(4):
+        n = pool.claimable - pool.idle + beyond
+        pool.claim(n)
+        pool.claim(-n)
+    assert asked == [1, 2, 3]
+    with pytest.raises(CacheError, match="out of pages"):
+        pool.claim(pool.claimable + 1)
+
+
+def test_pages_are_promised_to_a_prompt_before_it_has_a_cache():
+    engine, _ = build(page_size=4)
+    group = _Group(engine.runner, engine._prepare_request(Request("w1 w2", tiny.picture(random.Random(0)))))
+    assert not group.caches and sum(group.promised) == engine.pool.claimed > 0
+    engine.runner.check_integrity(engine.pool.claimed)
+    with pytest.raises(CacheError, match="does not add up"):
+        engine.runner.check_integrity()
+    group.close()
+    assert engine.pool.claimed == 0
+    engine.runner.check_integrity()
 
 
 def test_a_pool_without_pages_says_so():

@@ -414,6 +414,16 @@ def test_the_ends_of_all_ranges_together_leave_something_to_draw(bias, temperatu
             engine.generate("w1", chat=False, **options | {name: value})
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_callers_default_device_has_no_say(device):
+    engine, _ = build()
+    options = dict(max_new_tokens=6, do_sample=True, top_p=0.9, repetition_penalty=1.2, no_repeat_ngram_size=2)
+    call = lambda: engine.generate("w1 w2", tiny.picture(random.Random(0)), stop_strings=["w5"], **options)  # noqa: E731
+    want = call().token_ids
+    with torch.device(device):
+        assert call().token_ids == want
+
+
 def test_where_no_token_is_left_the_request_is_refused_and_others_are_answered():
     engine, _ = build()
     other = engine.submit(Request("w1 w2", chat=False, options={"max_new_tokens": 6}))

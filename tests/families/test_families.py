@@ -56,25 +56,26 @@ def test_the_table_holds_every_family():
 @pytest.mark.feature("all tokens = generate, batch = alone")
 @each_family
 def test_keep_all_is_generate(family, pair):
-    """50 prompts with 0 to 3 pictures: in batches of 8 and alone."""
+    """20 prompts with 0 to 3 pictures: in batches of 8 and alone."""
     engine, hf = pair
-    texts, images = zoo.prompts(family, seed=1, n=50)
+    texts, images = zoo.prompts(family, seed=1, n=20)
     want = [oracle.generate(hf, zoo.encode(family, t, i), 6) for t, i in zip(texts, images)]
     assert [r.token_ids for r in engine.generate(texts, images, chat=False, max_new_tokens=6)] == want
     alone = [engine.generate(t, i, chat=False, max_new_tokens=6).token_ids for t, i in zip(texts, images)]
     assert alone == want
-    assert len({tuple(w) for w in want}) > 25, "the oracle's answers do not depend on the prompt"
+    assert len({tuple(w) for w in want}) > 10, "the oracle's answers do not depend on the prompt"
 
 
 @pytest.mark.feature("exit at each layer")
 @each_family
 @pytest.mark.parametrize("layer", range(zoo.LAYERS))
 def test_exit_is_masking(family, pair, layer):
-    """50 prompts with 0 to 3 pictures, in batches of 8."""
+    """16 prompts with 0 to 3 pictures, in batches of 8."""
     engine, hf = pair
     engine.policy = FixedExit(layer)
-    texts, images = zoo.prompts(family, seed=10 + layer, n=50)
+    texts, images = zoo.prompts(family, seed=20 + layer, n=16)
     got = engine.generate(texts, images, chat=False, max_new_tokens=5)
+    assert {len(pictures) for pictures in images} == {0, 1, 2, 3}
     for words, pictures, result in zip(texts, images, got):
         entry = oracle.enter(hf, zoo.encode(family, words, pictures))
         assert (len(entry.deepstack) == 2) == (family == "qwen3_vl" and len(pictures) > 0)

@@ -1,5 +1,6 @@
 """What the server needs of the engine: processors of a request, log-probabilities, its load, pictures as bytes."""
 
+import math
 import random
 
 import pytest
@@ -82,7 +83,7 @@ def test_without_logprobs_chunks_have_none(pair):
     assert chunk.logprobs is None
 
 
-WRONG = [{"logprobs": -1}, {"logprobs": 10**6}, {"logprobs": True}, {"processors": [1]}, {"processors": len}]
+WRONG = [{"logprobs": -1}, {"logprobs": tiny.WORDS + 10}, {"logprobs": True}, {"processors": [1]}, {"processors": len}]
 WRONG += [{"stop_text": [""]}, {"stop_text": "x"}, {"stop_text": [1]}]
 
 
@@ -90,6 +91,14 @@ WRONG += [{"stop_text": [""]}, {"stop_text": "x"}, {"stop_text": [1]}]
 def test_hooks_of_another_kind_are_refused(pair, fields):
     with pytest.raises(InvalidArgumentError, match=f"request.{next(iter(fields))}"):
         pair[0].submit(Request("w1", chat=False, **fields))
+
+
+def test_logprobs_of_the_whole_vocabulary(pair):
+    """129 tokens: each is named once, and their probabilities add up."""
+    request = Request("w1", chat=False, options={"max_new_tokens": 1}, logprobs=tiny.WORDS + 9)
+    top = next(iter(pair[0].submit(request))).logprobs.top
+    assert sorted(token for token, _ in top) == list(range(tiny.WORDS + 9))
+    assert sum(math.exp(value) for _, value in top) == pytest.approx(1)
 
 
 def test_a_processor_that_fails_ends_its_request_only(pair):
