@@ -244,8 +244,12 @@ def assembled(trained: Path = SMOL_TRAINED) -> Path:
 
 
 def _keep(model: LlavaForConditionalGeneration, processor: Any, folder: Path) -> None:
-    """The folder is complete or not there."""
+    """The folder is complete or not there; of several processes that make it at once, one does."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
         made = Path(part) / "model"
         save(model, processor, made)
-        made.rename(folder)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
