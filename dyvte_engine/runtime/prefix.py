@@ -7,9 +7,11 @@ says how deep they are computed. Their K and V are pages of the pool, which thos
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,7 +142,7 @@ class PrefixStore:
         self.bytes_held = 0
         self.busy: dict[Prefix, None] = {}  # those that are being changed, and may be half done
         self._entries: OrderedDict[Hashable, Prefix] = OrderedDict()
-        pool.reclaim, pool.released = self._make_room, self.trim
+        pool.reclaim, pool.released = _weakly(self._make_room), _weakly(self.trim)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -219,3 +221,14 @@ class PrefixStore:
 def key_of(ids: Sequence[int], pictures: bytes) -> bytes:
     """Of a prefix: its token ids and what its pictures are known by (`picture_cache`)."""
     return hashlib.sha256(f"{len(ids)} ".encode() + np.asarray(ids, dtype=np.int64).tobytes() + pictures).digest()
+
+
+def _weakly(method: Callable[..., object]) -> Callable[..., object]:
+    """Calls it while its object lives: in a circle the pool would stay until Python collects its garbage."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> object:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return call

@@ -1,7 +1,9 @@
 """K/V memory is what the pool really gave out."""
 
+import gc
 import random
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -117,3 +119,21 @@ def test_the_time_in_the_queue_is_not_the_time_of_reading_pictures():
     stats = engine._enqueue([sequence])[0].result().stats
     took = time.perf_counter() - began
     assert -1e-6 <= stats.queued_s <= took < 500 <= stats.ttft_s <= 500 + took
+
+
+@pytest.mark.parametrize("policy", ["keep-all", "fixed:1", "fastv:1,0.5+fixed:2"])
+def test_an_engine_that_nobody_has_leaves_its_memory_at_once(policy):
+    """Not when Python comes to look for circles."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine, _ = build(policy=policy, prefix_cache=1 << 22, picture_cache=1 << 20)
+        texts, images = tiny.prompts(seed=66, n=3)
+        engine.generate(texts, images, chat=False, max_new_tokens=3)
+        list(engine.stream(texts[0], images[0], chat=False, max_new_tokens=3))
+        parts = engine, engine.runner, engine.pool, engine.model, engine.model.decoder
+        left = [weakref.ref(part) for part in parts]
+        del engine, parts
+        assert [ref() for ref in left] == [None] * 5
+    finally:
+        gc.enable()
