@@ -90,13 +90,16 @@ def test_idle_pages_leave_as_far_as_a_claim_is_short_of_others():
         pool.claim(pool.claimable + 1)
 
 
-def test_pages_are_promised_to_a_prompt_before_it_has_a_cache():
+def test_a_group_that_ends_before_its_prefill_gives_its_claims_back():
     engine, _ = build(page_size=4)
-    group = _Group(engine.runner, engine._prepare_request(Request("w1 w2", tiny.picture(random.Random(0)))))
-    assert not group.caches and sum(group.promised) == engine.pool.claimed > 0
-    engine.runner.check_integrity(engine.pool.claimed)
+    group = _Group(engine.runner, engine._prepare_request(Request("w1 w2", tiny.picture(random.Random(0)))), [None])
+    group.claim()
+    assert engine.pool.claimed > 0
+    engine.runner.check_integrity()
+    engine.pool.claim(1)  # nobody's
     with pytest.raises(CacheError, match="does not add up"):
         engine.runner.check_integrity()
+    engine.pool.claim(-1)
     group.close()
     assert engine.pool.claimed == 0
     engine.runner.check_integrity()

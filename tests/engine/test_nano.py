@@ -33,14 +33,14 @@ def chats(n: int, seed: int, images=(0, 1, 1, 2, 3)):
 
 
 def test_keep_all_gives_transformers_tokens(nano):
-    """200 prompts with 0 to 3 pictures, in mixed batches of 8; 40 of them alone, too."""
+    """80 prompts with 0 to 3 pictures, in mixed batches of 8; 20 of them alone, too."""
     engine, hf = nano
     engine.policy = KeepAll()
-    texts, images = chats(200, seed=5)
+    texts, images = chats(80, seed=5)
     want = [tiny.hf_greedy(hf, engine.model.processor, t, i, 8) for t, i in zip(texts, images)]
     assert [r.token_ids for r in engine.generate(texts, images, chat=False, max_new_tokens=8)] == want
-    alone = [engine.generate(t, i, chat=False, max_new_tokens=8).token_ids for t, i in zip(texts[:40], images)]
-    assert alone == want[:40] and {len(i) for i in images[:40]} == {0, 1, 2, 3}
+    alone = [engine.generate(t, i, chat=False, max_new_tokens=8).token_ids for t, i in zip(texts[:20], images)]
+    assert alone == want[:20] and {len(i) for i in images[:20]} == {0, 1, 2, 3}
     assert len({tuple(w) for w in want}) > 20, "the oracle's answers do not depend on the prompt"
 
 
@@ -62,7 +62,7 @@ def test_fixed_exit_equals_masking(nano, layer):
 def test_heads_leave_early_and_the_answers_stay(nano):
     """Held-out questions, whole answers: at least 98 % unchanged, mean exit in the first two thirds of the layers."""
     engine, _ = nano
-    examples = [e for part in held_out_examples(21, 300).values() for e in part]
+    examples = [e for part in held_out_examples(21, 100).values() for e in part]
     texts, pictures = [e.prompt for e in examples], [e.picture for e in examples]
     engine.policy = KeepAll()
     full = engine.generate(texts, pictures, max_new_tokens=24)
