@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .rule import ExitRule
 
 # What a prefill without an exit costs, in answers: from "leave where nothing changes" to "leave at once".
 PRICES: tuple[float, ...] = tuple(torch.logspace(-2, 2, 81, dtype=torch.float64).tolist())
+STEEPEST = 12.0  # logit, in place of the infinite ones of "never" and "always"
 Thresholds = tuple[float, ...]
 
 
@@ -84,6 +86,22 @@ def stopping_path(
         if found != path[-1]:
             path.append(found)
     return path
+
+
+def refined(path: Sequence[Thresholds], between: int = 3) -> list[Thresholds]:
+    """The path with a gentle start and small steps, so that a promise is not lost at a jump.
+
+    Its second point is approached from "never exit" under a common least threshold that falls; between any two later
+    ones come `between` more, evenly spaced in logits.
+    """
+    found = [path[0]]
+    for least in THRESHOLDS if len(path) > 1 else ():
+        found.append(tuple(max(value, least) for value in path[1]))
+    for before, after in pairwise(path[1:]):
+        start, end = (torch.tensor(t, dtype=torch.float64).logit().clamp(-STEEPEST, STEEPEST) for t in (before, after))
+        steps = [start.lerp(end, n / (between + 1)).sigmoid().tolist() for n in range(1, between + 1)]
+        found += [*map(tuple, steps), after]
+    return [t for t, last in zip(found, [None, *found[:-1]], strict=True) if t != last]
 
 
 def _fixed_layers(layers: int, rule: ExitRule) -> list[Thresholds]:

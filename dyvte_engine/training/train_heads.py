@@ -30,7 +30,7 @@ from dyvte_engine.heads.calibration import (
 )
 from dyvte_engine.heads.exit_head import ExitHeadConfig, ExitHeads
 from dyvte_engine.heads.rule import ExitRule
-from dyvte_engine.heads.stopping import stopping_path
+from dyvte_engine.heads.stopping import refined, stopping_path
 from dyvte_engine.training.files import read_tensors, write_tensors
 from dyvte_engine.training.label_store import HeadData, LabelInfo, Rule, load_labels
 from dyvte_engine.training.regret import loss_of_exits, regret_loss, regrets
@@ -346,7 +346,7 @@ def _calibrated(
     if settings.by_layer:
         seen = data.rows(parts.select)
         said = exit_probabilities(heads, seen.pooled)
-        path = stopping_path(said, seen.agree, seen.flops, settings.exit_options)
+        path = refined(stopping_path(said, seen.agree, seen.flops, settings.exit_options))
     held = data.rows(parts.calibrate)
     p_exit = exit_probabilities(heads, held.pooled)
     curve = Calibration.measure(p_exit, held.agree, held.flops, settings.delta, settings.exit_options, path)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dyvte_engine.errors import InvalidArgumentError
 from dyvte_engine.heads.calibration import THRESHOLDS, Calibration, Threshold
 from dyvte_engine.heads.rule import ExitRule
-from dyvte_engine.heads.stopping import stopping_path
+from dyvte_engine.heads.stopping import refined, stopping_path
 from tests.training.test_calibration import LAYERS, draw
 
 OPTIONS: list[dict[str, int]] = [{}, {"hysteresis": 2}, {"min_layer": 1, "every_k": 2}]
@@ -95,6 +95,18 @@ def test_the_promise_holds_along_a_path_that_other_samples_chose(options: dict[s
             layers.append(float(exits[chosen].double().mean()))  # type: ignore[index]
     assert broken <= 23
     assert sum(layers) / len(layers) < 0.8 * (LAYERS - 1), "never to exit keeps any promise"
+
+
+def test_a_refined_path_starts_gently_and_keeps_its_points() -> None:
+    path = [(1.0, 1.0, 1.0), (0.9, 0.5, 1.0), (0.9, 0.0, 0.2)]
+    fine = refined(path)
+    assert fine[0] == path[0] and [fine.index(t) for t in path] == sorted(fine.index(t) for t in path)
+    steps = torch.tensor(fine, dtype=torch.float64)
+    assert (steps.diff(dim=0) <= 1e-12).all() and len(set(fine)) == len(fine)
+    start = steps[1 : fine.index(path[1])]
+    assert (start[:, 2] == 1).all() and start[0, 0] == start[0, 1] == THRESHOLDS[1]
+    assert len(fine) - fine.index(path[1]) == 5
+    assert refined(path[:1]) == path[:1]
 
 
 def test_a_path_survives_the_file() -> None:
