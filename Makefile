@@ -138,18 +138,24 @@ bench: build ## benchmarks, quick set for a CPU (10 to 15 minutes); tables, JSON
 	$(BENCH).kernels --batch 1 --seconds 0.3
 
 HEADS ?= outputs/heads
-heads: build ## nano's exit heads, light and the paper's: labels, training, the nine tasks (docs/training.md); in outputs/heads
+SMALL := --kind default --hidden 64 --rms-eps 1e-6
+heads: build ## nano's exit heads, light, the paper's and three small ones: labels, training, the nine tasks (docs/training.md); in outputs/heads
 	$(VENV)/bin/dyvte-engine label nano --data nano --samples 5000 --mode self --batch 32 --out $(HEADS)/labels
 	$(VENV)/bin/dyvte-engine train-heads $(HEADS)/labels --kind light --out $(HEADS)/light.safetensors
 	$(VENV)/bin/dyvte-engine train-heads $(HEADS)/labels --kind paper --out $(HEADS)/paper.safetensors
+	$(VENV)/bin/dyvte-engine train-heads $(HEADS)/labels $(SMALL) --out $(HEADS)/label.safetensors
+	$(VENV)/bin/dyvte-engine train-heads $(HEADS)/labels $(SMALL) --by-layer --out $(HEADS)/by-layer.safetensors
+	$(VENV)/bin/dyvte-engine train-heads $(HEADS)/labels $(SMALL) --targets regret --out $(HEADS)/regret.safetensors
 	$(VENV)/bin/dyvte-engine eval nano --limit 100 --answers $(HEADS)/answers.jsonl --out $(HEADS)/tasks.json \
 		--policy keep-all --policy light=dynamic:$(HEADS)/light.safetensors --policy paper=dynamic:$(HEADS)/paper.safetensors
 
 nano-results: build ## nano on the nine tasks under its own heads and those of `make heads`, and the accuracy/FLOPs curve; into docs/
 	$(VENV)/bin/dyvte-engine eval nano --limit 200 --batch 32 --answers $(HEADS)/results.jsonl --page docs/nano-tasks.md --policy keep-all \
 		--policy own=auto --policy light=dynamic:$(HEADS)/light.safetensors --policy paper=dynamic:$(HEADS)/paper.safetensors
-	$(VENV)/bin/dyvte-engine sweep nano --limit 48 --batch 32 --answers $(HEADS)/results.jsonl \
+	$(VENV)/bin/dyvte-engine sweep nano --limit 200 --batch 32 --answers $(HEADS)/results.jsonl \
 		--heads own=dyvte_engine/assets/nano/exit_heads.safetensors --heads light=$(HEADS)/light.safetensors \
+		--heads label=$(HEADS)/label.safetensors --heads by-layer=$(HEADS)/by-layer.safetensors \
+		--heads regret=$(HEADS)/regret.safetensors \
 		--out docs/nano-curve.json --plot docs/nano-curve.png --page docs/nano-curve.md
 
 findings: build ## the paper's figures and tables for nano, after `make heads` (docs/findings.md); into docs/findings

@@ -60,6 +60,8 @@ def train_heads(
     min_layer: Annotated[int, typer.Option(help="First layer asked.")] = 0,
     every_k: Annotated[int, typer.Option(help="Ask every so many layers.")] = 1,
     hysteresis: Annotated[int, typer.Option(help="So many asked layers in a row must fire.")] = 1,
+    targets: Annotated[str, typer.Option(help="label, or regret: what leaving is worth more than staying.")] = "label",
+    by_layer: Annotated[bool, typer.Option(help="A threshold for each layer, not one for all.")] = False,
     hidden: Annotated[int | None, typer.Option(help="Hidden units; 2048, light 256.")] = None,
     rms_eps: Annotated[float | None, typer.Option(help="Divide each token state by its RMS; light 1e-6.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; 1e-3, paper 4e-5.")] = None,
@@ -79,11 +81,14 @@ def train_heads(
     given = {"rule": rule, "states": tuple(states.split(",")), "seed": seed, "lr": lr, "epochs": epochs, "batch": batch}
     given |= {"target_agreement": target_agreement, "target_flops": target_flops, "delta": delta}
     given |= {"min_layer": min_layer, "every_k": every_k, "hysteresis": hysteresis}
+    given |= {"targets": targets, "by_layer": by_layer}
     given |= {"hidden": hidden, "rms_eps": rms_eps, "class_weights": class_weights}
     settings = module.HeadSettings.of(kind, **given)  # type: ignore[arg-type]
     heads = module.train_heads(labels, out, settings, tensorboard, save_every)
     _say_promise(heads.metadata, settings.target_agreement)
-    print(f"{out}: threshold {heads.metadata['threshold']:.6g}")
+    chosen = heads.metadata["threshold"]
+    values = chosen if isinstance(chosen, tuple) else (chosen,)
+    print(f"{out}: threshold {', '.join(f'{value:.6g}' for value in values)}")
 
 
 def _say_promise(metadata: dict[str, Any], target: float | None) -> None:

@@ -62,7 +62,7 @@ def page(report: dict[str, Any], picture: str, command: str) -> str:
     ]
     for name, heads in report["heads"].items():
         lines += ["", f"## {name}", "", *_heads_table(heads, divisor, letter), "", *_verdict(heads)]
-        lines += ["", *_by_task(heads, len(report["fixed"]))]
+        lines += ["", *_middle(heads), "", *_by_task(heads, len(report["fixed"]))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -89,14 +89,37 @@ def _heads_table(heads: dict[str, Any], divisor: float, letter: str) -> list[str
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for c in heads["against_fixed"]:
-        differences = [f"{_signed(c[key]['difference'])} ({', '.join(map(_signed, c[key]['ci95']))})" for key in PANELS]
+        differences = [_difference(c[key]) for key in PANELS]
         area = heads["separation"][c["layer"]]
+        threshold = "by layer" if isinstance(c["threshold"], (tuple, list)) else f"{c['threshold']:.3g}"
         lines.append(
-            f"| {c['layer']} | {c['flops_fixed'] / divisor:.2f} | {c['flops'] / divisor:.2f} | {c['threshold']:.3g} | "
+            f"| {c['layer']} | {c['flops_fixed'] / divisor:.2f} | {c['flops'] / divisor:.2f} | {threshold} | "
             + " | ".join(differences)
             + f" | {'-' if area is None else f'{area:.2f}'} |"
         )
     return lines
+
+
+def _middle(heads: dict[str, Any]) -> list[str]:
+    """Each task alone, over the middle of the curve."""
+    layers = heads["middle"]["all"]["layers"]
+    if not layers:
+        return []
+    lines = [
+        f"Mean over layers {layers[0]} to {layers[-1]} of DyVTE less the fixed layer, each task alone at no more FLOPs "
+        "than the fixed layer takes there (95 % interval of paired differences):",
+        "",
+        "| task | questions | same answers | score |",
+        "| --- | --- | --- | --- |",
+    ]
+    for task, of in heads["middle"].items():
+        cells = [_difference(of[key]) if key in of else "-" for key in ("same", "credit")]
+        lines.append(f"| {task} | {of['samples']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _difference(of: dict[str, Any]) -> str:
+    return f"{_signed(of['difference'])} ({', '.join(map(_signed, of['ci95']))})"
 
 
 def _by_task(heads: dict[str, Any], num_layers: int) -> list[str]:

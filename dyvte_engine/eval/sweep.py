@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .. import flops
+from ..heads.calibration import Calibration, Threshold
 from ..heads.rule import ExitRule
 from ..policies import DynamicExit, FixedExit, KeepAll, LayerState, Random, VisualTokenPolicy
 from . import metrics
@@ -32,7 +33,8 @@ class Outcomes:
 
     credit: f64 [N, L], 0 to 1; same: bool [N, L], the answer is the full model's; flops, flops_true: f64 [N, L].
     p: {heads: f32 [N, L - 1]}, what each set of heads says after each layer but the last; rules: {heads: their rule},
-    of which a sweep replaces the threshold.
+    of which a sweep replaces the threshold; paths: {heads: thresholds for each layer, from "never" on}, where they were
+    calibrated along such a path.
     """
 
     samples: Sequence[Sample]
@@ -44,6 +46,7 @@ class Outcomes:
     flops_true: np.ndarray
     p: dict[str, np.ndarray] = field(default_factory=dict)
     rules: dict[str, ExitRule] = field(default_factory=dict)
+    paths: dict[str, list[Threshold]] = field(default_factory=dict)
 
     @property
     def weights(self) -> np.ndarray:
@@ -111,7 +114,12 @@ def record(
         parts += [probe(engine, some, asked)] if asked else []
     said = np.concatenate(parts, axis=1)
     rules = {name: policy.rule for name, policy in heads.items()}
-    return outcomes(samples, names, runs, dict(zip(heads, said, strict=True)), rules)
+    found = outcomes(samples, names, runs, dict(zip(heads, said, strict=True)), rules)
+    for name, policy in heads.items():
+        path = Calibration.of_metadata(policy.heads.metadata)
+        if path is not None and isinstance(path.thresholds[0], tuple):
+            found.paths[name] = path.thresholds
+    return found
 
 
 def outcomes(
@@ -137,9 +145,13 @@ def exit_layers(p: np.ndarray, rule: ExitRule) -> np.ndarray:
     return rule.first_exits(torch.from_numpy(never_asked)).numpy()
 
 
-def thresholds(p: np.ndarray, count: int = 80) -> np.ndarray:
-    """About `count` thresholds at quantiles of all that was said, from "always" to "never"."""
-    return np.unique(np.concatenate([[0.0], np.quantile(p, np.linspace(0, 1, count)), [1.0]]))
+def thresholds(o: Outcomes, name: str, count: int = 80) -> list[Threshold]:
+    """From "always" to "never": the heads' path, else about `count` at quantiles of all that they said."""
+    if name in o.paths:
+        return o.paths[name][::-1]
+    spread = np.quantile(o.p[name], np.linspace(0, 1, count))
+    found: list[Threshold] = np.unique(np.concatenate([[0.0], spread, [1.0]])).tolist()
+    return found
 
 
 def point(o: Outcomes, layers: np.ndarray) -> dict[str, float]:
@@ -167,7 +179,7 @@ def dealt(o: Outcomes, layers: np.ndarray) -> dict[str, float]:
 def curve(o: Outcomes, name: str) -> list[dict[str, Any]]:
     """DyVTE's points from the lowest threshold to the highest, each with its control, "dealt"."""
     points: list[dict[str, Any]] = []
-    for threshold in thresholds(o.p[name]).tolist():
+    for threshold in thresholds(o, name):
         layers = exit_layers(o.p[name], replace(o.rules[name], threshold=threshold))
         points.append({"threshold": threshold, **point(o, layers), "dealt": dealt(o, layers)})
     return points
@@ -190,23 +202,56 @@ def against_fixed(o: Outcomes, name: str) -> list[dict[str, Any]]:
     "credit" and "same" are differences with a 95 % interval: samples resampled in pairs within each task. "by_task"
     has DyVTE's mean exit layer in each task, and what it and the fixed layer keep there.
     """
-    rules = [replace(o.rules[name], threshold=t) for t in thresholds(o.p[name]).tolist()]
-    layers = {rule.threshold: exit_layers(o.p[name], rule) for rule in rules}
-    cost = {t: point(o, chosen)["flops"] for t, chosen in layers.items()}
-    rows, compared = np.arange(len(o.tasks)), []
-    for layer, goal in enumerate(fixed(o)[:-1]):
-        within = [t for t, c in cost.items() if c <= goal["flops"] * (1 + 1e-9)]
-        if not within:
-            continue
-        t = max(within, key=lambda t: cost[t])
-        entry: dict[str, Any] = {"layer": layer, "threshold": t, "flops": cost[t], "flops_fixed": goal["flops"]}
+    compared = []
+    for layer, (t, layers) in at_fixed_cost(o, name).items():
+        costs = point(o, layers)["flops"], float(o.weights @ o.flops[:, layer])
+        entry: dict[str, Any] = {"layer": layer, "threshold": t, "flops": costs[0], "flops_fixed": costs[1]}
         for key in ("credit", "same"):
-            values = getattr(o, key).astype(float)
-            difference = values[rows, layers[t]] - values[:, layer]
+            difference = _less_fixed(o, key, layers, layer)
             entry[key] = {"difference": float(o.weights @ difference), "ci95": _paired(difference, o.tasks)}
-        entry["by_task"] = {str(task): _of_task(o, o.tasks == task, layers[t], layer) for task in np.unique(o.tasks)}
+        entry["by_task"] = {str(task): _of_task(o, o.tasks == task, layers, layer) for task in np.unique(o.tasks)}
         compared.append(entry)
     return compared
+
+
+def at_fixed_cost(o: Outcomes, name: str) -> dict[int, tuple[Threshold, np.ndarray]]:
+    """By layer: the threshold, and exit layers [N], with the most FLOPs that are no more than the fixed exit's."""
+    rules = [replace(o.rules[name], threshold=t) for t in thresholds(o, name)]
+    layers = {rule.threshold: exit_layers(o.p[name], rule) for rule in rules}
+    cost = {t: point(o, chosen)["flops"] for t, chosen in layers.items()}
+    found = {}
+    for layer, goal in enumerate(fixed(o)[:-1]):
+        within = [t for t, c in cost.items() if c <= goal["flops"] * (1 + 1e-9)]
+        if within:
+            t = max(within, key=lambda t: cost[t])
+            found[layer] = t, layers[t]
+    return found
+
+
+def middle_of_the_curve(o: Outcomes, name: str) -> dict[str, Any]:
+    """DyVTE less the fixed exit, at no more FLOPs, mean over the layers of the second and third quarter.
+
+    Of all tasks together ("all"), and of each alone at the FLOPs that the fixed layer costs there: "credit" and "same"
+    as differences with a 95 % interval, samples resampled in pairs.
+    """
+    parts = {"all": o, **{str(task): _part(o, str(task)) for task in np.unique(o.tasks)}}
+    return {label: _middle(part, name) for label, part in parts.items()}
+
+
+def _middle(o: Outcomes, name: str) -> dict[str, Any]:
+    count = o.credit.shape[1]
+    found = {n: layers for n, (_, layers) in at_fixed_cost(o, name).items() if count // 4 <= n < 3 * count // 4}
+    entry: dict[str, Any] = {"samples": len(o.tasks), "layers": list(found)}
+    for key in ("credit", "same") if found else ():
+        difference = np.mean([_less_fixed(o, key, layers, n) for n, layers in found.items()], axis=0)
+        entry[key] = {"difference": float(o.weights @ difference), "ci95": _paired(difference, o.tasks)}
+    return entry
+
+
+def _less_fixed(o: Outcomes, key: str, layers: np.ndarray, layer: int) -> np.ndarray:
+    """[N], what exits after `layers` [N] give more than one after `layer`."""
+    values = getattr(o, key).astype(float)
+    return np.asarray(values[np.arange(len(layers)), layers] - values[:, layer])
 
 
 def _of_task(o: Outcomes, rows: np.ndarray, layers: np.ndarray, layer: int) -> dict[str, float]:
@@ -292,7 +337,12 @@ def sweep_report(
         "oracle": oracle(o),
         "random": random_points(engine, o, random_layers, file, progress),
         "heads": {
-            name: {"curve": curve(o, name), "against_fixed": against_fixed(o, name), "separation": separation(o, name)}
+            name: {
+                "curve": curve(o, name),
+                "against_fixed": against_fixed(o, name),
+                "middle": middle_of_the_curve(o, name),
+                "separation": separation(o, name),
+            }
             for name in o.p
         },
         "by_task": {name: _alone(o, name) for name in names},
@@ -306,17 +356,22 @@ def _rounded(value: Any) -> Any:
         return float(f"{value:.6g}")
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _alone(o: Outcomes, task: str) -> dict[str, Any]:
+    part = _part(o, task)
+    curves = {name: curve(part, name) for name in part.p}
+    return {"samples": len(part.tasks), "fixed": fixed(part), "oracle": oracle(part), "curves": curves}
+
+
+def _part(o: Outcomes, task: str) -> Outcomes:
+    """The samples of one task."""
     rows = np.flatnonzero(o.tasks == task)
-    part = replace(
+    return replace(
         o,
         samples=[o.samples[int(i)] for i in rows],
         texts=[o.texts[int(i)] for i in rows],
         p={name: p[rows] for name, p in o.p.items()},
         **{name: getattr(o, name)[rows] for name in ("tasks", "credit", "same", "flops", "flops_true")},
     )
-    curves = {name: curve(part, name) for name in part.p}
-    return {"samples": len(rows), "fixed": fixed(part), "oracle": oracle(part), "curves": curves}

@@ -1,16 +1,17 @@
 """From a promise to a threshold: which p_exit is high enough so that answers stay as they are.
 
-The thresholds of a fixed grid are tested one after another, from "never exit" downwards (fixed-sequence testing, as in
-Learn then Test, arXiv 2110.01052). At each, the share of answers an exit changes is bounded from above by the exact
-binomial (Clopper-Pearson) limit at level delta. The last threshold before the first whose limit exceeds 1 - target is
-taken. With probability at least 1 - delta over the drawing of the calibration samples, the share of changed answers on
-further prompts of the same kind is then at most 1 - target.
+The thresholds of a path are tested one after another, from "never exit" on (fixed-sequence testing, as in Learn then
+Test, arXiv 2110.01052). At each, the share of answers an exit changes is bounded from above by the exact binomial
+(Clopper-Pearson) limit at level delta. The last threshold before the first whose limit exceeds 1 - target is taken.
+With probability at least 1 - delta over the drawing of the calibration samples, the share of changed answers on further
+prompts of the same kind is then at most 1 - target. The calibration samples have no say in the path: it is a fixed grid
+of common thresholds, or one of thresholds for each layer that other samples chose (`heads.stopping`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,8 @@ from ..errors import CalibrationError, InvalidArgumentError
 from .rule import ExitRule
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Threshold = float | tuple[float, ...]  # for all layers, or for each
 
 # 1 never fires; then a quarter of a logit apart. Fixed, so that no calibration sample has a say in it.
 THRESHOLDS: tuple[float, ...] = (1.0, *torch.sigmoid(torch.linspace(12, -6, 73, dtype=torch.float64)).tolist())
@@ -45,8 +48,9 @@ def binomial_limit(hits: int, count: int, delta: float) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `samples` prompts that the heads were not trained on did at each threshold of the grid.
+    """What `samples` prompts that neither heads nor path were made from did at each threshold of a path.
 
+    thresholds: the path; each one value, or one for each layer (a list is taken as a tuple).
     changed: answers that an exit changed; limit: their share's upper limit at level delta; mean_layer: exit layer;
     flops: mean FLOPs of a prefill over those without an exit (the paper's count, vision tower included). The other
     fields are the options of `ExitRule` this holds for.
@@ -54,7 +58,7 @@ class Calibration:
 
     samples: int
     delta: float
-    thresholds: list[float]
+    thresholds: list[Threshold]
     changed: list[int]
     limit: list[float]
     mean_layer: list[float]
@@ -67,20 +71,37 @@ class Calibration:
         curves = self.thresholds, self.changed, self.limit, self.mean_layer, self.flops
         if len({len(curve) for curve in curves}) != 1 or not self.thresholds:
             raise InvalidArgumentError(f"calibration has curves of {[len(c) for c in curves]} points; accepted: equal")
+        path: list[Threshold] = [tuple(t) if isinstance(t, list) else t for t in self.thresholds]
+        object.__setattr__(self, "thresholds", path)
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, Any]) -> Calibration | None:
+        """The calibration that a heads file holds, if any."""
+        stored = metadata.get("calibration")
+        return cls(**stored) if stored else None
 
     @classmethod
     def measure(
-        cls, p_exit: Tensor, agree: Tensor, flops: Tensor, delta: float = 0.05, options: Mapping[str, int] | None = None
+        cls,
+        p_exit: Tensor,
+        agree: Tensor,
+        flops: Tensor,
+        delta: float = 0.05,
+        options: Mapping[str, int] | None = None,
+        path: Sequence[Threshold] = THRESHOLDS,
     ) -> Calibration:
-        """p_exit [N, L]; agree bool [N, L], whether the answer stays; flops [N, L]; options: of `ExitRule`."""
+        """p_exit [N, L]; agree bool [N, L], whether the answer stays; flops [N, L]; options: of `ExitRule`.
+
+        path: thresholds from "never exit" on, chosen without these samples.
+        """
         _check_samples(p_exit, agree, flops, delta)
         options, count = dict(options or {}), len(p_exit)
-        layers = [ExitRule(threshold, **options).first_exits(p_exit)[:, None] for threshold in THRESHOLDS]
+        layers = [ExitRule(threshold, **options).first_exits(p_exit)[:, None] for threshold in path]
         changed = [count - int(agree.gather(1, at).sum()) for at in layers]
         return cls(
             samples=count,
             delta=delta,
-            thresholds=list(THRESHOLDS),
+            thresholds=list(path),
             changed=changed,
             limit=[binomial_limit(hits, count, delta) for hits in changed],
             mean_layer=[float(at.double().mean()) for at in layers],
@@ -92,8 +113,8 @@ class Calibration:
     def options(self) -> dict[str, int]:
         return {"min_layer": self.min_layer, "every_k": self.every_k, "hysteresis": self.hysteresis}
 
-    def for_agreement(self, target: float) -> float:
-        """The threshold under which at least `target` of the answers stay, in the sense of this module.
+    def for_agreement(self, target: float) -> Threshold:
+        """The threshold of the path under which at least `target` of the answers stay, in the sense of this module.
 
         Raises:
             CalibrationError: not even an exit that changed no answer would show that with so few samples.
@@ -104,8 +125,8 @@ class Calibration:
             passed += 1
         return self.thresholds[passed]
 
-    def for_flops(self, target: float) -> float:
-        """The highest threshold whose mean prefill FLOPs are at most `target` of those without an exit.
+    def for_flops(self, target: float) -> Threshold:
+        """The first threshold of the path whose mean prefill FLOPs are at most `target` of those without an exit.
 
         An average over the calibration samples; nothing is promised about the answers.
 
@@ -120,13 +141,14 @@ class Calibration:
             f"target_flops {target} is out of reach: these heads need at least {min(self.flops):.3f}"
         )
 
-    def at(self, threshold: float) -> dict[str, Any]:
-        """The measured figures of one threshold of the grid."""
-        if not (is_real(threshold) and threshold in self.thresholds):
+    def at(self, threshold: Threshold | list[float]) -> dict[str, Any]:
+        """The measured figures of one threshold of the path."""
+        sought = tuple(threshold) if isinstance(threshold, list) else threshold
+        if not ((is_real(sought) or isinstance(sought, tuple)) and sought in self.thresholds):
             raise InvalidArgumentError(
-                f"threshold is {threshold!r}; accepted: one of the grid's {len(self.thresholds)}"
+                f"threshold is {threshold!r}; accepted: one of the path's {len(self.thresholds)}"
             )
-        i = self.thresholds.index(threshold)
+        i = self.thresholds.index(sought)
         names = ("changed", "limit", "mean_layer", "flops")
         return {"samples": self.samples, "delta": self.delta} | {name: getattr(self, name)[i] for name in names}
 

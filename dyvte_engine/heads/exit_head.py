@@ -168,8 +168,9 @@ class ExitHeads(nn.Module):
                 heads = cls(ExitHeadConfig(**{**config, "states": tuple(config["states"])}))
             heads.load_state_dict(tensors, assign=True)
             ExitRule.of_metadata(header).check(heads.config.num_layers)
-            if header.get("calibration"):
-                Calibration(**header["calibration"])
+            calibration = Calibration.of_metadata(header)
+            for threshold in calibration.thresholds if calibration else ():
+                ExitRule(threshold).check(heads.config.num_layers)
         except FileNotFoundError:
             raise HeadsError(f"exit heads file not found: {path}") from None
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as e:

@@ -94,8 +94,7 @@ class DynamicExit(VisualTokenPolicy):
         if len(given) > 1:
             raise InvalidArgumentError("accepted: one of threshold, target_agreement and target_flops")
         heads = ExitHeads.load(path)
-        stored = heads.metadata.get("calibration")
-        calibration = Calibration(**stored) if stored else None
+        calibration = Calibration.of_metadata(heads.metadata)
         if target_agreement is not None or target_flops is not None:
             calibration = _calibrated_for(calibration, options, path)
             if target_agreement is not None:

@@ -1,6 +1,7 @@
 """Trains exit heads on the labels of a frozen model (docs/method.md sections 3 and 6), and calibrates their threshold.
 
-Three disjoint parts of the samples: most train, a tenth chooses the best epoch, a fifth calibrates.
+Three disjoint parts of the samples: most train, a tenth chooses the best epoch and the path of thresholds, a fifth
+calibrates.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +20,27 @@ from torch import Tensor
 
 from dyvte_engine.checks import is_real, is_whole
 from dyvte_engine.errors import DataError, DyvteError, InvalidArgumentError
-from dyvte_engine.heads.calibration import Calibration, check_flops, check_risk, check_target
+from dyvte_engine.heads.calibration import (
+    THRESHOLDS,
+    Calibration,
+    Threshold,
+    check_flops,
+    check_risk,
+    check_target,
+)
 from dyvte_engine.heads.exit_head import ExitHeadConfig, ExitHeads
 from dyvte_engine.heads.rule import ExitRule
+from dyvte_engine.heads.stopping import refined, stopping_path
 from dyvte_engine.training.files import read_tensors, write_tensors
 from dyvte_engine.training.label_store import HeadData, LabelInfo, Rule, load_labels
+from dyvte_engine.training.regret import loss_of_exits, regret_loss, regrets
 
 Kind = Literal["paper", "default", "light"]
+Targets = Literal["label", "regret"]
 DEFAULT_STATES = ("mean_text", "last_text")
 SELECT, CALIBRATE = 0.1, 0.2  # of all samples
 SEEDS = 2**40  # torch's generator takes 64 bits, and each step has its own
+FIRST_BY_LABEL = 0.25  # of the epochs: regrets need heads that say something
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,9 @@ class HeadSettings:
     """What a training run is. `paper`: the recipe of docs/method.md section 3, one random layer a step, threshold 0.5.
 
     target_agreement or target_flops: what the stored threshold promises; neither: 0.5. min_layer, every_k and
-    hysteresis are `ExitRule`'s and belong to the calibration.
+    hysteresis are `ExitRule`'s and belong to the calibration. targets: the rule's verdict at each layer, or what
+    leaving there is worth more than staying (`training.regret`); not with `paper`. by_layer: a threshold for each layer
+    (`heads.stopping`), else one for all.
     """
 
     kind: Kind = "default"
@@ -56,6 +70,8 @@ class HeadSettings:
     min_layer: int = 0
     every_k: int = 1
     hysteresis: int = 1
+    targets: Targets = "label"
+    by_layer: bool = False
 
     def __post_init__(self) -> None:
         """Raises InvalidArgumentError for what would fail later, in the midst of training."""
@@ -74,6 +90,10 @@ class HeadSettings:
             check_risk("target_agreement", self.target_agreement)
         if self.target_flops is not None:
             check_flops(self.target_flops)
+        accepted = ("label",) if self.kind == "paper" else ("label", "regret")
+        if self.targets not in accepted:
+            given = f"targets is {self.targets!r} for kind {self.kind}"
+            raise InvalidArgumentError(f"{given}; accepted: {', '.join(accepted)}")
         ExitRule(0.5, **self.exit_options)
         self.config(1, 1)
 
@@ -139,6 +159,7 @@ class Trainer:
         self.step = 0
         self.best: dict[str, Tensor] = {}  # the weights, none before the first epoch ends
         self.history: list[float] = []
+        self.said: Tensor | None = None  # f32 [N, L - 1], what the heads said of all samples when the epoch began
         positive = float(data.label[parts.train].float().mean().clamp(0.01, 0.99))
         weights = [0.5 / (1 - positive), 0.5 / positive] if settings.class_weights else [1.0, 1.0]
         self.class_weights = torch.tensor(weights, device=accelerator.device)
@@ -165,6 +186,8 @@ class Trainer:
     def _one_step(self, total: int) -> float:
         """One batch, split over the processes; the order depends on seed and step alone."""
         epoch, at = divmod(self.step, self.steps_of_epoch)
+        if self.settings.targets == "regret" and at == 0 and epoch >= FIRST_BY_LABEL * self.settings.epochs:
+            self.said = exit_probabilities(self.heads, self.data.pooled)[:, :-1].logit()
         order = torch.randperm(len(self.parts.train), generator=self._generator(epoch, 0))
         rows = self.parts.train[order[at * self.settings.batch : (at + 1) * self.settings.batch]]
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -174,7 +197,10 @@ class Trainer:
             group["lr"] = self.settings.lr * self._schedule(total)
         self.heads.zero_grad()
         self.optimiser.zero_grad()
-        loss = self._random_layer_loss(pooled, label) if self.one_layer else self._loss(pooled, label, len(rows))
+        if self.said is not None:
+            loss = self._regret_loss(pooled, self.said[mine], mine) / len(rows)
+        else:
+            loss = self._random_layer_loss(pooled, label) if self.one_layer else self._loss(pooled, label, len(rows))
         loss.backward()
         self._share_gradients()
         self.optimiser.step()
@@ -185,6 +211,13 @@ class Trainer:
         logits = self.heads.all_layers(pooled).flatten(0, 1)
         total = F.cross_entropy(logits, label.flatten(), self.class_weights, reduction="sum")
         return total / (count * label.shape[1])
+
+    def _regret_loss(self, pooled: Tensor, said: Tensor, rows: Tensor) -> Tensor:
+        """The sum over this process's samples."""
+        flops = self.data.flops[rows]
+        regret = regrets(said, self.data.label[rows], (flops / flops[:, -1:]).float())
+        keep, leave = self.heads.all_layers(pooled)[:, :-1].unbind(-1)
+        return regret_loss(leave - keep, regret.to(leave.device)).sum()
 
     def _random_layer_loss(self, pooled: Tensor, label: Tensor) -> Tensor:
         """The mean over this process's samples at its own random layer, in bf16 (the paper's recipe)."""
@@ -219,28 +252,32 @@ class Trainer:
         return 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, total - warmup)))
 
     def _end_epoch(self, log: Callable[[str, float, int], None]) -> None:
-        """Keeps these weights if they hold the agreement asked for on held-out samples with an earlier exit."""
+        """Keeps these weights if they do better than before on held-out samples."""
         held = self.data.rows(self.parts.select)
-        p_exit = exit_probabilities(self.heads, held.pooled)
+        found, said = self._held_out(exit_probabilities(self.heads, held.pooled), held)
+        log(f"held-out {said.partition(' at ')[0]}", found, self.step)
+        if not self.history or found < min(self.history):
+            self.best = {name: weight.detach().clone() for name, weight in self.heads.state_dict().items()}
+        self.history.append(found)
+        if self.accelerator.is_main_process:
+            epoch = f"epoch {len(self.history)}/{self.settings.epochs}"
+            print(f"heads: {epoch}, {found:.3f} {said} on {len(held.agree)} samples", file=sys.stderr, flush=True)
+
+    def _held_out(self, p_exit: Tensor, held: HeadData) -> tuple[float, str]:
+        """The less the better, and what it is: the exit layer at the agreement asked for, or what exits lose."""
+        if self.settings.targets == "regret":
+            return loss_of_exits(p_exit, held.label, held.flops / held.flops[:, -1:]), "lost at all prices"
         curve = Calibration.measure(p_exit, held.agree, held.flops, self.settings.delta, self.settings.exit_options)
         wanted = self.settings.target_agreement or 0.99
         holds = [m for m, c in zip(curve.mean_layer, curve.changed, strict=True) if c <= (1 - wanted) * curve.samples]
-        log("held-out mean exit layer", min(holds), self.step)
-        if not self.history or min(holds) < min(self.history):
-            self.best = {name: weight.detach().clone() for name, weight in self.heads.state_dict().items()}
-        self.history.append(min(holds))
-        epoch = len(self.history)
-        if self.accelerator.is_main_process:
-            found = (
-                f"mean exit layer {min(holds):.3f} at {100 * wanted:g} % agreement on {curve.samples} held-out samples"
-            )
-            print(f"heads: epoch {epoch}/{self.settings.epochs}, {found}", file=sys.stderr, flush=True)
+        return min(holds), f"mean exit layer at {100 * wanted:g} % agreement"
 
     def _save(self, path: Path, header: Any) -> None:
         if not self.accelerator.is_main_process:
             return
         tensors = {f"heads.{name}": weight for name, weight in self.heads.state_dict().items()}
         tensors |= {f"best.{name}": weight for name, weight in self.best.items()}
+        tensors |= {} if self.said is None else {"said": self.said}
         for i, parameter in enumerate(self.parameters):
             tensors |= {f"optimiser.{i}.{name}": value for name, value in self.optimiser.state[parameter].items()}
         write_tensors(path, tensors, {"run": header, "step": self.step, "history": self.history})
@@ -249,7 +286,7 @@ class Trainer:
         tensors, found = read_tensors(path)
         if found["run"] != json.loads(json.dumps(header)):
             raise DataError(f"{path} belongs to a run with other settings or labels; remove it or give another --out")
-        self.step, self.history = found["step"], found["history"]
+        self.step, self.history, self.said = found["step"], found["history"], tensors.pop("said", None)
         named = {
             kind: {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(kind)}
             for kind in ("heads.", "best.")
@@ -293,19 +330,27 @@ def train_heads(
     out.parent.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(settings.config(info.hidden_size, info.num_layers), data, parts, settings, accelerator)
     trainer.train(state, header, save_every, _logger(tensorboard, accelerator.is_main_process))
-    heads, held = trainer.heads, data.rows(parts.calibrate)
-    heads.metadata = _calibrated(heads, held, settings, info) | {"history": trainer.history}
+    heads = trainer.heads
+    heads.metadata = _calibrated(heads, data, parts, settings, info) | {"history": trainer.history}
     if accelerator.is_main_process:
         heads.save(out, **heads.metadata)
         state.unlink(missing_ok=True)
     return heads
 
 
-def _calibrated(heads: ExitHeads, held: HeadData, settings: HeadSettings, info: LabelInfo) -> dict[str, Any]:
+def _calibrated(
+    heads: ExitHeads, data: HeadData, parts: Parts, settings: HeadSettings, info: LabelInfo
+) -> dict[str, Any]:
     """What the heads' file says besides the weights."""
+    path: Sequence[Threshold] = THRESHOLDS
+    if settings.by_layer:
+        seen = data.rows(parts.select)
+        said = exit_probabilities(heads, seen.pooled)
+        path = refined(stopping_path(said, seen.agree, seen.flops, settings.exit_options))
+    held = data.rows(parts.calibrate)
     p_exit = exit_probabilities(heads, held.pooled)
-    curve = Calibration.measure(p_exit, held.agree, held.flops, settings.delta, settings.exit_options)
-    threshold = 0.5
+    curve = Calibration.measure(p_exit, held.agree, held.flops, settings.delta, settings.exit_options, path)
+    threshold: Threshold = 0.5
     if settings.target_agreement is not None:
         threshold = curve.for_agreement(settings.target_agreement)
     elif settings.target_flops is not None:

@@ -166,6 +166,8 @@ def test_too_few_samples_for_the_promise(labels: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(InvalidArgumentError, match="accepted: one of them"):
         HeadSettings.of("light", target_agreement=0.9, target_flops=0.6)
+    with pytest.raises(InvalidArgumentError, match="targets is 'regret' for kind paper; accepted: label"):
+        HeadSettings.of("paper", targets="regret")
     with pytest.raises(InvalidArgumentError, match="kind is 'heavy'; accepted: paper, default, light"):
         HeadSettings.of("heavy")
 
@@ -173,23 +175,23 @@ def test_too_few_samples_for_the_promise(labels: Path, tmp_path: Path) -> None:
 RUN = """
 import sys
 from dyvte_engine.training.train_heads import HeadSettings, train_heads
-labels, out, kind = sys.argv[1:]
-settings = HeadSettings.of(kind, hidden=16, epochs=3, batch=16, target_agreement=0.5)
+labels, out, kind, targets = sys.argv[1:]
+settings = HeadSettings.of(kind, hidden=16, epochs=3, batch=16, target_agreement=0.5, targets=targets)
 print("begin", flush=True)
 train_heads(labels, out, settings, save_every=2)
 print("end", flush=True)
 """
 
 
-@pytest.mark.parametrize("kind", ["light", "paper"])
-def test_killed_at_any_moment_it_ends_in_the_same_bytes(labels: Path, tmp_path: Path, kind) -> None:
-    settings = HeadSettings.of(kind, hidden=16, epochs=3, batch=16, target_agreement=0.5)
+@pytest.mark.parametrize(("kind", "targets"), [("light", "label"), ("light", "regret"), ("paper", "label")])
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(labels: Path, tmp_path: Path, kind, targets) -> None:
+    settings = HeadSettings.of(kind, hidden=16, epochs=3, batch=16, target_agreement=0.5, targets=targets)
     started = time.monotonic()
     train_heads(labels, tmp_path / "whole", settings, save_every=2)
     whole = time.monotonic() - started
     rng, kills = random.Random(1), 0
     for attempt in range(20):
-        command = [sys.executable, "-c", RUN, str(labels), str(tmp_path / "killed"), kind]
+        command = [sys.executable, "-c", RUN, str(labels), str(tmp_path / "killed"), kind, targets]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             assert process.stdout.readline() == b"begin\n"
             while attempt < 2 and not (tmp_path / "killed.state").exists() and process.poll() is None:
@@ -227,12 +229,13 @@ def test_a_state_of_another_run_is_refused(labels: Path, tmp_path: Path, monkeyp
         train_heads(labels, tmp_path / "h", replace(settings, lr=1e-4))
 
 
-def test_two_processes_do_what_one_does(labels: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["label", "regret"])
+def test_two_processes_do_what_one_does(labels: Path, tmp_path: Path, targets) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-c", RUN, str(labels), str(tmp_path / "two"), "light"]
+    command = [sys.executable, "-c", RUN, str(labels), str(tmp_path / "two"), "light", targets]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **shared, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE)
         for r in ("0", "1")
@@ -240,7 +243,7 @@ def test_two_processes_do_what_one_does(labels: Path, tmp_path: Path) -> None:
     errors = [rank.communicate()[1].decode() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     assert errors[1].count("epoch") == 0 < errors[0].count("epoch"), "one process reports"
-    settings = HeadSettings.of("light", hidden=16, epochs=3, batch=16, target_agreement=0.5)
+    settings = HeadSettings.of("light", hidden=16, epochs=3, batch=16, target_agreement=0.5, targets=targets)
     train_heads(labels, tmp_path / "one", settings, save_every=2)
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     for name in one:
@@ -304,6 +307,9 @@ def test_commands_on_a_tiny_model(tmp_path: Path) -> None:
         said = call("label", tmp_path / f"m{seed}", *here, "--mode", "self", "--max-new-tokens", 3)
         assert f"30 samples of m{seed} labelled" in said
     options = ["--kind", "light", "--target-agreement", "0.5", "--epochs", "2", "--hysteresis", "2"]
+    said = call("train-heads", tmp_path / "l0", "--out", tmp_path / "h.safetensors", "--by-layer", *options)
+    assert len(ExitHeads.load(tmp_path / "h.safetensors").metadata["threshold"]) == 4
+    assert len(said.split("threshold ")[1].split(", ")) == 4
     said = call("train-heads", tmp_path / "l0", "--out", tmp_path / "h.safetensors", *options)
     assert "at most 50 % of answers change, at a confidence of 95 %" in said
     assert ExitHeads.load(tmp_path / "h.safetensors").metadata["calibration"]["hysteresis"] == 2
