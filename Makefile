@@ -165,7 +165,7 @@ findings: build ## the paper's figures and tables for nano, after `make heads` (
 	mkdir -p docs/findings && cp outputs/findings/*.md outputs/findings/*.png docs/findings/
 
 SMOL ?= --workers 2
-SMOL_STEPS ?= 200 4000 2000
+SMOL_STEPS ?= 100 1500 500
 SMOL_EVAL ?= --limit 300
 smol: build ## trains smol, on CPU cores with bfloat16 units in hours, on a GPU in minutes (docs/smol.md); continues what was killed; in outputs/smol
 	for stage in align lora tower; do \

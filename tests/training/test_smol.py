@@ -95,14 +95,14 @@ def test_what_is_taught_scores_in_full(untrained):
         assert s.key.split("/")[0] == task
 
 
-def test_no_more_is_denied_than_affirmed_and_visits_differ():
+def test_as_much_is_denied_as_affirmed_and_visits_differ():
     scenes = data.Scenes("train", 0)
     for number in range(10):
         asked = [s for _, s in scenes.ask(number, False, 24)]
         assert len({s.prompt for s in asked}) == len(asked)
         for begin in ("Is there", "Is the", "Are there"):
             said = [data.spoken(s) for s in asked if s.prompt.startswith(begin)]
-            assert abs(said.count("yes") - said.count("no")) <= 1
+            assert 0 <= said.count("yes") - said.count("no") <= 1
     first, again, later = (scenes.ask(3, False, 24, visit) for visit in (0, 0, 1))
     assert [s.prompt for _, s in first] == [s.prompt for _, s in again] != [s.prompt for _, s in later]
 
@@ -272,7 +272,8 @@ def test_judge_counts_whole_answers_and_the_blind_ones(untrained):
     assert sum(judged.right.values()) == len(judged.right) - 3
     report = judged.report(judge.Blind(data.Scenes("train", 0), 20))
     assert sum(task["all"]["n"] for task in report.values()) == len(judged.right)
-    assert report["pope"]["blind"]["share"] < 1 and any("unseen style" in task for task in report.values())
+    assert any(task["blind"]["share"] < 1 for task in report.values())
+    assert any("unseen style" in task for task in report.values())
     assert judge.pattern("Is there a dog in the picture?") == "Is there a _ in the picture?"
     context = "Context: Anna lost the dog.\nQuestion: Whose?"
     assert judge.pattern(context) == judge.pattern(context.replace("Anna", "Ben"))

@@ -89,7 +89,8 @@ class Scenes:
     def ask(self, number: int, printed: bool, count: int, visit: int = 0) -> list[tuple[str, Sample]]:
         """Up to `count` different questions about a picture, each with its task's name; other ones at each visit.
 
-        What is there can be asked about less often than what is not: no more are denied than affirmed, but for one.
+        There is always something more to deny, but not to affirm: of questions that begin alike one is denied for each
+        that is affirmed before.
         """
         view, shares = self._view(number, printed), WORDS if printed else SHARES
         rng = random.Random(f"asked/{view.key}/{visit}")
@@ -103,7 +104,7 @@ class Scenes:
                 continue
             for s in made if PLANS[task].group == 2 else rng.sample(made, min(1, len(made))):
                 vote, begin = VOTES.get(spoken(s), 0), " ".join(s.prompt.split()[:2])
-                if s.prompt not in asked and vote * ahead[begin] <= 0:
+                if s.prompt not in asked and vote * (ahead[begin] - 0.5) <= 0:
                     asked[s.prompt] = task, s
                     ahead[begin] += vote
             if len(asked) >= count:

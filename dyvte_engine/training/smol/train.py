@@ -58,8 +58,8 @@ class Settings:
 
     stage: str
     steps: int
-    batch: int = 8
-    rows: int = 480
+    batch: int = 4
+    rows: int = 768
     pictures: int = 4000
     checked: int = 48
     seed: int = 0
@@ -251,9 +251,9 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--stage", choices=(*RATES, "report", "assemble"), required=True)
     add("--out", type=Path, required=True, help="folder of the run; assemble writes its `model` there")
-    add("--steps", type=int, default=2000)
-    add("--batch", type=int, default=8, help="pictures a step")
-    add("--rows", type=int, default=480, help="tokens of questions behind each picture")
+    add("--steps", type=int, default=1500)
+    add("--batch", type=int, default=4, help="pictures a step")
+    add("--rows", type=int, default=768, help="tokens of questions behind each picture")
     add("--pictures", type=int, default=4000, help="pictures, whose features take 197 KB of disk each")
     add("--checked", type=int, default=48, help="held-out pictures of each check; report: of the report")
     add("--check-every", type=int, default=200, help="steps between two checks")
