@@ -45,13 +45,14 @@ class Fires(DynamicExit):
 
 @pytest.fixture(scope="module")
 def decoder():
-    try:
-        torch.autocast("meta", enabled=False)
-    except RuntimeError:
-        pytest.skip("this torch has no autocast for tensors without numbers")
     plain = build()[0].model.decoder
     hf = tiny.model().to(META)
-    return Decoder(hf.model.language_model, hf.lm_head, plain.shape, 256)
+    try:
+        return Decoder(hf.model.language_model, hf.lm_head, plain.shape, 256)
+    except RuntimeError as e:
+        if "autocast" not in str(e) and "scalarType" not in str(e):
+            raise
+        pytest.skip("transformers asks for an autocast that this torch does not have for tensors without numbers")
 
 
 def entering(decoder, lengths=(9, 12, 5)):
