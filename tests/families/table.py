@@ -23,8 +23,8 @@ python -m tests.families.table
 
 writes this page from the tests in `tests/families`, here with torch {torch} and transformers {transformers}.
 Each cell is a random tiny model of the family against transformers' own code (its `generate`, and
-its own layers under 4-D masks). The first two rows are of 50 random prompts with 0 to 3 pictures, the second row
-of 50 for each layer. "refused" is a typed error with a reason; "-" has no test. The same tests pass
+its own layers under 4-D masks). The first two rows are of 20 random prompts with 0 to 3 pictures, the second row
+of 16 for each layer. "refused" is a typed error with a reason; "-" has no test. The same tests pass
 on the oldest supported releases (`make compat`).
 
 Videos go through transformers' own processors too. Their video part needs torchvision: it is transformers' own where
