@@ -114,12 +114,16 @@ class Painter:
         dx, dy = ((self.x - x).abs() - half + corner).clamp(min=0), ((self.y - y).abs() - half + corner).clamp(min=0)
         cover = ((corner - (dx * dx + dy * dy).sqrt()) * self.size + 0.5).clamp(0, 1)[:, None] * here
         canvas = canvas + cover * (tiles - canvas)
-        sprites = self.atlas[[self.styles.index(style) for style, _ in chosen], [p.sprite for _, p in chosen]]
+        sprites = self._sprites(chosen)
         grid = torch.stack(
             ((self.x - x) / side * 2, (self.y - y) / side * 2), -1
         )  # [B, H, W, 2], -1 to 1 in the sprite
         drawn = F.grid_sample(sprites, grid, align_corners=False)
         return canvas * (1 - drawn[:, 3:]) + drawn[:, :3]
+
+    def _sprites(self, chosen: Sequence[tuple[str, Placed]]) -> Tensor:
+        """[len(chosen), 4, s, s], premultiplied."""
+        return self.atlas[[self.styles.index(style) for style, _ in chosen], [p.sprite for _, p in chosen]]
 
     def _print(self, canvas: Tensor, word: Printed) -> Tensor:
         """canvas [3, H, W] with text; moved inwards and made smaller until it fits."""

@@ -1,7 +1,8 @@
 """Openly licensed emoji drawings, fetched once with npm and kept as small sprites in the user's cache.
 
 Nothing of them is part of this repository: Fluent Emoji (MIT, Microsoft), Noto Emoji (Apache-2.0, Google), Twemoji
-(CC-BY 4.0, Twitter and contributors) as Iconify packages, names from unicode-emoji-json (MIT, Mu-An Chiou).
+(CC-BY 4.0, Twitter and contributors), EmojiOne 2 (CC-BY 4.0, Emoji One), FxEmoji (Apache-2.0, Mozilla)
+as Iconify packages, names from unicode-emoji-json (MIT, Mu-An Chiou).
 """
 
 from __future__ import annotations
@@ -31,10 +32,17 @@ PACKAGES = {
     ),
     "noto": ("@iconify-json/noto@1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
     "twemoji": ("@iconify-json/twemoji@1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+    "emojione": (
+        "@iconify-json/emojione@1.2.3",
+        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+    ),
+    "noto-v1": ("@iconify-json/noto-v1@1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    "fxemoji": ("@iconify-json/fxemoji@1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
     "names": ("unicode-emoji-json@0.9.0", "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401"),
 }
 TRAINING_STYLES = ("fluent", "noto")
 UNSEEN_STYLE = "twemoji"  # never in a training picture
+MORE_STYLES = ("emojione", "noto-v1", "fxemoji")  # in varied pictures of training alone; some things are missing
 STYLES = (*TRAINING_STYLES, UNSEEN_STYLE)
 # Unicode's names of things that look different at a glance, similar ones together.
 _NOUNS = {
@@ -96,7 +104,7 @@ def _read(key: str, member: str) -> Any:
 
 @cache
 def atlas(style: str) -> np.ndarray:
-    """uint8 [len(NOUNS), 4, SIDE, SIDE], the sprites of a style, RGBA, in the order of NOUNS.
+    """uint8 [len(NOUNS), 4, SIDE, SIDE], the sprites of a style, RGBA, in the order of NOUNS; transparent if missing.
 
     Drawn from SVG at the first call of all, then kept in the cache.
 
@@ -126,10 +134,16 @@ def _draw_all(style: str) -> np.ndarray:
     except ImportError as error:
         raise SourceError("emoji pictures need the package resvg-py: pip install 'dyvte-engine[eval]'") from error
     points = {entry["name"]: "-".join(f"{ord(c):x}" for c in text if c != "\ufe0f") for text, entry in names().items()}
-    icons, codes = _read(style, "icons.json"), _read(style, "chars.json")
+    icons = _read(style, "icons.json")
+    codes = [_read(s, "chars.json") for s in ((style,) if style in STYLES else STYLES)]  # older sets have no such table
     sprites = []
     for noun in NOUNS:
-        icon = icons["icons"][codes[points[noun]]]
+        named = [*(code[points[noun]] for code in codes), noun]
+        icon = next((icons["icons"][name] for name in named if name in icons["icons"]), None)
+        if icon is None and style in MORE_STYLES:
+            sprites.append(np.zeros((SIDE, SIDE, 4), np.uint8))
+            continue
+        assert icon is not None
         width, height = (icon.get(k, icons.get(k, 16)) for k in ("width", "height"))
         svg = f'<svg {_NAMESPACES} viewBox="0 0 {width} {height}">'
         png = resvg_py.svg_to_bytes(svg_string=f"{svg}{icon['body']}</svg>", width=SIDE, height=SIDE)

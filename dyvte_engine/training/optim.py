@@ -91,7 +91,7 @@ class MasterAdamW:
                 master.data.copy_(file.get_tensor("master/" + name))
                 if "exp_avg/" + name in stored:
                     self.adam.state[master] = {
-                        key: file.get_tensor(f"{key}/{name}").to("cpu" if key == "step" else master.device)
+                        key: file.get_tensor(f"{key}/{name}").to(master.device)
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
         self._write_back()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from transformers import AttentionInterface, LlavaForConditionalGeneration
@@ -35,9 +36,22 @@ class Packed:
     targets: torch.Tensor  # int64 [B, R]: the next token where it belongs to an answer, else -100
     owner: torch.Tensor  # int64 [B, R]: index of the token's question among `kinds`
     kinds: torch.Tensor  # int64 [questions]: kinds of the packed questions
+    answers: torch.Tensor  # int64 [answer tokens]: where `targets` are, in B * R
+
+    @property
+    def said(self) -> torch.Tensor:
+        """int64 [answer tokens]: the targets that are."""
+        return self.targets.flatten()[self.answers]
 
     def to(self, device: str) -> Packed:
-        return Packed(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Packed(*(moved(getattr(self, field.name), device) for field in fields(self)))
+
+
+def moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """On the device; a GPU is not waited for."""
+    if tensor.is_cuda or not device.startswith("cuda"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pack(batch: list[list[Encoded]], rows: int, prefix: int, block: int) -> Packed:
@@ -71,6 +85,7 @@ def pack(batch: list[list[Encoded]], rows: int, prefix: int, block: int) -> Pack
         torch.from_numpy(targets),
         torch.from_numpy(owner),
         torch.tensor(kinds),
+        torch.from_numpy(np.flatnonzero(targets >= 0)),
     )
 
 
@@ -94,6 +109,8 @@ def _split_attention(
     The first `prefix` rows are causal among themselves; the R others see all of those and, by `mask`, their own block.
     q [B, Hq, S, D], k and v [B, Hkv, S, D]; mask [B, 1, R / K, K, K] is added; returns [B, S, Hq, D].
     """
+    if q.is_cuda:
+        return _fused_attention(q, k, v, mask, scaling, prefix), None
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     (q_first, q_text), (k_first, k_text), (v_first, v_text) = (
         (x[:, :, :prefix], x[:, :, prefix:].unflatten(2, (-1, mask.shape[-1]))) for x in (q, k, v)
@@ -111,10 +128,81 @@ def _split_attention(
 AttentionInterface.register("prefix_split", _split_attention)
 
 
+def _fused_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, prefix: int
+) -> torch.Tensor:
+    """The same in torch's fused kernels, which write no scores: each block of questions is a sequence of its own.
+
+    Query heads that share a key are rows of one head, so that keys and values are not repeated for them.
+    """
+    batch, heads, _, width = q.shape
+    shared, block = k.shape[1], mask.shape[-1]
+    blocks = mask.shape[2]
+    group = heads // shared
+    first_keys, first_values = (x[:, :, :prefix].repeat_interleave(group, 1) for x in (k, v))
+    first = F.scaled_dot_product_attention(q[:, :, :prefix], first_keys, first_values, is_causal=True, scale=scaling)
+    rows = q[:, :, prefix:].reshape(batch, shared, group, blocks, block, width).permute(0, 3, 1, 2, 4, 5)
+    keys, values = (
+        torch.cat([x[:, None, :, :prefix].expand(-1, blocks, -1, -1, -1), own.transpose(1, 2)], 3).flatten(0, 1)
+        for x in (k, v)
+        for own in (x[:, :, prefix:].unflatten(2, (blocks, block)),)
+    )
+    wide = -(-(prefix + block) // 8) * 8  # the kernel asks for rows that begin at multiples of 8
+    bias = F.pad(mask.to(q.dtype).view(-1, 1, 1, block, block), (prefix, wide - prefix - block))
+    bias = bias.expand(-1, -1, group, -1, -1).flatten(2, 3)[..., : prefix + block]
+    text = F.scaled_dot_product_attention(
+        rows.reshape(batch * blocks, shared, group * block, width), keys, values, attn_mask=bias, scale=scaling
+    )
+    text = text.view(batch, blocks, shared, group, block, width).permute(0, 1, 4, 2, 3, 5)
+    return torch.cat([first.transpose(1, 2), text.reshape(batch, blocks * block, heads, width)], 1)
+
+
+def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer [.., in] -> [.., out], with what peft's LoRA adds in one pass over the result."""
+    plain: Any = getattr(module, "base_layer", module)
+    result = F.linear(x, plain.weight, plain.bias)
+    if plain is module:
+        return result
+    down, up = (getattr(module, f"lora_{side}").default.weight for side in "AB")
+    low = F.linear(x, down).flatten(0, -2)
+    return torch.addmm(result.flatten(0, -2), low, up.T, alpha=module.scaling["default"]).view_as(result)
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+def llama_layer(
+    layer: Any, hidden: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, prefix: int
+) -> torch.Tensor:
+    """What a layer of transformers' Llama computes, in half of its passes over memory, which a GPU's time goes into."""
+    attention, mlp = layer.self_attn, layer.mlp
+    x = _norm(layer.input_layernorm, hidden)
+    q, k, v = (
+        _linear(part, x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    q, k = (_turned(x, cos[:, None], sin[:, None]) for x in (q, k))
+    mixed, _ = _split_attention(attention, q, k, v, mask, attention.scaling, prefix)
+    hidden = hidden + _linear(attention.o_proj, mixed.flatten(2))
+    x = _norm(layer.post_attention_layernorm, hidden)
+    return hidden + _linear(mlp.down_proj, mlp.act_fn(_linear(mlp.gate_proj, x)) * _linear(mlp.up_proj, x))
+
+
 def layer_runner(decoder: Any, compile_model: bool) -> Callable:
-    """Runs any layer of the decoder through one (compiled) forward: `run(layer, hidden, mask, cos, sin, prefix)`."""
+    """Runs any layer of the decoder: `run(layer, hidden, mask, cos, sin, prefix)`, on a GPU by `llama_layer`.
+
+    Compiled, all layers go through one forward.
+    """
     decoder.config._attn_implementation = "prefix_split"
     template = decoder.layers[0]
+    if not compile_model and decoder.embed_tokens.weight.is_cuda:
+        return llama_layer
 
     def forward(
         weights: dict, hidden: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, prefix: int
@@ -148,12 +236,11 @@ def answer_logits(
     cos, sin = decoder.rotary_emb(hidden, packed.positions)
     mask = torch.zeros(packed.mask.shape, device=hidden.device).masked_fill_(~packed.mask, -torch.inf)[:, None]
     first, prefix = len(prefix_ids), hidden.shape[1] - packed.ids.shape[1]
-    text = torch.cat([torch.arange(first), torch.arange(prefix, hidden.shape[1])]).to(hidden.device)
     for index, layer in enumerate(decoder.layers):
         hidden = run_layer(layer, hidden, mask, cos, sin, hidden.shape[1] - packed.ids.shape[1])
         if index == exit_layer:
-            hidden, cos, sin = hidden[:, text], cos[:, text], sin[:, text]
-    rows = hidden[:, -packed.ids.shape[1] :][packed.targets >= 0]
+            hidden, cos, sin = (torch.cat([x[:, :first], x[:, prefix:]], 1) for x in (hidden, cos, sin))
+    rows = hidden[:, -packed.ids.shape[1] :].flatten(0, 1).index_select(0, packed.answers)
     return model.lm_head(decoder.norm(rows))
 
 
@@ -162,6 +249,6 @@ def right_questions(logits: torch.Tensor, packed: Packed) -> torch.Tensor:
 
     logits: [answer tokens, vocabulary], as `answer_logits` gives them.
     """
-    answers = packed.targets >= 0
-    wrong = (logits.argmax(-1) != packed.targets[answers]).float()
-    return torch.zeros_like(packed.kinds, dtype=torch.float32).index_add(0, packed.owner[answers], wrong) == 0
+    wrong = (logits.argmax(-1) != packed.said).float()
+    owner = packed.owner.flatten()[packed.answers]
+    return torch.zeros_like(packed.kinds, dtype=torch.float32).index_add(0, owner, wrong) == 0

@@ -131,7 +131,8 @@ def test_packed_loss_and_gradients_are_those_of_single_prompts(untrained, tmp_pa
             torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(1))
     batch, processor = packed_trainer.steps[0], untrained[1]
     kept = packed_trainer.features[0].take(batch.numbers)
-    logits, packed = packed_trainer.logits(kept, packed_trainer.features[0].blocks, batch.packed)
+    visual = packed_trainer.visual(kept, packed_trainer.features[0].blocks)
+    logits, packed = packed_trainer.logits(visual, batch.packed)
     targets = packed.targets[packed.targets >= 0]
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / len(packed.kinds)
     loss.backward()
@@ -246,7 +247,7 @@ def test_the_start_says_what_is_in_a_patch(untrained):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(-1, 3, (8, 16, 2), generator=generator)
     embeddings = torch.randn(300, 32, generator=generator)
-    words = start.patch_words(processor.tokenizer, embeddings, labels).flatten(0, 1)
+    words = start.PatchWords(processor.tokenizer, embeddings)(labels).flatten(0, 1)
     shown = torch.nn.functional.one_hot(labels + 1, 4).flatten(2).flatten(0, 1)  # what and colour, not where
     where = torch.arange(16).repeat(8)
     features = torch.cat([shown, torch.stack([where % 4, where // 4], 1)], 1).float() @ torch.randn(

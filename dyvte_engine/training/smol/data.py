@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dyvte_engine.errors import InvalidArgumentError
-from dyvte_engine.eval.compose import TILE, Layout
+from dyvte_engine.eval.compose import TILE, Layout, Painter
 from dyvte_engine.eval.draw import NAMES, PER_TASK, Draw
 from dyvte_engine.eval.emoji import COLORS, Emoji
 from dyvte_engine.eval.suite import PLANS
@@ -127,24 +127,38 @@ def patch_labels(layout: Layout, grid: int) -> np.ndarray:
 
 @dataclass
 class Step:
-    """A batch: the pictures' numbers, whether they are printed words, and the questions packed behind them."""
+    """A batch: the pictures' numbers, whether they are printed words, and the questions packed behind them.
+
+    Where a painter made them: the pictures, uint8 [B, 3, H, W], and what their patches show (`patch_labels`).
+    """
 
     numbers: list[int]
     printed: bool
     packed: Packed
+    pictures: Tensor | None = None
+    labels: Tensor | None = None
 
 
 class Steps(Dataset):
     """Batch i of a training run, by number; step i of every PRINTED shows printed words, and packs one block of them.
 
     pictures: how many scenes there are; they come around again with other questions. rows: tokens behind each, in
-    blocks of `block` that no question goes beyond.
+    blocks of `block` that no question goes beyond. painter: paints each step's pictures, if given.
     """
 
-    def __init__(self, processor: Any, scenes: Scenes, pictures: int, batch: int, rows: int, block: int = BLOCK):
+    def __init__(
+        self,
+        processor: Any,
+        scenes: Scenes,
+        pictures: int,
+        batch: int,
+        rows: int,
+        block: int = BLOCK,
+        painter: Painter | None = None,
+    ):
         if rows % block or rows <= 0:
             raise InvalidArgumentError(f"rows is {rows}; accepted: multiples of {block}")
-        self.block = block
+        self.block, self.painter = block, painter
         self.processor, self.scenes, self.pictures, self.batch, self.rows = processor, scenes, pictures, batch, rows
 
     def __getitem__(self, step: int) -> Step:
@@ -153,7 +167,13 @@ class Steps(Dataset):
         there = self.words if printed else self.pictures
         numbers = [(first + i) % there for i in range(self.batch)]
         visits = [(first + i) // there for i in range(self.batch)]
-        return Step(numbers, printed, self.packed(numbers, printed, visits))
+        made = Step(numbers, printed, self.packed(numbers, printed, visits))
+        if self.painter is not None:
+            layouts = [self.scenes.layout(n, printed) for n in numbers]
+            grid = self.painter.size // self.processor.patch_size
+            made.pictures = self.painter(layouts)
+            made.labels = torch.stack([torch.from_numpy(patch_labels(one, grid)) for one in layouts])
+        return made
 
     @property
     def words(self) -> int:

@@ -19,6 +19,7 @@ from dyvte_engine.eval import emoji_sets as sets
 from dyvte_engine.eval.compose import Painter
 from dyvte_engine.files import write_bytes
 from dyvte_engine.models import smol as parts
+from dyvte_engine.training.packing import moved
 from dyvte_engine.training.smol.data import Scenes
 
 CHUNK = 32
@@ -26,7 +27,7 @@ CHUNK = 32
 
 def normalised(pictures: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [B, 3, H, W] -> what the processor makes of them."""
-    mean, std = (torch.tensor(v, device=pictures.device).view(3, 1, 1) for v in (parts.MEAN, parts.STD))
+    mean, std = (moved(torch.tensor(v), str(pictures.device)).view(3, 1, 1) for v in (parts.MEAN, parts.STD))
     return ((pictures.float().div(255) - mean) / std).to(dtype)
 
 
@@ -70,10 +71,13 @@ class Features:
         """Computes what is missing of these pictures, painted by so many worker processes."""
         missing = [c for c in sorted({number // CHUNK for number in numbers}) if not self._complete(c)]
         for chunk, pictures in DataLoader(self.paintings, sampler=missing, batch_size=None, num_workers=workers):
-            pixels = normalised(pictures.to(self.tower.device), self.tower.dtype)
-            with torch.no_grad():
-                hidden = run_blocks(self.tower, self.tower.embeddings(pixels), 0, self.blocks)
-            write_bytes(self._path(chunk), save({"hidden": hidden.to(self.tower.dtype).cpu().contiguous()}))
+            write_bytes(self._path(chunk), save({"hidden": self.of(pictures.to(self.tower.device)).cpu().contiguous()}))
+
+    @torch.no_grad()
+    def of(self, pictures: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] on the tower's device -> [B, 1 + patches, d]."""
+        pixels = normalised(pictures, self.tower.dtype)
+        return run_blocks(self.tower, self.tower.embeddings(pixels), 0, self.blocks).to(self.tower.dtype)
 
     def take(self, numbers: list[int]) -> Tensor:
         """[len(numbers), 1 + patches, d]."""

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,12 @@ from dyvte_engine.errors import InvalidArgumentError
 from dyvte_engine.files import write_bytes
 from dyvte_engine.models import smol as parts
 from dyvte_engine.training.optim import MasterAdamW
-from dyvte_engine.training.packing import Packed, answer_logits, layer_runner
+from dyvte_engine.training.packing import Packed, answer_logits, layer_runner, moved
 from dyvte_engine.training.smol.data import BLOCK, Scenes, Step, Steps, patch_labels, stream
 from dyvte_engine.training.smol.features import Features, run_blocks
 from dyvte_engine.training.smol.judge import Blind, Judge
-from dyvte_engine.training.smol.start import patch_words, start_projector
+from dyvte_engine.training.smol.start import PatchWords, start_projector
+from dyvte_engine.training.smol.varied import VariedPainter
 
 RANK, ALPHA = 16, 32
 BLIND = 1000  # pictures of training whose answers the blind baseline knows
@@ -53,7 +56,11 @@ class Settings:
     """One stage: AdamW, 3 % warm-up, cosine over `steps` of `batch` pictures, `rows` tokens of questions behind each.
 
     pictures: how many there are, their features kept on disk (197 KB each); checked: held-out ones, every `check_every`
-    steps; start: steps of the projector's start, in "align".
+    steps; start: steps of the projector's start, where nothing was trained before.
+
+    fresh: varied pictures painted for each step, instead of `pictures` plain ones. naming: share of the run in which
+    patches learn only what they show, which keeps a falling weight until the end. fit: the cosine ends with `minutes`,
+    whatever `steps` says. rate: times the rates of the stage.
     """
 
     stage: str
@@ -71,6 +78,10 @@ class Settings:
     check_every: int = 200
     compile_model: bool = False
     block: int = BLOCK  # tokens; a question with its answer has at most so many
+    fresh: bool = False
+    naming: float = 0.0
+    fit: bool = False
+    rate: float = 1.0
 
 
 def prepare(model: LlavaForConditionalGeneration) -> dict[str, nn.Parameter]:
@@ -117,7 +128,15 @@ class Trainer:
         self.active = {n: p for n, p in self.parameters.items() if n.partition(".")[0] in rates}
         self.leaving = sorted({*self.active, *stored})
         scenes = Scenes("train", settings.seed)
-        self.steps = Steps(processor, scenes, settings.pictures, settings.batch, settings.rows, settings.block)
+        sizes = settings.pictures, settings.batch, settings.rows, settings.block
+        if settings.naming and not settings.fresh:
+            raise InvalidArgumentError(
+                f"naming is {settings.naming}, fresh is False; accepted: 0 without fresh pictures"
+            )
+        if settings.fit and settings.minutes == float("inf"):
+            raise InvalidArgumentError("fit is True, minutes is inf; accepted: a number of minutes to fit into")
+        self.steps = Steps(processor, scenes, *sizes, VariedPainter() if settings.fresh else None)
+        self.before = self.steps.before.to(model.device)
         self.blocks = len(model.model.vision_tower.encoder.layer)
         kept = self.blocks - (LAST if "tower" in rates else 0)
         tower, root = model.model.vision_tower, features or self.out / "features"
@@ -136,7 +155,8 @@ class Trainer:
             self._start()
         for p in self.active.values():
             p.requires_grad_(True)
-        rates, high = RATES[s.stage], max(RATES[s.stage].values())
+        rates = {part: rate * s.rate for part, rate in RATES[s.stage].items()}
+        high = max(rates.values())
         scales = {part: rate / high for part, rate in rates.items()}
         self.adam = MasterAdamW(self.active, high, s.steps, max(1, s.steps * 3 // 100), 0.0, scales)
         if path.exists():
@@ -146,34 +166,46 @@ class Trainer:
         numbers = list(range(min(self.settings.pictures, STARTING)))
         layouts = [self.steps.scenes.layout(n, False) for n in numbers]
         labels = torch.stack([torch.from_numpy(patch_labels(one, parts.SIDE // parts.PATCH)) for one in layouts])
-        embeddings = self.model.get_input_embeddings().weight.detach().float().cpu()
-        words = patch_words(self.processor.tokenizer, embeddings, labels).flatten(0, 1)
+        words = self.words(labels.to(self.model.device)).flatten(0, 1)
         self.features[0].fill(numbers, self.settings.workers)
         shown = self.features[0].take(numbers)[:, 1:].flatten(0, 1)
         reached = start_projector(self.model.model.multi_modal_projector, shown, words, self.settings.start)
         self._record({"start": self.settings.start, "words' variance": round(reached, 3)}, print)
 
+    @cached_property
+    def words(self) -> PatchWords:
+        return PatchWords(self.processor.tokenizer, self.model.get_input_embeddings().weight.detach().float())
+
     @property
     def step(self) -> int:
         return self.adam.steps_done
 
+    @property
+    def share(self) -> float:
+        """Of the run, that is over."""
+        return self.step / self.adam.total_steps
+
     def run(self, say: Callable[[str], None] = print) -> None:
         """Trains until the stage's steps or minutes are over, and saves."""
         s, first = self.settings, self.step
-        for part, count in zip(self.features, self.steps.reached(s.steps)):
-            part.fill(range(count), s.workers)
+        if not s.fresh:
+            for part, count in zip(self.features, self.steps.reached(s.steps)):
+                part.fill(range(count), s.workers)
         began = saved = time.monotonic()
         losses, questions = [], 0
-        for batch in stream(self.steps, first, s.steps, s.workers):
+        for batch in stream(self.steps, first, sys.maxsize if s.fit else s.steps, s.workers):
             losses.append(self.train_step(batch))
             questions += len(batch.packed.kinds)
             now = time.monotonic()
-            over = self.step == s.steps or now - began > 60 * s.minutes
+            over = (self.step == s.steps and not s.fit) or now - began > 60 * s.minutes
+            if s.fit:  # the schedule is one of time
+                self.adam.total_steps = max(self.step, round(self.step * 60 * s.minutes / (now - began)))
             if self.step % s.say_every == 0 or over:
                 rate = (self.step - first) / (now - began)
-                line = {"stage": s.stage, "step": self.step, "of": s.steps, "loss": round(sum(losses) / len(losses), 4)}
+                loss = round(float(torch.stack(losses).mean()), 4)
+                line = {"stage": s.stage, "step": self.step, "of": self.adam.total_steps, "loss": loss}
                 line |= {"questions/s": round(questions / (now - began), 2), "pictures/s": round(rate * s.batch, 2)}
-                self._record(line | {"minutes left": round((s.steps - self.step) / rate / 60, 1)}, say)
+                self._record(line | {"minutes left": round((self.adam.total_steps - self.step) / rate / 60, 1)}, say)
                 losses = []
             if self.step % s.check_every == 0 or over:
                 self._record({"step": self.step, "held out": self.check()}, say)
@@ -184,30 +216,38 @@ class Trainer:
                 break
         self.save()
 
-    def train_step(self, batch: Step) -> float:
-        """One step of the optimiser; the mean loss of a question's answer, summed over its tokens."""
-        kept = self.features[batch.printed].take(batch.numbers)
-        logits, packed = self.logits(kept, self.features[0].blocks, batch.packed)
-        targets = packed.targets[packed.targets >= 0]
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum") / len(packed.kinds)
+    def train_step(self, batch: Step) -> Tensor:
+        """One step of the optimiser; the mean loss of a question's answer, summed over its tokens, on the device."""
+        features, device = self.features[batch.printed], str(self.model.device)
+        painted = batch.pictures
+        kept = features.take(batch.numbers) if painted is None else features.of(moved(painted, device))
+        visual = self.visual(kept, features.blocks)
+        loss = torch.zeros((), device=device)
+        if self.settings.naming and batch.labels is not None:
+            loss = loss + (1 - self.share) * self.words.loss(visual, moved(batch.labels, device))
+        if self.share >= self.settings.naming:
+            logits, packed = self.logits(visual, batch.packed)
+            loss = loss + F.cross_entropy(logits.float(), packed.said, reduction="sum") / len(packed.kinds)
         loss.backward()
         self.adam.step()
-        return float(loss.detach())
+        return loss.detach()
 
-    def logits(self, kept: Tensor, blocks: int, packed: Packed) -> tuple[Tensor, Packed]:
-        """Logits [answer tokens, vocabulary] of packed questions, from features after so many blocks; packed, moved."""
-        device = self.model.device
-        hidden = run_blocks(self.model.model.vision_tower, kept.to(device), blocks, self.blocks)
-        visual = self.model.model.multi_modal_projector(hidden[:, 1:])
-        moved = packed.to(str(device))
-        return answer_logits(self.model, visual, self.steps.before.to(device), moved, None, self.run_layer), moved
+    def visual(self, kept: Tensor, blocks: int) -> Tensor:
+        """[B, patches, d], projected, from features after so many blocks."""
+        hidden = run_blocks(self.model.model.vision_tower, moved(kept, str(self.model.device)), blocks, self.blocks)
+        return self.model.model.multi_modal_projector(hidden[:, 1:])
+
+    def logits(self, visual: Tensor, packed: Packed) -> tuple[Tensor, Packed]:
+        """Logits [answer tokens, vocabulary] of packed questions; packed, moved."""
+        there = packed.to(str(self.model.device))
+        return answer_logits(self.model, visual, self.before, there, None, self.run_layer), there
 
     @torch.no_grad()
     def check(self) -> dict[str, Any]:
         """Share of right answers to held-out questions, by task."""
         for batch in self.judge.batches():
             kept = self.held_out[batch.printed].take(batch.numbers)
-            self.judge.count(*self.logits(kept, self.held_out[0].blocks, batch.packed))
+            self.judge.count(*self.logits(self.visual(kept, self.held_out[0].blocks), batch.packed))
         return self.judge.shares()
 
     def report(self) -> dict[str, Any]:
@@ -260,6 +300,15 @@ def _options() -> argparse.Namespace:
     add("--minutes", type=float, default=float("inf"), help="end there, to be continued")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=0, help="processes that draw pictures and questions")
+    add(
+        "--fresh",
+        action="store_true",
+        help="varied pictures, painted for each step, instead of the --pictures plain ones",
+    )
+    add("--naming", type=float, default=0.0, help="share of the run in which only patches are named; needs --fresh")
+    add("--fit", action="store_true", help="the schedule ends with --minutes")
+    add("--rate", type=float, default=1.0, help="times the learning rates, for larger batches")
+    add("--start", type=int, default=1000, help="steps of the projector's start")
     add("--compile", action="store_true", help="torch.compile: a sixth less time on a CPU, once it is compiled")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -291,8 +340,13 @@ def main() -> None:
         args.seed,
         args.minutes,
         args.workers,
+        args.start,
         check_every=args.check_every,
         compile_model=args.compile,
+        fresh=args.fresh,
+        naming=args.naming,
+        fit=args.fit,
+        rate=args.rate,
     )
     trainer = Trainer(model, processor, args.out, settings)
     if args.stage == "report":
