@@ -228,6 +228,16 @@ def test_stages_train_their_parts_and_the_loss_falls(untrained, tmp_path):
         trainer(untrained, tmp_path / "odd", rows=100)
 
 
+def test_preparing_a_bfloat16_model_leaves_positions_exact(untrained):
+    model = copy.deepcopy(untrained[0])
+    exact = model.model.language_model.rotary_emb.inv_freq.clone()
+    for p in model.parameters():
+        p.data = p.data.to(torch.bfloat16)
+    trained = train.prepare(model)
+    assert torch.equal(model.model.language_model.rotary_emb.inv_freq, exact)
+    assert {p.dtype for p in trained.values()} == {torch.bfloat16}
+
+
 def test_what_leaves_the_machine_is_small():
     """At the sizes of the real parts, without their weights."""
     with torch.device("meta"):

@@ -90,7 +90,8 @@ def prepare(model: LlavaForConditionalGeneration) -> dict[str, nn.Parameter]:
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR)
     inject_adapter_in_model(lora, model.model.language_model)
     model.requires_grad_(False)
-    model.to(model.dtype)  # peft adds float32
+    for p in model.parameters():
+        p.data = p.data.to(model.dtype)  # peft adds float32; `model.to` would round the rotary frequencies as well
     tower = model.model.vision_tower
     learning = {f"encoder.layer.{i}." for i in range(len(tower.encoder.layer))[-LAST:]}
     trained = {f"projector.{n}": p for n, p in model.model.multi_modal_projector.named_parameters()}
