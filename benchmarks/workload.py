@@ -134,7 +134,7 @@ class Timeline:
     """When things happened in one request, in seconds of one clock."""
 
     start: float = 0.0
-    vision: list[float] = field(default_factory=list)  # entry into the tower, end of the projector
+    vision: list[float] = field(default_factory=list)  # entry into the model, end of the projector
     tokens: list[float] = field(default_factory=list)  # each token of all sequences
 
     @property
@@ -162,18 +162,22 @@ class Timeline:
 
 @contextmanager
 def watched(engine: Engine) -> Iterator[Timeline]:
-    """A timeline that starts now; the vision tower, which both sides share, notes its times in it."""
+    """A timeline that starts now; the model that both sides share notes when it is called, and when it has projected.
+
+    The tower itself stays as it is: the engine captures none that somebody hooked.
+    """
     device, line = engine.config.device, Timeline()
 
     def note(*_: Any) -> None:
         wait_for(device)
         line.vision.append(time.perf_counter())
 
+    def entered(*_: Any) -> None:
+        if not line.vision:  # transformers calls it for every token
+            note()
+
     model = engine.model.hf.model
-    handles = [
-        model.vision_tower.register_forward_pre_hook(note),
-        model.multi_modal_projector.register_forward_hook(note),
-    ]
+    handles = [model.register_forward_pre_hook(entered), model.multi_modal_projector.register_forward_hook(note)]
     try:
         wait_for(device)
         line.start = time.perf_counter()

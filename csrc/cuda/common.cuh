@@ -21,7 +21,8 @@ __device__ __forceinline__ void from_float(float x, float* to) { *to = x; }
 __device__ __forceinline__ void from_float(float x, __half* to) { *to = __float2half_rn(x); }
 __device__ __forceinline__ void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 
-// N elements, moved in 16-byte accesses, or a single element. Stores use __stwb: nvcc splits some plain uint4 stores.
+// N elements, moved in 16-byte accesses, or a single element. Stores use __stwb, since nvcc splits some plain uint4
+// stores; so they are for global memory alone.
 template <class T, int N>
 struct Pack {
   static_assert(N == 1 || sizeof(T) * N % 16 == 0, "a pack is one element or a multiple of 16 bytes");

@@ -78,13 +78,16 @@ __device__ void normalise(const DecodeProduct& p, T* to, int64_t pitch) {
     float value[V], w[V];
     load(x + c, value);
     load(norm + c, w);
+    Pack<T, V> pack;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       T rounded;
       from_float(value[j] * factor, &rounded);
-      value[j] = to_float(rounded) * w[j];
+      from_float(to_float(rounded) * w[j], &pack.at[j]);
     }
-    store(to + b * pitch + c, value);
+    uint4 raw;  // stored as such: `store` is for global memory
+    memcpy(&raw, &pack, sizeof(raw));
+    *reinterpret_cast<uint4*>(to + b * pitch + c) = raw;
   }
 }
 

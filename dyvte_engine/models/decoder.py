@@ -68,11 +68,10 @@ class DecoderLayer:
             down=_linear(mlp.down_proj),
         )
 
-    def project_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, d], normalised -> q [N, Hq, D], k and v [N, Hkv, D], views of one tensor."""
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [N, n], what the projection `qkv` gives -> q [N, Hq, D], k and v [N, Hkv, D], views where not normed."""
         s = self.shape
-        qkv = self.qkv(x).view(len(x), -1, s.head_dim)
-        q, k, v = qkv.split((s.num_heads, s.num_kv_heads, s.num_kv_heads), dim=1)
+        q, k, v = qkv.view(len(qkv), -1, s.head_dim).split((s.num_heads, s.num_kv_heads, s.num_kv_heads), dim=1)
         if self.qk_norm is not None:
             q = ops.rms_norm(q, self.qk_norm[0], self.eps)
             k = ops.rms_norm(k, self.qk_norm[1], self.eps)
@@ -165,9 +164,12 @@ class Decoder:
         hidden [N, d] enters it, and x, the same normalised for it. Returns what leaves it (written in place where all
         rows stay), and that normalised for the next layer, or by the final norm.
         """
+        return self.behind_projections(layer, hidden, self.layers[layer].qkv(x), rows)
+
+    def behind_projections(self, layer: int, hidden: Tensor, qkv: Tensor, rows: LayerRows) -> tuple[Tensor, Tensor]:
+        """`layer` without its beginning: qkv [N, n] is what the projection gave."""
         this, last = self.layers[layer], layer == len(self.layers) - 1
-        q, k, v = this.project_qkv(x)
-        hidden, attended = rows.attend(layer, hidden, q, k, v)
+        hidden, attended = rows.attend(layer, hidden, *this.heads(qkv))
         x = ops.add_rms_norm_(hidden, this.project_out(attended), this.post_norm, this.eps)
         out = this.mlp(x, rows.workspace)
         added = rows.added(layer)

@@ -57,6 +57,13 @@ class Linear:
             return out
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """x [N, k] -> out [N, n], by torch's product."""
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=out)
+
     def gelu(self, x: Tensor, approximate: str) -> Tensor:
         """GELU of the product; `approximate` as torch has it."""
         if self.packed is None or not self._gains(x.shape[:-1].numel()):

@@ -21,7 +21,7 @@ from ..models.rows import Rows
 from ..policies import Decision, LayerState, VisualTokenPolicy
 from .known_rows import KnownRows, Pack
 from .kv_cache import KVCache
-from .text_graphs import TextGraphs
+from .layer_graphs import LayerGraphs
 
 # Called in every layer with its number, the rotated q [N, Hq, D] and k [N, Hkv, D] of all its rows, and these rows.
 Watch = Callable[[int, Tensor, Tensor, Rows], None]
@@ -52,8 +52,8 @@ class Prefill:
 
     inputs_embeds [N, d] with its `rows`. With `drop_early_kv` the rows that left are in the end compacted out of the
     earlier layers' K/V too, so that decoding no longer attends to them anywhere. `watch` sees every layer's attention.
-    `graphs` run the layers that see text only, unless they are watched. `known`: what need not be computed, or is
-    wanted by others too.
+    `graphs` run the layers that they cover, unless they are watched. `known`: what need not be computed, or is wanted by
+    others too.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Prefill:
         policy: VisualTokenPolicy,
         drop_early_kv: bool = False,
         watch: Watch | None = None,
-        graphs: TextGraphs | None = None,
+        graphs: LayerGraphs | None = None,
         known: KnownRows | None = None,
     ):
         self.decoder, self.cache, self.rows = decoder, cache, rows
@@ -106,16 +106,16 @@ class Prefill:
             if used and used + len(self._hidden) > row_layers:
                 break
             used += len(self._hidden)
-            graphs = self._graphs if self._known is None and self._pending is None else None
-            if graphs is not None and graphs.take(self.next, self.rows):
-                self._replay(graphs)
-            else:
-                self._run_layer()
+            self._run_layer()
         return self.done
 
     def _run_layer(self) -> None:
-        layer = self.next
-        self._hidden, self._x = self.decoder.layer(layer, self._hidden, self._x, self)
+        layer, graphs = self.next, self._graphs if self._known is None else None
+        if graphs is not None and not self._asked_last(layer) and graphs.take(self, layer, self.rows):
+            self._hidden, self._x = self._captured(layer, graphs)
+        else:
+            self._release()
+            self._hidden, self._x = self.decoder.layer(layer, self._hidden, self._x, self)
         self.next += 1
         if self._known is not None:
             self._known.passed(layer, self._hidden, self._queries_keys[0])
@@ -132,17 +132,40 @@ class Prefill:
         self._queries_keys = q, k
         self._reserved = layer + 1
 
-    def _replay(self, graphs: TextGraphs) -> None:
-        """All layers that are left."""
-        first = self.next
-        if first >= self._reserved:
-            self.cache.reserve(range(first, self._layers), self.rows.lengths.host)
-        self._seen += [self.rows] * (self._layers - first)
-        self._x = graphs.run(first, self.cache, self.rows, self._hidden, self._x)
-        self.next = self._layers
+    def _captured(self, layer: int, graphs: LayerGraphs) -> tuple[Tensor, Tensor]:
+        """As `Decoder.layer`. A pending decision is read when the projections are on their way, as in `attend`."""
+        if not graphs.holds(self):
+            self._hidden, self._x = graphs.admit(self, self.rows, self._hidden, self._x)
+        hidden, qkv = self._hidden, graphs.project(layer, len(self._hidden))
+        if self._pending is not None:
+            stay = self._settle()
+            if not isinstance(stay, slice):
+                hidden, qkv = hidden[stay], qkv[stay]
+                self._release()
+                if not graphs.take(self, layer, self.rows):
+                    return self.decoder.behind_projections(layer, hidden, qkv, self)
+                hidden, self._x = graphs.admit(self, self.rows, hidden, None)
+                graphs.projected(layer, qkv)
+        self._enter(layer)
+        total = len(hidden)
+        done = graphs.run(layer, self.cache.block_table[layer])
+        self._queries_keys = done.q[:total], done.k[:total]
+        if done.x is None:
+            return hidden, self._x
+        self._release()
+        return hidden, done.x[: len(self.rows.n_visual)].clone()  # the next replay writes over it
+
+    def _release(self) -> None:
+        """The rows are no longer those in the graphs' memory."""
+        if self._graphs is not None:
+            self._graphs.leave(self)
 
     def _asked(self, layer: int) -> bool:
         return layer in self._ask and any(self.rows.n_visual)
+
+    def _asked_last(self, layer: int) -> bool:
+        """Whether the policy wants to see all rows of the last layer."""
+        return layer == self._layers - 1 and self._asked(layer)
 
     def _only_last(self, layer: int) -> bool:
         """The other rows of the last layer would feed nothing but the cache."""
@@ -203,7 +226,9 @@ class Prefill:
         self._pending = state, self._policy.decide(state)
         if not callable(self._pending[1]) or layer == -1 or self.done:
             stay = self._settle()
-            self._hidden, self._x = self._hidden[stay], self._x[stay]
+            if not isinstance(stay, slice):
+                self._release()
+                self._hidden, self._x = self._hidden[stay], self._x[stay]
 
     def _settle(self) -> Tensor | slice:
         """Carry the pending decision out. Returns an index of the rows that stay."""
@@ -248,6 +273,7 @@ class Prefill:
 
     def close(self) -> None:
         """Prefixes stay as deep as they are. It holds nothing else but its cache."""
+        self._release()
         known, self._known = self._known, None
         if known is not None:
             self._reused, self._frontiers = known.reused, known.frontiers

@@ -24,11 +24,11 @@ from ..policies import VisualTokenPolicy
 from .decode import DecodeGraphs
 from .known_rows import KnownRows
 from .kv_cache import KVCache, PagePool
+from .layer_graphs import BUCKETS, LayerGraphs
 from .picture_cache import PictureCache, digest_of
 from .prefill import Prefill, Watch
 from .prefix import Prefix, PrefixStore, acts_after, key_of
 from .running import Running
-from .text_graphs import BUCKETS, TextGraphs
 
 
 class Runner:
@@ -52,10 +52,10 @@ class Runner:
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self.fused = fused_layers(model.decoder, config.fused_decode)
         self.graphs = self.decode_graphs(config.max_batch)
-        self.text_graphs: TextGraphs | None = None
+        self.layer_graphs: LayerGraphs | None = None
         if config.device.type == "cuda" and config.graphs:
             if self.attn_backend in CAPTURABLE:
-                self.text_graphs = TextGraphs(model.decoder, self.pool, self._attention)
+                self.layer_graphs = LayerGraphs(model.decoder, self.pool, self._attention)
             model.capture_tower()
 
     def _n_pages(self) -> int:
@@ -109,7 +109,7 @@ class Runner:
             ]
             if any(prefixes):
                 known = KnownRows(decoder, cache, embeds, rows, policy, prefixes, self.prefixes, stop)
-        return Prefill(decoder, self._attention, cache, embeds, rows, policy, early, watch, self.text_graphs, known)
+        return Prefill(decoder, self._attention, cache, embeds, rows, policy, early, watch, self.layer_graphs, known)
 
     def _prefix(
         self,
@@ -226,7 +226,7 @@ class Runner:
     def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Capture every graph that a request may ask for; from here on none is captured any more.
 
-        Those of text layers are of one sequence: a prompt that comes alone needs them most. progress: called with the
+        Those of a prefill's layers are of one sequence: a prompt that comes alone needs them most. progress: called with the
         number of captures that are done, and of all.
         """
         with self.lock:
@@ -234,15 +234,15 @@ class Runner:
             for done, job in enumerate(jobs):
                 job()
                 progress(done + 1, len(jobs))
-            for graphs in (self.graphs, self.text_graphs, self.model.tower_graphs):
+            for graphs in (self.graphs, self.layer_graphs, self.model.tower_graphs):
                 if graphs is not None:
                     graphs.sealed = True
 
     def _captures(self) -> Iterator[Callable[[], Any]]:
         if self.graphs is not None:
             yield from (partial(self.graphs.capture, key) for key in self.graphs.buckets())
-        if self.text_graphs is not None:
-            yield from (partial(self.text_graphs.warm_up, 1, bucket) for bucket in BUCKETS)
+        if self.layer_graphs is not None:
+            yield from (partial(self.layer_graphs.warm_up, 1, bucket) for bucket in BUCKETS)
         if self.model.tower_graphs is not None and self.model.sees_pictures:
             black = self.model.tokenize([self.model.processor.image_token], [[Image.new("RGB", (64, 64))]])
             yield from (partial(self.model.prepare, black * n) for n in range(1, min(MOST, self.config.max_batch) + 1))

@@ -54,7 +54,7 @@ def test_backends_stay_within_twice_torchs_error(backend, dtype):
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     engine, low = build(dtype=dtype, device="cuda", attn_backend=backend)
-    assert (engine.runner.text_graphs is not None) == (backend in CAPTURABLE)
+    assert (engine.runner.layer_graphs is not None) == (backend in CAPTURABLE)
     exact = tiny.model().to("cuda", dtype).double()
     for images in ((1, 2, 3), (0,)):  # without a picture all layers run as graphs, after the first prompt as replays
         ours, theirs = logits_errors(engine, low, exact, *tiny.prompts(seed=81, n=8, images=images))

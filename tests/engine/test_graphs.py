@@ -33,7 +33,7 @@ from dyvte_engine.kernels.graphs import capture_cuda
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.tower_graphs import TowerGraphs
 from dyvte_engine.runtime.decode import DecodeGraphs
-from dyvte_engine.runtime.text_graphs import TextGraphs
+from dyvte_engine.runtime.layer_graphs import LayerGraphs, bucket_of
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import LAYERS, Later, random_heads
@@ -279,7 +279,7 @@ def attend_by_offsets(q, k, v, lengths, scale):
     return torch.einsum("hnm,mhd->nhd", logits.masked_fill(~seen, -torch.inf).softmax(dim=-1), v)
 
 
-def add_text_graphs(engine, device):
+def add_layer_graphs(engine, device):
     """The engine's graphs, and a list that gets one entry for each capture."""
     captures, capture = [], Captures() if device == "cpu" else capture_cuda
 
@@ -287,13 +287,13 @@ def add_text_graphs(engine, device):
         captures.append(step)
         return capture(step, memory)
 
-    engine.runner.text_graphs = TextGraphs(engine.model.decoder, engine.pool, attend_by_offsets, counted)
-    return engine.runner.text_graphs, captures
+    engine.runner.layer_graphs = LayerGraphs(engine.model.decoder, engine.pool, attend_by_offsets, counted)
+    return engine.runner.layer_graphs, captures
 
 
-def with_text_graphs(device, policy=None, **options):
+def with_layer_graphs(device, policy=None, **options):
     engine, plain = with_graphs(device, policy, **options)
-    return engine, plain, *add_text_graphs(engine, device)
+    return engine, plain, *add_layer_graphs(engine, device)
 
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)  # products of more rows sum otherwise
@@ -308,14 +308,10 @@ def state(running):
     return out
 
 
-def captured_layers(exits, pictures, late):
-    """The layers that must run as graphs: those after the last exit; after one more, if its decision is read late."""
-    if not any(pictures):
-        return list(range(LAYERS))
-    gone = [exit for exit, own in zip(exits, pictures) if own]
-    if None in gone:
-        return []
-    return list(range(max(gone) + 1 + late, LAYERS))
+def captured(rows, asked_last):
+    """What must run as a graph: every layer with its rows, but the last one where a policy looks at all of them."""
+    layers = range(LAYERS - 1 if asked_last else LAYERS)
+    return {(layer, len(rows[layer]), bucket_of(sum(rows[layer]))) for layer in layers}
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,12 +338,12 @@ EXITS = {
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("drop_early_kv", [False, True])
 @pytest.mark.parametrize("name", EXITS)
-def test_text_layers_equal_those_without_graphs(name, drop_early_kv, device):
+def test_layers_equal_those_without_graphs(name, drop_early_kv, device):
     """Batches of 1 to 3 in turn, first captured, then replayed with other prompts of other lengths."""
-    engine, plain, graphs, _ = with_text_graphs(device, EXITS[name], drop_early_kv=drop_early_kv)
+    policy = EXITS[name]
+    engine, plain, graphs, _ = with_layer_graphs(device, policy, drop_early_kv=drop_early_kv)
     texts, images = tiny.prompts(seed=95, n=24)
-    late = name == "late" or (name, device) == ("dynamic", "cuda")
-    seen = set()
+    last, seen = LAYERS - 1, set()
     for start in range(0, 24, 3):
         for batch in (slice(start, start + 1), slice(start + 1, start + 3), slice(start, start + 3)):
             prompts = plain.model.prepare(plain.model.tokenize(texts[batch], images[batch]))
@@ -356,17 +352,17 @@ def test_text_layers_equal_those_without_graphs(name, drop_early_kv, device):
                 assert got.rows == want.rows
                 close(state(got), state(want))
                 close(got.step([5] * len(prompts)), want.step([5] * len(prompts)))
-                layers = captured_layers(want.exit_layers, images[batch], late)
-                rows = next(r for r in (32, 64, 128, 192, 256) if r >= sum(want.rows[-1]))
-                seen |= {(layer, len(prompts), rows) for layer in layers}
+                stayed = any(n and e in (None, last) for n, e in zip(map(len, images[batch]), want.exit_layers))
+                asked_last = drop_early_kv and stayed and last in policy.layers(LAYERS)
+                seen |= captured(want.rows, asked_last)
             assert set(graphs._replays) == seen
     assert engine.pool.bytes_held == 0
     assert seen
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_answers_equal_those_without_text_graphs(device):
-    engine, plain, graphs, captures = with_text_graphs(device, EXITS["dynamic"])
+def test_answers_equal_those_without_layer_graphs(device):
+    engine, plain, graphs, captures = with_layer_graphs(device, EXITS["dynamic"])
     texts, images = tiny.prompts(seed=96, n=24)
     options = {"chat": False, "max_new_tokens": 8}
     want = [r.token_ids for r in plain.generate(texts, images, **options)]
@@ -390,13 +386,13 @@ def text_prompts(engine, lengths, seed=0):
         ([31, 1], 32),
         ([1, 31, 1], 64),
         ([100, 29], 192),
-        ([170, 171, 171], 512),
-        ([171, 171, 171], None),
+        ([341, 341, 342], 1024),
+        ([341, 342, 342], None),
     ],
 )
 def test_buckets_of_rows(lengths, bucket, device):
     """Also full ones, in which the sequence that fills up is empty, and more rows than the largest holds."""
-    engine, plain, graphs, _ = with_text_graphs(device)
+    engine, plain, graphs, _ = with_layer_graphs(device)
     entry = text_prompts(engine, lengths)
     for _ in range(2):
         with engine.prefill(*entry) as got, plain.prefill(*entry) as want:
@@ -407,7 +403,7 @@ def test_buckets_of_rows(lengths, bucket, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_other_running_batches_keep_their_pages(device):
     """Prompts of one bucket come and go; what others hold stays bit for bit, and theirs goes where it should."""
-    engine, plain, _, captures = with_text_graphs(device)
+    engine, plain, _, captures = with_layer_graphs(device)
     kept = [engine.prefill(*text_prompts(engine, [n, 7], seed=n)) for n in (9, 24)]
     before = [state(running) for running in kept]
     for seed, n in enumerate((3, 20, 11, 16)):
@@ -423,7 +419,7 @@ def test_other_running_batches_keep_their_pages(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_that_fill_up_write_to_the_spare_page_alone(device):
-    engine, _, _, _ = with_text_graphs(device)
+    engine, _, _, _ = with_layer_graphs(device)
     pool = engine.pool
     pool.k.fill_(7)
     pool.v.fill_(7)
@@ -438,7 +434,7 @@ def test_rows_that_fill_up_write_to_the_spare_page_alone(device):
 def test_rows_that_fill_up_are_as_new_for_every_prompt(decoder):
     """NaN among them would reach the others, and what added up over prompts would end in it."""
     engine, _ = build(decoder, page_size=4, kv_memory=POOL)
-    graphs, _ = add_text_graphs(engine, "cpu")
+    graphs, _ = add_layer_graphs(engine, "cpu")
     entry, fill = text_prompts(engine, [10, 9]), []
     for leftover in (0, torch.nan, 1e30):
         graphs._hidden[19:] = graphs._x[19:] = leftover
@@ -450,7 +446,7 @@ def test_rows_that_fill_up_are_as_new_for_every_prompt(decoder):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_a_prefill_gave_holds_through_the_next(device, monkeypatch):
-    engine, _, _, _ = with_text_graphs(device)
+    engine, _, _, _ = with_layer_graphs(device)
     given, logits = [], engine.model.decoder.logits
     monkeypatch.setattr(engine.model.decoder, "logits", lambda hidden: given.append(hidden) or logits(hidden))
     for seed in range(3):  # captured, replayed, replayed
@@ -461,7 +457,7 @@ def test_what_a_prefill_gave_holds_through_the_next(device, monkeypatch):
 
 
 def test_watched_layers_pass_by_the_graphs():
-    engine, _, graphs, _ = with_text_graphs("cpu")
+    engine, _, graphs, _ = with_layer_graphs("cpu")
     prompts = engine.prepare(["w3 w4"], [None], chat=False)
     seen = []
     engine.prefill_prepared(prompts, watch=lambda number, q, k, rows: seen.append(number)).close()
@@ -476,7 +472,7 @@ def test_text_layers_of_families_with_several_axes_and_deepstack(family, layer):
     config = EngineConfig(torch.device("cpu"), torch.float32, max_len=384, kv_memory=POOL)
     loaded = [VisionLanguageModel(zoo.model(family), zoo.processor(family), family, 384) for _ in range(2)]
     engine, plain = (Engine(model, config, FixedExit(layer)) for model in loaded)
-    graphs, _ = add_text_graphs(engine, "cpu")
+    graphs, _ = add_layer_graphs(engine, "cpu")
     texts, images = zoo.prompts(family, seed=97, n=12, images=(1, 2))
     for start in range(0, 12, 2):
         batch = slice(start, start + 2)
@@ -492,9 +488,9 @@ def test_text_layers_of_families_with_several_axes_and_deepstack(family, layer):
 @pytest.mark.parametrize("device", DEVICES)
 def test_nothing_is_captured_in_a_request_after_warming_up(device):
     """What no graph covers (several texts at once, more pictures than were captured) runs plainly, and right."""
-    engine, plain, _, captures = with_text_graphs(device, EXITS["dynamic"], max_len=96)
+    engine, plain, _, captures = with_layer_graphs(device, EXITS["dynamic"], max_len=96)
     runner, counts = engine.runner, []
-    tower = TowerGraphs(engine.model.hf.model.vision_tower, runner.text_graphs._capture)
+    tower = TowerGraphs(engine.model.hf.model.vision_tower, runner.layer_graphs._capture)
     engine.model.tower_graphs = tower
     engine.warm_up()
     assert len(runner.graphs._replays) == len(runner.graphs.buckets())

@@ -53,6 +53,7 @@ float exchange(float value, unsigned source);
 const unsigned (*gather(const unsigned (&mine)[6]))[6];
 unsigned lane();
 void* dynamic_shared();
+void check_global(const void* at);  // dies where it is in shared memory
 inline void wait_for_earlier_kernels() {}
 inline void let_next_begin() {}
 
@@ -74,9 +75,13 @@ inline unsigned atomicInc(unsigned* at, unsigned most) {
 }
 template <class T>
 T __ldcg(const T* at) {
+  emulate::check_global(at);
   return *at;
 }
-inline void __stwb(uint4* at, uint4 value) { *at = value; }
+inline void __stwb(uint4* at, uint4 value) {
+  emulate::check_global(at);
+  *at = value;
+}
 
 namespace emulate {
 

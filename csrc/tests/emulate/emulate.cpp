@@ -11,6 +11,8 @@
 
 #include "cuda_runtime.h"
 
+extern "C" char __data_start, _end;  // of the program's variables, __shared__ ones among them: the linker's names
+
 uint3 threadIdx, blockIdx;
 dim3 gridDim;
 
@@ -42,6 +44,7 @@ float lanes[2][1024 / kWarp]
 unsigned registers[2][1024 / kWarp][kWarp][6];
 std::mt19937 random_order{1};
 std::unique_ptr<char[]> shared;
+size_t shared_size = 0;
 
 void entry() {
   (*body)();
@@ -139,11 +142,18 @@ const unsigned (*gather(const unsigned (&mine)[6]))[6] {
 
 void* dynamic_shared() { return shared.get(); }
 
+void check_global(const void* at) {
+  const char* byte = static_cast<const char*>(at);
+  const bool dynamic = byte >= shared.get() && byte < shared.get() + shared_size;
+  if (dynamic || (byte >= &__data_start && byte < &_end)) die("a global access to shared memory");
+}
+
 void run_grid(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread) {
   if (threads % kWarp) die("block sizes that are no multiple of 32 are not modelled");
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   body = &thread;
   gridDim = blocks;
+  shared_size = shared_bytes;
   shared.reset(new char[shared_bytes]);  // of exactly this size, for the address sanitiser
   std::vector<size_t> order(size_t{blocks.x} * blocks.y * blocks.z);
   std::iota(order.begin(), order.end(), size_t{0});

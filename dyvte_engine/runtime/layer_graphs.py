@@ -1,0 +1,208 @@
+"""Layers of a prefill as CUDA graphs: one launch for each, and one for its projections, where the plain loop needs ten.
+
+A layer of a prompt with one picture takes some 0.3 ms on a fast device, and behind an exit less than half of that. That
+is less than a host needs to issue its launches, and where an exit may be decided after every layer, it cannot issue
+them ahead.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from ..kernels.attention import AttentionFn, Lengths
+from ..kernels.graphs import Replay, capture_cuda
+from ..models.decoder import Decoder
+from ..models.rows import Rows
+from .kv_cache import PagePool
+
+# Rows. In steps of a tile of a product: from some 250 on arithmetic binds, and what fills up costs like any row. With
+# more than the last, a layer is long enough to hide its launches.
+BUCKETS = (32, *range(64, 1025, 64))
+
+
+@dataclass(eq=False)
+class _Home:
+    """What has fixed addresses for a batch of one size; the sequence after its last one is the padding.
+
+    cu: int32 [B+2], where each sequence's rows begin; table: int32 [L, B+1, M], their pages; empty: int32 [B+1], zeros.
+    """
+
+    cu: Tensor
+    table: Tensor
+    empty: Tensor
+
+
+class _Captured:
+    """See `LayerRows`: `bucket` rows at fixed addresses, of sequences in one home and the padding."""
+
+    workspace: Tensor | None = None
+
+    def __init__(self, graphs: LayerGraphs, home: _Home, bucket: int):
+        self.graphs, self.home, self.bucket = graphs, home, bucket
+        self.queries_keys: tuple[Tensor, Tensor] | None = None
+
+    def attend(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        graphs, home = self.graphs, self.home
+        decoder, pool, table = graphs.decoder, graphs.pool, home.table[layer]
+        cos_sin, numbers = graphs.cos_sin[: self.bucket], graphs.numbers[: self.bucket]
+        ops.rope_append_(q, k, v, cos_sin, numbers, home.cu, pool.k, pool.v, table, home.empty)
+        self.queries_keys = q, k
+        if layer < len(decoder.layers) - 1:
+            return hidden, graphs.attention(q, k, v, Lengths(home.cu, [self.bucket]), decoder.scale)
+        ends = (home.cu[1:] - 1).long()  # the other rows would feed nothing but the cache
+        read = ops.decode_attention(q[ends], pool.k, pool.v, table, home.cu.diff(), decoder.scale)
+        return hidden[ends], read
+
+    def added(self, layer: int) -> None:
+        return None
+
+
+@dataclass(eq=False)
+class Layer:
+    """What a captured layer gives, at fixed addresses: x, and q [N, Hq, D] and k [N, Hkv, D], rotated.
+
+    x: [B+1, d] last rows behind the last layer; else it is in the graphs' memory.
+    """
+
+    x: Tensor | None
+    q: Tensor
+    k: Tensor
+
+
+class LayerGraphs:
+    """Captured layers of one engine, for each (layer, batch size, bucket of rows), behind the projections to q, k, v.
+
+    These are launched by themselves, so that the device has them to do while the host waits for a decision. What fills
+    a bucket up is one more sequence: it attends to itself alone, and its K/V goes to the pool's spare page. It starts
+    as zeros in every prompt, so it stays finite; attention kernels may weigh what follows a sequence by 0.
+    `attention` must take the lengths from the device (`attention.CAPTURABLE`). Graphs are made at first use, until
+    `sealed`: from then on rows that none covers are not taken. One prefill at a time has its rows here.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: PagePool,
+        attention: AttentionFn,
+        capture: Callable[..., Replay[Any]] = capture_cuda,
+    ):
+        self.decoder, self.pool, self.attention, self._capture = decoder, pool, attention, capture
+        self.sealed = False
+        most = BUCKETS[-1]
+        self._hidden = decoder.norm.new_zeros(most, decoder.shape.hidden_size)
+        self._x = torch.zeros_like(self._hidden)
+        # Of a layer and the one before it, at which a decision may still look.
+        self._qkv = decoder.norm.new_zeros(2, most, len(decoder.layers[0].qkv.weight))
+        self.cos_sin = decoder.cos_sin.new_zeros(most, decoder.cos_sin.shape[1])  # of each row
+        self.numbers = torch.arange(most, dtype=torch.int32, device=decoder.norm.device)
+        self._homes: dict[int, _Home] = {}
+        self._replays: dict[tuple[int, int, int], Replay[Layer]] = {}
+        self._memory: list[Any] = []  # the handle of the pool that all graphs share
+        self._tenant: weakref.ref[Any] | None = None
+        self._bucket = 0
+
+    def take(self, tenant: Any, layer: int, rows: Rows) -> bool:
+        """Whether this layer can run here for `tenant`, who has these rows."""
+        other = None if self._tenant is None else self._tenant()
+        total = sum(rows.lengths.host)
+        if layer < len(rows.additions) or total > BUCKETS[-1] or other not in (None, tenant):
+            return False
+        return not self.sealed or (layer, len(rows.n_visual), bucket_of(total)) in self._replays
+
+    def holds(self, tenant: Any) -> bool:
+        """Whether its rows are here, as the last layer left them."""
+        return self._tenant is not None and self._tenant() is tenant
+
+    def leave(self, tenant: Any) -> None:
+        """Its rows are of no use any more, or elsewhere."""
+        if self.holds(tenant):
+            self._tenant = None
+
+    def admit(self, tenant: Any, rows: Rows, hidden: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Its rows are here from now on: hidden [N, d], and x, where that is not to be projected any more.
+
+        Returns where both are.
+        """
+        self._tenant = weakref.ref(tenant)
+        total, self._bucket = len(hidden), bucket_of(len(hidden))
+        self._fill(self._hidden, hidden)
+        if x is not None:
+            self._fill(self._x, x)
+        cos_sin, numbers = rows.rotation_table(self.decoder.cos_sin)
+        torch.index_select(cos_sin, 0, numbers, out=self.cos_sin[:total])
+        home = self._home(len(rows.n_visual))
+        home.cu[:-1].copy_(rows.lengths.cu)
+        home.cu[-1:].fill_(self._bucket)
+        return self._hidden[:total], self._x[:total]
+
+    def _fill(self, here: Tensor, given: Tensor) -> None:
+        here[: len(given)].copy_(given)
+        here[len(given) : self._bucket].zero_()
+
+    def project(self, layer: int, total: int) -> Tensor:
+        """q, k and v [total, n] of x, side by side, not rotated yet; for `run`."""
+        qkv = self._qkv[layer % 2, : self._bucket]
+        self.decoder.layers[layer].qkv.into(self._x[: self._bucket], qkv)
+        return qkv[:total]
+
+    def projected(self, layer: int, qkv: Tensor) -> None:
+        """Instead of `project`."""
+        self._fill(self._qkv[layer % 2], qkv)
+
+    def run(self, layer: int, block_table: Tensor) -> Layer:
+        """The rest of a layer; block_table: int32 [B, M], its pages."""
+        batch = len(block_table)
+        table = self._home(batch).table[layer, :-1]
+        pages = block_table[:, : table.shape[1]]
+        table[:, : pages.shape[1]].copy_(pages)
+        return self._replay(layer, batch, self._bucket)
+
+    def warm_up(self, batch: int, bucket: int) -> None:
+        """The graphs of all layers for so many sequences and rows; what they compute goes to the spare page."""
+        home = self._home(batch)
+        home.table.fill_(self.pool.spare)
+        home.cu.copy_(self.numbers[: batch + 2].clamp(max=bucket))
+        home.cu[-1:].fill_(bucket)
+        for state in (self._hidden, self._x, self._qkv):
+            state.zero_()
+        for layer in range(len(self.decoder.layers)):
+            self._replay(layer, batch, bucket)
+
+    def _replay(self, layer: int, batch: int, bucket: int) -> Layer:
+        key = layer, batch, bucket
+        if key in self._replays:
+            return self._replays[key]()
+        decoder, last = self.decoder, len(self.decoder.layers) - 1
+
+        def step() -> Layer:
+            """Leaves hidden and x in the graphs' memory."""
+            rows = _Captured(self, self._home(batch), bucket)
+            qkv = self._qkv[layer % 2, :bucket]
+            _, x = decoder.behind_projections(layer, self._hidden[:bucket], qkv, rows)
+            assert rows.queries_keys is not None
+            if layer < last:
+                self._x[:bucket].copy_(x)
+            return Layer(x if layer == last else None, *rows.queries_keys)
+
+        out = step()  # libraries set themselves up
+        self._replays[key] = self._capture(step, self._memory)
+        return out
+
+    def _home(self, batch: int) -> _Home:
+        if batch not in self._homes:
+            pages = self.pool.pages(BUCKETS[-1])
+            table = self.numbers.new_full((len(self.decoder.layers), batch + 1, pages), self.pool.spare)
+            self._homes[batch] = _Home(self.numbers.new_zeros(batch + 2), table, self.numbers.new_zeros(batch + 1))
+        return self._homes[batch]
+
+
+def bucket_of(rows: int) -> int:
+    """The smallest that holds so many rows."""
+    return next(size for size in BUCKETS if rows <= size)
