@@ -268,7 +268,7 @@ def test_varied_pictures_are_painted_anew_and_a_schedule_fits_its_minutes(untrai
     assert timed.adam.lr == pytest.approx(2 * 3e-4)
     timed.run(lambda line: None)
     assert timed.share == 1 and timed.adam.rate() == pytest.approx(0.02 * timed.adam.lr)
-    with pytest.raises(InvalidArgumentError, match="naming is 0.5"):
+    with pytest.raises(InvalidArgumentError, match=r"naming is 0\.5"):
         trainer(untrained, tmp_path, naming=0.5)
     with pytest.raises(InvalidArgumentError, match="minutes is inf"):
         trainer(untrained, tmp_path, fit=True)
