@@ -92,11 +92,12 @@ def capacity(model: str, options: str = "") -> Step:
     return bench("capacity", model, options, small)
 
 
-def smol(stage: str, minutes: float) -> Step:
-    """In outputs/smol, continued from what an earlier call left there."""
+def smol(minutes: float) -> Step:
+    """All of it in one stage (docs/smol.md), in outputs/smol."""
     command = ["-m", "dyvte_engine.training.smol.train"]
-    options = ["--stage", stage, "--minutes", str(minutes), "--batch", "32", "--workers", "12"]
-    return Step(f"smol {stage}", [*command, *options, "--out", str(ROOT / "outputs" / "smol")], [*command, "--help"])
+    pictures = "--fresh --naming 0.12 --pictures 10000000 --workers 14"
+    options = f"--stage tower --fit --minutes {minutes} --batch 32 --rate 3 {pictures}".split()
+    return Step("smol", [*command, *options, "--out", str(ROOT / "outputs" / "smol")], [*command, "--help"])
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ PARTS = {
     ),
     "f": Part(
         "training of smol (needs peft and smol's parts, docs/smol.md)",
-        [smol("align", 1), smol("lora", 4), smol("tower", 2)],
+        [smol(5)],
     ),
     "full": Part(
         "every size at every batch size, longer answers, growth; about an hour",

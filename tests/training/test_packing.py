@@ -54,6 +54,18 @@ def test_a_layer_in_few_passes_is_transformers_layer(decoder, prefix):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_computes_the_layer_that_the_cpu_does(decoder):
+    hidden, mask, cos, sin, prefix = inputs(decoder, PREFIX)
+    expected = packing.layer_runner(decoder, False)(decoder.layers[0], hidden, mask, cos, sin, prefix)
+    there = copy.deepcopy(decoder).to("cuda", torch.bfloat16)
+    run = packing.layer_runner(there, False)
+    moved = [x.to("cuda", torch.bfloat16) for x in (hidden, mask, cos, sin)]
+    found = run(there.layers[0], *moved, prefix)
+    assert run is packing.llama_layer
+    assert (found.float().cpu() - expected).norm() / expected.norm() < 0.02
+
+
 @pytest.mark.parametrize("prefix", [PREFIX, 1])
 def test_fused_attention_is_the_plain_one(decoder, prefix):
     _, mask, *_ = inputs(decoder, prefix)

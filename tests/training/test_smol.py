@@ -29,7 +29,7 @@ from dyvte_engine.eval.emoji import COLORS
 from dyvte_engine.eval.run import answer_all
 from dyvte_engine.eval.suite import PLANS
 from dyvte_engine.models import smol as parts
-from dyvte_engine.training.smol import data, judge, start, train
+from dyvte_engine.training.smol import data, judge, start, train, varied
 
 onnx = pytest.importorskip("onnx")
 
@@ -250,6 +250,42 @@ def test_what_leaves_the_machine_is_small():
         model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
         held = sum(p.numel() for p in train.prepare(model).values())
     assert 2 * held < 30e6
+
+
+def test_varied_pictures_are_painted_anew_and_a_schedule_fits_its_minutes(untrained, tmp_path):
+    options = dict(stage="tower", rows=384, fresh=True, naming=0.5, rate=2.0, steps=4)
+    fresh = trainer(untrained, tmp_path, **options)
+    one, again, other = (fresh.steps[n] for n in (3, 3, 4))
+    assert torch.equal(one.pictures, again.pictures) and not torch.equal(one.pictures, other.pictures)
+    assert one.pictures.shape == (2, 3, 224, 224) and one.labels.shape == (2, 256, 2)
+    assert (fresh.steps[data.PRINTED - 1].labels == -1).all()
+    before = all_parameters(fresh)
+    first = fresh.train_step(one)
+    changed = {n.partition(".")[0] for n, p in fresh.parameters.items() if not torch.equal(p, before[n])}
+    assert changed == {"projector", "tower"}  # of the names that patches say, the decoder learns nothing
+    assert torch.isfinite(fresh.train_step(fresh.steps[data.PRINTED - 1])) and torch.isfinite(first)
+    timed = trainer(untrained, tmp_path / "timed", **{**options, "naming": 0.0}, fit=True, minutes=0.05)
+    assert timed.adam.lr == pytest.approx(2 * 3e-4)
+    timed.run(lambda line: None)
+    assert timed.share == 1 and timed.adam.rate() == pytest.approx(0.02 * timed.adam.lr)
+    with pytest.raises(InvalidArgumentError, match=r"naming is 0\.5"):
+        trainer(untrained, tmp_path, naming=0.5)
+    with pytest.raises(InvalidArgumentError, match="minutes is inf"):
+        trainer(untrained, tmp_path, fit=True)
+
+
+def test_varied_sprites_come_from_sets_that_have_the_thing(monkeypatch):
+    made = {style: np.zeros((len(sets.NOUNS), 4, 24, 24), np.uint8) for style in (*sets.STYLES, *sets.MORE_STYLES)}
+    made["fluent"][:] = 255
+    made["noto-v1"][5] = 255
+    monkeypatch.setattr(sets, "atlas", lambda style: made[style])
+    painter = varied.VariedPainter()
+    painter.generator.manual_seed(0)
+    placed = Placed(3, 0.5, 0.5, 0.3, None)
+    sprites = painter._sprites([("noto", placed)] * 8)
+    assert (sprites[:, 3, 12, 12] > 0.9).all()  # whatever set the layout names
+    assert (sprites[:, :3] >= 0).all() and (sprites[:, :3] <= sprites[:, 3:]).all()  # premultiplied
+    assert painter.there[:, 5].sum() == 2
 
 
 def test_the_start_says_what_is_in_a_patch(untrained):

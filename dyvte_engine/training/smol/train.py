@@ -208,14 +208,13 @@ class Trainer:
                 line |= {"questions/s": round(questions / (now - began), 2), "pictures/s": round(rate * s.batch, 2)}
                 self._record(line | {"minutes left": round((self.adam.total_steps - self.step) / rate / 60, 1)}, say)
                 losses = []
-            if self.step % s.check_every == 0 or over:
-                self._record({"step": self.step, "held out": self.check()}, say)
-            if now - saved > s.save_every:
+            if over or now - saved > s.save_every:
                 self.save()
                 saved = now
+            if self.step % s.check_every == 0 or over:
+                self._record({"step": self.step, "held out": self.check()}, say)
             if over:
                 break
-        self.save()
 
     def train_step(self, batch: Step) -> Tensor:
         """One step of the optimiser; the mean loss of a question's answer, summed over its tokens, on the device."""
