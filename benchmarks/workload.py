@@ -161,10 +161,10 @@ class Timeline:
 
 
 @contextmanager
-def watched(engine: Engine) -> Iterator[Timeline]:
-    """A timeline that starts now; the model that both sides share notes when it is called, and when it has projected.
+def watched(engine: Engine, entry: Callable[[Any], Any]) -> Iterator[Timeline]:
+    """A timeline that starts now; the model that both sides share notes when its vision begins and has projected.
 
-    The tower itself stays as it is: the engine captures none that somebody hooked.
+    entry: of the model the module with which vision begins. The engine captures no tower that somebody hooked.
     """
     device, line = engine.config.device, Timeline()
 
@@ -172,12 +172,11 @@ def watched(engine: Engine) -> Iterator[Timeline]:
         wait_for(device)
         line.vision.append(time.perf_counter())
 
-    def entered(*_: Any) -> None:
-        if not line.vision:  # transformers calls it for every token
-            note()
-
     model = engine.model.hf.model
-    handles = [model.register_forward_pre_hook(entered), model.multi_modal_projector.register_forward_hook(note)]
+    handles = [
+        entry(model).register_forward_pre_hook(note),
+        model.multi_modal_projector.register_forward_hook(note),
+    ]
     try:
         wait_for(device)
         line.start = time.perf_counter()
@@ -215,7 +214,7 @@ class Request:
     def run(self, policy: VisualTokenPolicy, new_tokens: int) -> tuple[Timeline, list[Any]]:
         """On the engine, under a policy that it has bound already: binding moves heads and is no part of a request."""
         results = []
-        with watched(self.engine) as line:
+        with watched(self.engine, lambda model: model) as line:
             for chunk in self.engine.stream(
                 list(self.texts), list(self.pictures), policy=policy, max_new_tokens=new_tokens
             ):
@@ -229,7 +228,7 @@ class Request:
         """transformers' generate on the same weights, as its documentation says: left padding, dynamic cache."""
         model, processor, streamer = self.engine.model.hf, self.engine.model.processor, _TokenTimes()
         bos = processor.tokenizer.bos_token
-        with _attention(model, attention), watched(self.engine) as line:
+        with _attention(model, attention), watched(self.engine, lambda model: model.vision_tower) as line:
             chats = [_chat(t, len(p)) for t, p in zip(self.texts, self.pictures, strict=True)]
             prompts = [processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
             inputs = processor(

@@ -52,8 +52,8 @@ class Prefill:
 
     inputs_embeds [N, d] with its `rows`. With `drop_early_kv` the rows that left are in the end compacted out of the
     earlier layers' K/V too, so that decoding no longer attends to them anywhere. `watch` sees every layer's attention.
-    `graphs` run the layers that they cover, unless they are watched. `known`: what need not be computed, or is wanted by
-    others too.
+    `graphs` run the layers that they cover, unless they are watched. `known`: what need not be computed, or is
+    wanted by others too.
     """
 
     def __init__(

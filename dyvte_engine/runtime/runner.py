@@ -226,8 +226,8 @@ class Runner:
     def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Capture every graph that a request may ask for; from here on none is captured any more.
 
-        Those of a prefill's layers are of one sequence: a prompt that comes alone needs them most. progress: called with the
-        number of captures that are done, and of all.
+        Those of a prefill's layers are of one sequence: a prompt that comes alone needs them most. progress: called
+        with the number of captures that are done, and of all.
         """
         with self.lock:
             jobs = list(self._captures())

@@ -386,8 +386,8 @@ def text_prompts(engine, lengths, seed=0):
         ([31, 1], 32),
         ([1, 31, 1], 64),
         ([100, 29], 192),
-        ([341, 341, 342], 1024),
-        ([341, 342, 342], None),
+        ([250, 250, 250, 250, 24], 1024),
+        ([250, 250, 250, 250, 25], None),
     ],
 )
 def test_buckets_of_rows(lengths, bucket, device):
