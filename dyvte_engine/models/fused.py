@@ -17,7 +17,7 @@ from .decoder import Decoder
 
 MOST_ROWS = 8  # one of each sequence
 _MEASURED: dict[tuple[int, int], int] = {}
-"""By compute capability: up to so many rows it is faster than the usual way (`benchmarks.kernels`). None measured."""
+"""By compute capability: up to so many rows it is faster than the usual way (`benchmarks.decoding`). On Hopper none."""
 
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}  # CUDA's guide
 

@@ -351,10 +351,10 @@ def test_readme_quotes_the_records(out, repository, compared):
     assert "outdated" not in text
     lines = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith(f"| {compared['args']['model']}")]
     # DyVTE at layer 1 is the same exit as DyVTE's here
-    assert [line[0] for line in lines] == ["KeepAll", "DyVTE", "DyVTE+FastV"]
+    assert [line[0] for line in lines] == [summary.OTHER, *summary.METHODS]
     case = next(c for c in compared["cases"] if c["method"] == "DyVTE" and c["batch"] == 1)
     ratios = [case["prefill_speedup"], case["speedup"]["1"], case["per_token_speedup"]]
-    assert lines[1][1:5] == ["1.0", *(f"{r['median']:.2f}" for r in ratios)]
+    assert lines[2][1:5] == ["1.0", *(f"{r['median']:.2f}" for r in ratios)]
     text = (repository / "docs" / "nano.md").read_text()
     assert "old" not in text
     assert "| easy-VQA test half, all | 9,673 | 99.9 % | 99.8 - 99.9 % | 67.0 % |" in text
@@ -373,11 +373,12 @@ def test_readme_has_a_table_for_each_machine(compared):
     second, first = summary.speed([compared, half, fewer, on_gpu])
     assert first.title == f"{compared['machine']['cpu']}, {compared['machine']['threads']} threads, commit {COMMIT}"
     assert second.title == f"H100, commit {COMMIT}, v1-3-gdef"
-    assert [row[1] for row in second.rows] == 2 * ["KeepAll", "DyVTE", "DyVTE at layer 1", "DyVTE+FastV"]
-    assert [row[0].split(", ")[-1] for row in second.rows] == 4 * ["float16"] + 4 * ["float32"]
+    methods = [summary.OTHER, "KeepAll", "DyVTE", "DyVTE at layer 1", "DyVTE+FastV"]
+    assert [row[1] for row in second.rows] == 2 * methods
+    assert [row[0].split(", ")[-1] for row in second.rows] == 5 * ["float16"] + 5 * ["float32"]
     front = summary.readme(README, [("a", compared), ("b", half), ("c", on_gpu)])  # the GPU's in 16 bits
     assert [line.split(" | ")[:2] for line in front.splitlines() if line.startswith("| ") and ", float" in line] == [
-        [f"| {compared['args']['model']}, float16", method] for method in summary.METHODS
+        [f"| {compared['args']['model']}, float16", method] for method in (summary.OTHER, *summary.METHODS)
     ]
     with pytest.raises(ValueError, match="speed: begin"):
         summary.readme("no marks", [])
