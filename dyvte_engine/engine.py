@@ -141,11 +141,17 @@ class Engine:
     def bind(self, policy: VisualTokenPolicy | str | None) -> VisualTokenPolicy:
         """A policy, its notation, or None for the engine's own -> that policy, checked and ready to run on the model.
 
-        Done once for each policy; so is reading the heads of a notation, unless their file changes.
+        Done once for each policy; so is reading the heads of a notation, unless their file changes. On CUDA a policy
+        that acts in the vision tower is captured there, for one picture; one that comes with a request is not.
 
         Raises:
             InvalidArgumentError, HeadsError, CalibrationError, ModelError: it cannot run here.
         """
+        bound = self._bound(policy)
+        self.runner.capture_tower(bound)
+        return bound
+
+    def _bound(self, policy: VisualTokenPolicy | str | None) -> VisualTokenPolicy:
         return self._policy if policy is None else self._policies.bound(policy)
 
     def warm_up(self, progress: bool = False) -> None:
@@ -154,12 +160,14 @@ class Engine:
         progress: show a bar.
         """
         if not progress or self.runner.graphs is None:
-            return self.runner.warm_up()
-        from rich.progress import Progress
+            self.runner.warm_up()
+        else:
+            from rich.progress import Progress
 
-        with Progress(transient=True) as bar:
-            task = bar.add_task("graphs")
-            self.runner.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
+            with Progress(transient=True) as bar:
+                task = bar.add_task("graphs")
+                self.runner.warm_up(lambda done, total: bar.update(task, completed=done, total=total))
+        self.runner.capture_tower(self._policy)
 
     def submit(self, request: Request) -> Handle:
         """Queue a request; it is answered while nobody waits too. For its tokens, result or end see `Handle`.
@@ -303,7 +311,7 @@ class Engine:
     ) -> list[sequence.Sequence]:
         """What the scheduler takes, all checked. Nothing has been computed yet."""
         seeds = sequence_seeds(seed, len(inputs))
-        bound, tokenizer = self.bind(policy), self.model.processor.tokenizer
+        bound, tokenizer = self._bound(policy), self.model.processor.tokenizer
         ends, merges = end_tokens(config, tokenizer), bound.tower_merges
         flops = vision_flops(self.model.hf.config.vision_config, merges) if merges else self._tower_flops
         out = []

@@ -14,7 +14,7 @@ from ..kernels.graphs import Replay, capture_cuda
 from .guard import addresses
 from .vision_run import VisionRun
 
-MOST = 8  # shapes that get a graph of their own; each holds the activations of one block and all its features
+MOST = 8  # shapes that get a graph of their own, for each policy; each holds one block's activations and all features
 
 
 class TowerGraphs:
@@ -31,6 +31,10 @@ class TowerGraphs:
         self._memory: list[Any] = []
         self._weights: tuple[int, ...] = ()
         self.sealed = False  # no more graphs are made
+
+    def knows(self, inside: Hashable) -> bool:
+        """Whether a graph was captured with this policy inside."""
+        return any(known == inside for known, *_ in self._replays)
 
     def arrange(self, run: VisionRun, inside: Hashable = None) -> None:
         """The tower runs so in this run. `inside`: the `tower_key` of the policy that acts in it, if one does.
@@ -51,7 +55,7 @@ class TowerGraphs:
         key = (inside, pixel_values.shape, pixel_values.dtype, tuple(sorted(options.items())))
         if key not in self._replays:
             out = plain(pixel_values, **options)  # libraries set themselves up
-            if len(self._replays) < MOST and not self.sealed:
+            if sum(known == inside for known, *_ in self._replays) < MOST and not self.sealed:
                 pixels = pixel_values.clone()
                 try:
                     self._replays[key] = pixels, self._capture(lambda: plain(pixels, **options), self._memory)

@@ -244,8 +244,26 @@ class Runner:
         if self.layer_graphs is not None:
             yield from (partial(self.layer_graphs.warm_up, 1, bucket) for bucket in BUCKETS)
         if self.model.tower_graphs is not None and self.model.sees_pictures:
-            black = self.model.tokenize([self.model.processor.image_token], [[Image.new("RGB", (64, 64))]])
+            black = self._black()
             yield from (partial(self.model.prepare, black * n) for n in range(1, min(MOST, self.config.max_batch) + 1))
+
+    def _black(self) -> list[TokenizedPrompt]:
+        """A prompt with a picture and nothing else."""
+        return self.model.tokenize([self.model.processor.image_token], [[Image.new("RGB", (64, 64))]])
+
+    def capture_tower(self, policy: VisualTokenPolicy) -> None:
+        """After `warm_up`: the tower with a policy that acts in it, for one picture."""
+        graphs = self.model.tower_graphs
+        if graphs is None or not graphs.sealed or not policy.acts_in_tower or not self.model.sees_pictures:
+            return
+        if policy.tower_key is None or graphs.knows(policy.tower_key):
+            return
+        with self.lock:
+            graphs.sealed = False
+            try:
+                self.model.prepare(self._black(), policy)
+            finally:
+                graphs.sealed = True
 
 
 def _rows(prompts: Sequence[PreparedPrompt], cos_sin: torch.Tensor) -> Rows:

@@ -568,6 +568,30 @@ def test_nothing_is_captured_in_a_request_after_warming_up(device):
     engine.check_integrity()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_policy_bound_after_warming_up_is_captured_in_the_tower(device):
+    """Where it is bound, not in a request; others still find the graphs sealed."""
+    engine, plain = (shared.build("clip", device=device, graphs=False, picture_cache=0)[0] for _ in range(2))
+    capture = Captures() if device == "cpu" else capture_cuda
+    tower = engine.model.tower_graphs = TowerGraphs(engine.model.hf.model.vision_tower, capture)
+    engine.policy = ToMe(0.7)
+    assert not tower._replays, "captured before it was asked to"
+    engine.warm_up()
+    texts, images = tiny.prompts(seed=103, n=4, images=(1,))
+    keys = [policy.bind(engine.model).tower_key for policy in (ToMe(0.7), ToMe(0.5), ToMe(0.3))]
+    assert [tower.knows(key) for key in keys] == [True, False, False]
+    bound, count = engine.bind(ToMe(0.5)), len(tower._replays)
+    assert [tower.knows(key) for key in keys] == [True, True, False]
+    for policy in (ToMe(0.7), bound, ToMe(0.3), VisionZip(5, 2)):
+        got, want = (
+            [r.token_ids for r in e.generate(texts, images, chat=False, max_new_tokens=4, policy=policy)]
+            for e in (engine, plain)
+        )
+        assert got == want
+    assert len(tower._replays) == count, "captured in a request"
+    assert tower.sealed
+
+
 def test_a_tower_that_cannot_be_captured_runs_plainly():
     engine, _ = build(picture_cache=0, kv_memory=POOL)
     texts, images = tiny.prompts(seed=99, n=3, images=(1,))
