@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -51,16 +52,18 @@ class Step:
 
 
 def tests(files: str) -> Step:
-    """The GPU tests of some files; the rehearsal collects them."""
+    """The GPU tests of some files, in several processes where pytest-xdist is there; the rehearsal collects them."""
     command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files.split()]
-    return Step(f"tests {files}", command, [*command, "--collect-only"])
+    together = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    return Step(f"tests {files}", [*command, *together], [*command, "--collect-only"])
 
 
 def sanitizer(tool: str) -> Step:
     """Without torch's caching allocator each tensor is its own allocation, so that a step over its end is seen."""
-    plain = tests("tests/ops/test_sanitizer.py")
+    command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops/test_sanitizer.py"]
     before = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]
-    return Step(f"sanitizer {tool}", plain.command, plain.rehearsal, before, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    around = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Step(f"sanitizer {tool}", command, [*command, "--collect-only"], before, around)
 
 
 def bench(module: str, model: str, options: str, rehearsal: str = "--seconds 0", suffix: str = "") -> Step:
