@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .image_processors import pil_image_processor
 
-_KNOWN = (("clip", "CLIPImageProcessor"), ("siglip", "SiglipImageProcessor"), ("llava", "LlavaImageProcessor"))
+_KNOWN = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", "llava": "LlavaImageProcessor"}
 _SIZES = ((31, 43), (61, 24), (97, 97), (640, 36))  # of the pictures that are compared at loading
 _FEW = 4  # rows of pixels that transformers 4 may take for channels
 
@@ -83,11 +83,12 @@ class QuickProcessor:
 class ByteImages:
     """An image processor that stops at the bytes: RGB pictures of PIL -> `pixel_values` uint8 [P, 3, H, W].
 
-    `own` is the checkpoint's, which it is made after.
+    `own` is the checkpoint's. Where that uses PIL, the same is done here; one that uses torchvision scales itself.
     """
 
     def __init__(self, own: Any):
         self.own, self._before = own, deepcopy(vars(own))
+        self._pil = type(own) in {pil_image_processor(*names) for names in _KNOWN.items()}
         size, crop = ({} if value is None else dict(value) for value in (own.size, getattr(own, "crop_size", None)))
         self._crop = (crop["height"], crop["width"]) if getattr(own, "do_center_crop", False) else None
         self._size = size if own.do_resize else None
@@ -102,7 +103,9 @@ class ByteImages:
         return known and vars(self.own) == self._before
 
     def __call__(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        return {"pixel_values": torch.from_numpy(np.stack([self._bytes(p) for p in pictures]))}
+        if self._pil:
+            return {"pixel_values": torch.from_numpy(np.stack([self._bytes(p) for p in pictures]))}
+        return dict(self.own(list(pictures), do_rescale=False, do_normalize=False, return_tensors="pt"))
 
     def _bytes(self, picture: Image.Image) -> np.ndarray:
         """uint8 [3, H, W]"""
@@ -164,7 +167,8 @@ def _unknown(processor: Any) -> str | None:
     if type(processor) is not transformers.LlavaProcessor:
         return f"the processor is a {type(processor).__name__}"
     pictures, token = processor.image_processor, processor.image_token
-    if type(pictures) not in {pil_image_processor(*name) for name in _KNOWN}:
+    home, name = type(pictures).__module__, type(pictures).__name__.removesuffix("Pil").removesuffix("Fast")
+    if not any(home.startswith(f"transformers.models.{m}.") and name == known for m, known in _KNOWN.items()):
         return f"its image processor is a {type(pictures).__name__}"
     for part in (processor, pictures):
         owned = {name: f for cls in reversed(type(part).__mro__) for name, f in vars(cls).items() if callable(f)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from dyvte_engine import Engine
 from dyvte_engine.models import VisionLanguageModel
@@ -35,9 +36,13 @@ NAMES = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", "llava"
 SIZES = [(28, 28), (20, 31), (200, 4), (4, 200), (5, 5), (97, 97), (160, 120), (35, 21), (1, 40)]
 
 
-def images(kind: str):
+def images(kind: str, backend: str = "pil"):
     module, options = KINDS[kind]
-    return pil_image_processor(module, NAMES[module])(**options)
+    if backend == "pil":
+        return pil_image_processor(module, NAMES[module])(**options)
+    pytest.importorskip("torchvision")
+    suffix = "Fast" if transformers.__version__ < "5" else ""
+    return getattr(transformers, NAMES[module] + suffix)(**options)
 
 
 def processor(pictures, specials=("<image>",)) -> transformers.LlavaProcessor:
@@ -71,9 +76,10 @@ def assert_same(own, quick, text: str, pictures: list[Image.Image], quickly: boo
             assert pixels.dtype == wanted.dtype and torch.equal(pixels, wanted)
 
 
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_bits(kind):
-    own = processor(images(kind))
+def test_same_bits(kind, backend):
+    own = processor(images(kind, backend))
     quick, why = quick_processor(own)
     assert why is None
     for seed, size in enumerate(SIZES):
@@ -82,6 +88,39 @@ def test_same_bits(kind):
     assert_same(own, quick, "user a", [])
     every = Image.frombytes("RGB", (256, 30), bytes(i for _ in range(30) for i in range(256) for _ in range(3)))
     assert_same(own, quick, "<image>", [every])
+
+
+def llama_like(sides: str) -> transformers.PreTrainedTokenizerFast:
+    """Spaces become part of words, and the first word of a text gets one, as Llama's tokenizers have it."""
+    letters = ["▁", *"abc.\n", "▁a", "ab", "▁ab", "<0xC3>", "<0xA9>"]
+    vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "<pad>", *letters])}
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if "normalizer" in sides:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    mark = transformers.AddedToken("<image>", lstrip="left" in sides, rstrip="right" in sides, special=True)
+    made.add_special_tokens({"additional_special_tokens": [mark]})
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+    return made
+
+
+@pytest.mark.parametrize("sides", ["", "left", "right", "left, right", "normalizer", "normalizer, left, right"])
+def test_texts_around_a_mark(sides):
+    """The processor writes a mark 16 times and has all of it tokenized; the quick one has one of them tokenized."""
+    own = processor(images("siglip"))
+    own = transformers.LlavaProcessor(
+        own.image_processor, llama_like(sides), patch_size=7, vision_feature_select_strategy="full"
+    )
+    quick, why = quick_processor(own)
+    assert why is None
+    rng, picture = random.Random(5), noise((28, 28))
+    for _ in range(60):
+        pieces = rng.choices([" ", "  ", "\n", "a", "ab", " ab", "c.", "é", "<s>", "</s>", "<image>", "<image>"], k=8)
+        assert_same(own, quick, "".join(pieces), [picture] * pieces.count("<image>"))
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
