@@ -76,7 +76,10 @@ class QuickProcessor:
             got = self(**given, add_special_tokens=special)
             if got["input_ids"][0].tolist() != ids:
                 raise _Unlike(f"its tokenizer reads {mark} in its own way")
-            if pictures and not torch.equal(picture_values(self.values, got["pixel_values"]), want["pixel_values"]):
+            pixels = got["pixel_values"] if pictures else None
+            if pixels is not None and pixels.dtype is not torch.uint8:
+                raise _Unlike(f"it makes {pixels.dtype} of pictures where it neither scales nor shifts")
+            if pixels is not None and not torch.equal(picture_values(self.values, pixels), want["pixel_values"]):
                 raise _Unlike("it makes other pixels")
 
 
@@ -99,8 +102,7 @@ class ByteImages:
 
     def takes(self, pictures: Sequence[Any]) -> bool:
         """Whether it knows these, and `own` is as it was."""
-        known = all(isinstance(p, Image.Image) and p.mode == "RGB" and p.height >= _FEW for p in pictures)
-        return known and vars(self.own) == self._before
+        return all(map(_plain, pictures)) and vars(self.own) == self._before
 
     def __call__(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         if self._pil:
@@ -135,6 +137,12 @@ class ByteImages:
         square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in mean) if mean else 0)
         square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         return square
+
+
+def _plain(picture: Any) -> bool:
+    """Whether no processor looks at anything but its bytes."""
+    known = isinstance(picture, Image.Image) and picture.mode == "RGB" and "transparency" not in picture.info
+    return known and picture.height >= _FEW
 
 
 def quick_processor(processor: Any) -> tuple[QuickProcessor | None, str | None]:

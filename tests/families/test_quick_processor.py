@@ -143,6 +143,9 @@ def test_other_pictures_go_to_the_processor(mode):
     assert_same(own, quick, "<image>", [noise((30, 20), 1, mode)], quickly=False)
     assert_same(own, quick, "<image><image>", [noise((30, 20)), noise((30, 20), 1, mode)], quickly=False)
     assert_same(own, quick, "<image>", [noise((40, 3))], quickly=False)  # channels, to transformers 4
+    seen_through = noise((40, 30))
+    seen_through.info["transparency"] = seen_through.getpixel((1, 1))
+    assert_same(own, quick, "<image>", [seen_through], quickly=False)
 
 
 def change_mean(own):
