@@ -21,11 +21,13 @@ from torch import Tensor
 from ..checks import is_whole
 from ..config import DecoderShape
 from ..errors import ImageError, InvalidArgumentError, ModelError, PromptError, first_line
+from ..kernels.transfer import to_device
 from .decoder import Decoder
 from .families import Family, family_of, join, visual_ids
 from .guard import Guard
 from .intern_vit import tell_states
 from .linear import PackedLinears
+from .quick_processor import picture_values, quick_processor
 from .rotary import rotations
 from .rows import runs
 from .tower_attention import arrange_attention, attention_configs
@@ -43,7 +45,8 @@ class TokenizedPrompt:
     """One prompt after the processor.
 
     input_ids with placeholders expanded; `inputs` as the family names them (a `token_inputs` may be shorter than the
-    ids: 0 for the others); n_images of the user's pictures, videos not counted; seconds it took.
+    ids: 0 for the others; pictures of a quick processor are bytes still); n_images of the user's pictures, videos not
+    counted; seconds it took.
     """
 
     input_ids: list[int]
@@ -76,7 +79,8 @@ class PreparedPrompt:
 class VisionLanguageModel:
     """A live HF model with its processor, and the `Decoder` made of its language model.
 
-    Without a processor it takes embeddings only; `family` is for models that are none of a known family.
+    Without a processor it takes embeddings only; `family` is for models that are none of a known family. Prompts go
+    through a `QuickProcessor`; `slow_because` says why not, where they go through the processor itself.
     """
 
     def __init__(self, hf_model: Any, processor: Any, name: str, max_len: int | None, family: Family | None = None):
@@ -89,6 +93,7 @@ class VisionLanguageModel:
         self.guard.take()
         self.hf = hf_model
         self._processor = processor
+        self._quick, self.slow_because = quick_processor(processor)
         self.name = name
         self.visual_ids = visual_ids(self.family, config)
         self.language_model = getattr(hf_model.model, inner) if inner else hf_model.model
@@ -98,6 +103,7 @@ class VisionLanguageModel:
         self.fingerprint = _fingerprint(config, self.language_model)
         with torch.inference_mode(False), torch.no_grad():  # weights must not become tensors of inference alone
             self.decoder = Decoder(self.language_model, hf_model.get_output_embeddings(), self.shape, max_len)
+            self._values = None if self._quick is None else self._quick.values.to(self.device, self.dtype)
         self.guard.take()
 
     @property
@@ -112,6 +118,11 @@ class VisionLanguageModel:
             given = f"{self.name} has no processor: its vision code lives elsewhere"
             raise ModelError(f"{given}; accepted: Engine.prefill(inputs_embeds, visual_mask)")
         return self._processor
+
+    @property
+    def reader(self) -> Any:
+        """What prompts go through: the processor, or what gives the same more quickly. Raises as `processor`."""
+        return self.processor if self._quick is None else self._quick
 
     def pack(self) -> None:
         """On a CPU: keep all linear layers' weights a second time, in oneDNN's layout. They must not change then."""
@@ -182,12 +193,12 @@ class VisionLanguageModel:
     ) -> list[TokenizedPrompt]:
         """Run the processor on each text (marks inside) with its PIL pictures and its videos, uint8 [T, H, W, 3].
 
-        All frames are used; `video_fps` of them are a second. `processor`: one that gives the same as the checkpoint's.
+        All frames are used; `video_fps` of them are a second. `processor`: one that gives the same as `reader`.
         Raises InvalidArgumentError where the family takes none.
         """
         videos = [[] for _ in texts] if videos is None else videos
         return [
-            self._tokenize_one(text, pictures, clips, video_fps, processor or self.processor)
+            self._tokenize_one(text, pictures, clips, video_fps, processor or self.reader)
             for text, pictures, clips in zip(texts, images, videos, strict=True)
         ]
 
@@ -305,12 +316,21 @@ class VisionLanguageModel:
         for name in self.family.inputs:
             parts = [p.inputs[name] for p in prompts if name in p.inputs]
             if parts:
-                whole = join(parts).to(self.device)
-                inputs[name] = whole.to(self.dtype) if name.startswith("pixel_values") else whole
+                pixels = name.startswith("pixel_values")
+                inputs[name] = self._pixels(parts) if pixels else join(parts).to(self.device)
         for name in self.family.token_inputs:
             if any(name in p.inputs for p in prompts):
                 inputs[name] = rows([p.inputs[name][0].tolist() if name in p.inputs else [] for p in prompts])
         return inputs
+
+    def _pixels(self, parts: Sequence[Tensor]) -> Tensor:
+        """On the device in its dtype. Bytes are copied as bytes, a quarter of what they stand for."""
+        if len({part.dtype for part in parts}) > 1:  # the processor was changed in between
+            return join([self._pixels([part]) for part in parts])
+        whole = join(parts)
+        if self._values is not None and whole.dtype is torch.uint8:
+            return picture_values(self._values, to_device(whole, self.device, torch.uint8))
+        return whole.to(self.device).to(self.dtype)
 
     @cached_property
     def _unused_blocks(self) -> list[Any]:

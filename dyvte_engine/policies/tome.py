@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import is_real
 from ..errors import InvalidArgumentError
 from .base import VisualTokenPolicy
+from .sums import add_rows
 
 if TYPE_CHECKING:
     from ..models.vision import VisionTower
@@ -122,9 +123,8 @@ def merge_rows(x: Tensor, stay: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
     """x [P, N, c] -> [P, N - r, c]: what stays of the first set, then the second with its partners added."""
     first, second = x[:, ::2], x[:, 1::2]
     width = x.shape[-1]
-    source, target = (rows[..., None].expand(-1, -1, width) for rows in pairs)
-    unmerged = first.gather(1, stay[..., None].expand(-1, -1, width))
-    return torch.cat((unmerged, second.scatter_add(1, target, first.gather(1, source))), dim=1)
+    unmerged, merging = (first.gather(1, rows[..., None].expand(-1, -1, width)) for rows in (stay, pairs[0]))
+    return torch.cat((unmerged, add_rows(second, pairs[1], merging)), dim=1)
 
 
 def _merge_in(run: VisionRun, block: Any, r: int, merged: _Merged, last: bool) -> None:

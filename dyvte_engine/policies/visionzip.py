@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checks import is_whole
 from ..errors import InvalidArgumentError
 from .base import VisualTokenPolicy
+from .sums import add_rows
 
 if TYPE_CHECKING:
     from ..models.vision import VisionTower
@@ -99,9 +100,8 @@ class VisionZip(VisualTokenPolicy):
         others = torch.nonzero_static(joining, size=size - len(targets))[:, 0]
         unit = F.normalize(keys.float(), dim=-1)
         nearest = (unit[:, others] @ unit[:, targets].mT).argmax(dim=-1)  # [P, R - contextual]
-        sums = torch.zeros(len(x), len(targets), x.shape[2] + 1, device=x.device)
         joined = F.pad(x[:, others].float(), (0, 1), value=1)  # the last channel counts
-        sums.scatter_add_(1, nearest[..., None].expand_as(joined), joined)
+        sums = add_rows(joined.new_zeros(len(x), len(targets), x.shape[2] + 1), nearest, joined)
         return (x[:, targets] + sums[..., :-1] / sums[..., -1:].clamp(min=1)).to(x.dtype)
 
 

@@ -296,14 +296,14 @@ class KVCache:
         self.claims = [self.claims[b] for b in order]
         self.leases = [self.leases[b] for b in order]
         self.given_up = {new for new, b in enumerate(order) if b in self.given_up}
-        index = to_device(order, self.lens.device, torch.int64)
         for name, empty in (("_host_table", self.pool.spare), ("_held", 0), ("_shared", 0), ("host_lens", 0)):
             state = getattr(self, name)
             state[:, :now] = state[:, order]
             state[:, now:before] = empty
+        index = None if order == list(range(now)) else to_device(order, self.lens.device, torch.int64)
         for name, empty in (("block_table", self.pool.spare), ("lens", 0), ("positions", 0)):
             state = getattr(self, name)
-            if now and order != list(range(now)):
+            if index is not None:
                 state[:, :now] = state.index_select(1, index)
             state[:, now:before].fill_(empty)
 

@@ -60,7 +60,7 @@ class PictureCache:
         self.bytes_held = 0
         self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()  # [n, d] each
         self._units: WeakKeyDictionary[TokenizedPrompt, list[_Unit]] = WeakKeyDictionary()
-        self.processor: Any = model.processor if model.sees_pictures else None
+        self.processor: Any = model.reader if model.sees_pictures else None
         images = getattr(self.processor, "image_processor", None)
         if budget and images is not None:
             self.processor = copy.copy(self.processor)
@@ -132,6 +132,7 @@ class _Remembering:
 
     def __init__(self, processor: Any, budget: int):
         self._processor, self._budget, self._bytes = processor, budget, 0
+        self._state = vars(getattr(processor, "own", processor))  # all it goes by
         self._made: OrderedDict[bytes, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -139,7 +140,7 @@ class _Remembering:
         return getattr(self._processor, name)
 
     def __call__(self, images: Any, **options: Any) -> Any:
-        pixels = hashlib.sha256(repr((vars(self._processor), sorted(options.items()))).encode())  # all it goes by
+        pixels = hashlib.sha256(repr((self._state, sorted(options.items()))).encode())
         if not _add_pixels(pixels, images):
             return self._processor(images, **options)
         key = pixels.digest()

@@ -134,7 +134,7 @@ class Running:
             if numbers is None or len(set(numbers)) < len(numbers):
                 raise InvalidArgumentError(f"keep is {keep!r}; accepted: numbers from 0 to {count - 1}, each once")
             self.cache.select(numbers)
-            self.logits = self.logits[to_device(numbers, self.logits.device, torch.int64)]
+            self.logits = picked(self.logits, numbers)
 
     @torch.inference_mode()
     def close(self) -> None:
@@ -147,6 +147,11 @@ class Running:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def picked(rows: Tensor, numbers: Sequence[int]) -> Tensor:
+    """A copy of the rows with these numbers; for none of them nothing goes to the device."""
+    return rows[to_device(numbers, rows.device, torch.int64)] if numbers else rows[:0].clone()
 
 
 def _numbers(given: object, end: int) -> list[int] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,10 +78,15 @@ class Sampler:
         device: torch.device,
         processors: Sequence[Callable[[Any, Any], Any]] = (),
     ):
-        self._ids = to_device(prompt_ids, device, torch.int64)
-        self._chain = _processors(config, self._ids, eos, processors)
+        self._prompt = _OnDevice(prompt_ids, device)
+        self._chain = _processors(config, self._prompt, eos, processors)
         self._stream = torch.Generator(device).manual_seed(check_seed(seed)) if config.do_sample else None
         self.plain = not self._chain and self._stream is None
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        """Those that the chain has seen."""
+        return self._prompt.tensor
 
     def __call__(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
         """logits f32 [vocab] of the next token, all ids so far, which only ever grow -> int64 [] on their device.
@@ -171,7 +178,19 @@ class _Watermark(transformers.LogitsProcessor):  # type: ignore[misc]
         return self._processor(input_ids, scores)
 
 
-def _processors(config: Any, prompt: Tensor, eos: Sequence[int], given: Sequence[Callable[[Any, Any], Any]]) -> Any:
+@dataclass
+class _OnDevice:
+    """Token ids, which are copied to the device when somebody looks at them there: mostly nobody does."""
+
+    ids: Sequence[int]
+    device: torch.device
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        return to_device(list(self.ids), self.device, torch.int64)
+
+
+def _processors(config: Any, prompt: _OnDevice, eos: Sequence[int], given: Sequence[Callable[[Any, Any], Any]]) -> Any:
     """transformers' chain in transformers' order, holding only what the config turns on and what is given."""
     chain = transformers.LogitsProcessorList(_made(config, _penalties(config, prompt, eos)))
     chain.extend(given)
@@ -196,10 +215,9 @@ def _made(config: Any, asked: list[_Asked]) -> list[Any]:
     return made
 
 
-def _penalties(c: Any, prompt: Tensor, eos: Sequence[int]) -> list[_Asked]:
+def _penalties(c: Any, prompt: _OnDevice, eos: Sequence[int]) -> list[_Asked]:
     """What greedy search looks at too. The prompt [n] is what transformers calls the encoder's input here."""
-    t, n, device = transformers, len(prompt), str(prompt.device)
-    end = to_device(list(eos), prompt.device, torch.int64) if eos else None
+    t, n, device, end = transformers, len(prompt.ids), str(prompt.device), _OnDevice(eos, prompt.device)
     least = c.min_length if c.min_new_tokens is None else c.min_new_tokens and n + c.min_new_tokens
     begin = n if n > 1 or c.forced_bos_token_id is None else n + 1
     decay, limit = c.exponential_decay_length_penalty, answer_limit(c, n) or 0  # merge_config wants one where it counts
@@ -208,7 +226,7 @@ def _penalties(c: Any, prompt: Tensor, eos: Sequence[int]) -> list[_Asked]:
         (
             "encoder_repetition_penalty",
             _differs(c.encoder_repetition_penalty, 1),
-            lambda: t.EncoderRepetitionPenaltyLogitsProcessor(float(c.encoder_repetition_penalty), prompt[None]),
+            lambda: t.EncoderRepetitionPenaltyLogitsProcessor(float(c.encoder_repetition_penalty), prompt.tensor[None]),
         ),
         (
             "repetition_penalty",
@@ -223,10 +241,14 @@ def _penalties(c: Any, prompt: Tensor, eos: Sequence[int]) -> list[_Asked]:
         (
             "encoder_no_repeat_ngram_size",
             c.encoder_no_repeat_ngram_size,
-            lambda: t.EncoderNoRepeatNGramLogitsProcessor(c.encoder_no_repeat_ngram_size, prompt[None]),
+            lambda: t.EncoderNoRepeatNGramLogitsProcessor(c.encoder_no_repeat_ngram_size, prompt.tensor[None]),
         ),
-        ("bad_words_ids", c.bad_words_ids, lambda: t.NoBadWordsLogitsProcessor(list(map(list, c.bad_words_ids)), end)),
-        ("min_length", least and eos, lambda: t.MinLengthLogitsProcessor(least, end, device)),
+        (
+            "bad_words_ids",
+            c.bad_words_ids,
+            lambda: t.NoBadWordsLogitsProcessor(list(map(list, c.bad_words_ids)), end.tensor if eos else None),
+        ),
+        ("min_length", least and eos, lambda: t.MinLengthLogitsProcessor(least, end.tensor, device)),
         (
             "forced_bos_token_id",
             c.forced_bos_token_id is not None,
@@ -238,7 +260,11 @@ def _penalties(c: Any, prompt: Tensor, eos: Sequence[int]) -> list[_Asked]:
             lambda: t.ForcedEOSTokenLogitsProcessor(n + limit, c.forced_eos_token_id, device),
         ),
         ("remove_invalid_values", c.remove_invalid_values, t.InfNanRemoveLogitsProcessor),
-        ("exponential_decay_length_penalty", decay and eos, lambda: t.ExponentialDecayLengthPenalty(decay, end, n)),
+        (
+            "exponential_decay_length_penalty",
+            decay and eos,
+            lambda: t.ExponentialDecayLengthPenalty(decay, end.tensor, n),
+        ),
         ("suppress_tokens", c.suppress_tokens, lambda: t.SuppressTokensLogitsProcessor(c.suppress_tokens, device)),
         (
             "begin_suppress_tokens",

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError, InvalidArgumentError, ModelError, PromptError, RequestCancelledError
-from ..kernels.transfer import to_device
 from ..models import PreparedPrompt
 from .kv_cache import KVCache
 from .picture_cache import Seen
 from .prefill import Prefill
 from .prefix import Prefix
 from .runner import Runner
+from .running import picked
 from .sampling import token_logprobs
 from .sequence import Sequence
 
@@ -141,7 +141,7 @@ class _Group:
         hidden = done.hidden
         if len(left) < len(self.sequences):
             cache.select(left)
-            hidden = hidden[to_device(left, hidden.device, torch.int64)]
+            hidden = picked(hidden, left)
         return [self.sequences[b] for b in left], cache, self._runner.model.decoder.logits(hidden)
 
     def close(self) -> None:
@@ -331,7 +331,7 @@ class Scheduler:
         stay = [i for i, s in enumerate(came) if s.finish_reason is None and not s.done]
         if len(stay) < len(came):
             self._running.select(stay)
-            tokens = tokens[to_device(stay, tokens.device, torch.int64)]
+            tokens = picked(tokens, stay)
         self._sequences = [came[i] for i in stay]
         self._tokens = tokens if stay else None
         if self._queued:  # the device is at work on the next token while these become text
@@ -377,7 +377,7 @@ class Scheduler:
             self._running.select(stay)
             self._sequences = [self._sequences[i] for i in stay]
             if self._tokens is not None:
-                self._tokens = self._tokens[to_device(stay, self._tokens.device, torch.int64)] if stay else None
+                self._tokens = picked(self._tokens, stay) if stay else None
 
     def _fail_running(self, error: BaseException) -> None:
         for s in self._sequences:

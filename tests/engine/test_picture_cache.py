@@ -190,7 +190,8 @@ def test_tiles_that_fill_up_are_no_part_of_a_picture():
 def test_what_the_processor_makes_is_kept_by_pixels_and_settings(monkeypatch):
     """Equal pixels are worked on once; turned ones, other modes, options and settings are others."""
     engine, _ = build(max_len=192)
-    processor, inner = engine.runner.pictures.processor, engine.model.processor.image_processor
+    monkeypatch.setattr(engine.model, "_quick", None)  # tests/families/test_quick_processor.py has the quick one
+    processor, inner = PictureCache(engine.model, 1 << 20).processor, engine.model.processor.image_processor
     calls, real = [], type(inner).__call__
     monkeypatch.setattr(type(inner), "__call__", lambda self, *a, **o: calls.append(1) or real(self, *a, **o))
     a = tiny.picture(random.Random(1)).convert("RGB")
@@ -226,4 +227,4 @@ def test_what_the_processor_makes_is_kept_by_pixels_and_settings(monkeypatch):
 
 def test_an_engine_that_keeps_nothing_uses_the_processor_itself():
     engine, _ = build(picture_cache=0)
-    assert engine.runner.pictures.processor is engine.model.processor
+    assert engine.runner.pictures.processor is engine.model.reader

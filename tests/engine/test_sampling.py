@@ -12,6 +12,7 @@ from tokenizers import processors
 from dyvte_engine import Engine, EngineConfig, InvalidArgumentError, KeepAll, Request
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.random_model import byte_processor
+from dyvte_engine.runtime import kv_cache, running, sampling, scheduler
 from dyvte_engine.runtime import options as generation_options
 from dyvte_engine.runtime.options import MergedConfigs
 from dyvte_engine.runtime.sampling import (
@@ -177,6 +178,25 @@ def test_plain_is_argmax():
         ({"min_new_tokens": 1}, False),
     ):
         assert Sampler(merge_config(base, None, options), [1], 0, [2], CPU).plain is plain, options
+
+
+def test_what_nobody_looks_at_is_not_copied_to_the_device(monkeypatch):
+    """One greedy request alone: neither its ids nor, when it has ended, the numbers of those who stay (none)."""
+    engine, _ = build(picture_cache=0, prefix_cache=0)
+    picture = tiny.picture(random.Random(4))
+    copied = []
+    for module in (sampling, kv_cache, running, scheduler):
+        if hasattr(module, "to_device"):
+
+            def count(values, *where, to=module.to_device):
+                return copied.append(list(values)) or to(values, *where)
+
+            monkeypatch.setattr(module, "to_device", count)
+    prompt = engine.tokenize("<image> w1 w2", picture, chat=False)[0]
+    engine.generate("<image> w1 w2", picture, chat=False, max_new_tokens=1)
+    assert prompt not in copied and [] not in copied
+    engine.generate("<image> w1 w2", picture, chat=False, max_new_tokens=1, repetition_penalty=1.5)
+    assert prompt in copied
 
 
 def test_max_length_counts_the_prompt(tiny_engine, engine):

@@ -29,6 +29,7 @@ from dyvte_engine.models.rows import runs
 from dyvte_engine.models.vision import VisionTower
 from dyvte_engine.models.vision_run import VisionRun
 from dyvte_engine.policies import parse
+from dyvte_engine.policies.sums import add_rows
 from dyvte_engine.policies.tome import match, merge_rows
 from tests import tiny
 from tests.policies import reference as ref
@@ -60,6 +61,25 @@ def test_tome_matching(size, r, has_class):
         torch.testing.assert_close(sums[b, :, :-1] / sums[b, :, -1:], want)
         assert sums[b, :, -1].tolist() == [len(m) for m in members]
         assert members[0] == [0] or not has_class
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_sums_do_not_depend_on_an_order(device):
+    """Merged rows are the true sums, rounded once, whatever is added first; and on CUDA the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    base, rows = torch.randn(3, 7, 65, generator=generator), 1e6 * torch.randn(3, 500, 65, generator=generator)
+    rows[:, 250:] = -rows[:, :250] + torch.randn(3, 250, 65, generator=generator)  # much of it cancels out
+    target = torch.randint(6, (3, 250), generator=generator).repeat(1, 2)  # nothing joins the last
+    want = base.double().scatter_add(1, target[..., None].expand_as(rows), rows.double()).float()
+    base, rows, target = base.to(device), rows.to(device), target.to(device)
+    got = [add_rows(base, target[:, order], rows[:, order]).cpu() for order in map(torch.randperm, [500] * 5)]
+    for one in got:
+        torch.testing.assert_close(one, want, rtol=1e-6, atol=1e-7)
+    assert torch.equal(got[0][:, 6], base[:, 6].cpu())
+    same = [add_rows(base, target, rows) for _ in range(20)]
+    assert all(torch.equal(one, same[0]) for one in same)
+    empty = add_rows(base, target[:, :0], rows[:, :0])
+    assert torch.equal(empty, base)
 
 
 def wide_model(vision: str):
