@@ -257,7 +257,9 @@ class VisionLanguageModel:
         if len({c.shape[1:] for c in clips}) > 1:  # of several lengths, which no batch of theirs can hold
             return [one for p in prompts for one in self.prepare([p], policy)]
         n_images = sum(p.n_images for p in prompts)
-        return self.prepare_inputs(self._batch(prompts), [len(p.input_ids) for p in prompts], n_images, policy)
+        visual = self.visual(_padded([p.input_ids for p in prompts]))
+        lengths = [len(p.input_ids) for p in prompts]
+        return self.prepare_inputs(self._batch(prompts), lengths, n_images, policy, visual)
 
     @torch.no_grad()  # not inference_mode: what the model's own code keeps must remain of use for its training
     def prepare_inputs(
@@ -266,12 +268,14 @@ class VisionLanguageModel:
         lengths: Sequence[int],
         n_images: int,
         policy: VisualTokenPolicy | None = None,
+        visual: Tensor | None = None,
     ) -> list[PreparedPrompt]:
         """As `prepare`, of what transformers' forward takes: ids, mask and all by token padded on the right.
 
-        `lengths` of the B prompts; `n_images` of all of them, looked at where every picture has equally many rows.
+        `lengths` of the B prompts; `n_images` of all of them, looked at where every picture has equally many rows;
+        `visual`: bool, which ids mark a visual row, on the host, if that is known there.
         """
-        visual = self.visual(inputs["input_ids"]).cpu()
+        visual = self.visual(inputs["input_ids"]).cpu() if visual is None else visual
         full = int(visual.sum()) // max(n_images, 1)  # rows of a picture
         inside = policy if policy is not None and policy.acts_in_tower and n_images > 0 else None
         with VisionRun(self.hf.model) as run:
@@ -285,7 +289,7 @@ class VisionLanguageModel:
             rows = torch.arange(length, device="cpu")
             if kept < full:  # the first rows of each picture, which padding follows
                 rows = rows[~(visual[b] & ((visual[b].cumsum(0) - 1) % full >= kept))[:length]]
-            n, index, marks = len(rows), rows.to(self.device), visual[b, rows]
+            n, index, marks = len(rows), to_device(rows, self.device, torch.int64), visual[b, rows]
             plain, turns = self.place(positions[..., b, :n])
             same = self.family.same_rows and n_images > 0
             prepared = PreparedPrompt(
@@ -307,7 +311,7 @@ class VisionLanguageModel:
         longest = max(len(p.input_ids) for p in prompts)
 
         def rows(values: Sequence[Sequence[int]]) -> Tensor:
-            return torch.tensor([[*v, *[0] * (longest - len(v))] for v in values], device=self.device)
+            return to_device(_padded(values, longest), self.device, torch.int64)
 
         inputs = {
             "input_ids": rows([p.input_ids for p in prompts]),
@@ -317,7 +321,8 @@ class VisionLanguageModel:
             parts = [p.inputs[name] for p in prompts if name in p.inputs]
             if parts:
                 pixels = name.startswith("pixel_values")
-                inputs[name] = self._pixels(parts) if pixels else join(parts).to(self.device)
+                whole = self._pixels(parts) if pixels else join(parts)
+                inputs[name] = whole if pixels else to_device(whole, self.device, whole.dtype)
         for name in self.family.token_inputs:
             if any(name in p.inputs for p in prompts):
                 inputs[name] = rows([p.inputs[name][0].tolist() if name in p.inputs else [] for p in prompts])
@@ -330,7 +335,7 @@ class VisionLanguageModel:
         whole = join(parts)
         if self._values is not None and whole.dtype is torch.uint8:
             return picture_values(self._values, to_device(whole, self.device, torch.uint8))
-        return whole.to(self.device).to(self.dtype)
+        return to_device(whole, self.device, whole.dtype).to(self.dtype)
 
     @cached_property
     def _unused_blocks(self) -> list[Any]:
@@ -376,6 +381,12 @@ class VisionLanguageModel:
         if positions.dim() == 3:
             return positions[-3:]  # some versions put the row numbers before the three axes
         return positions.expand(batch, -1)
+
+
+def _padded(values: Sequence[Sequence[int]], length: int = 0) -> Tensor:
+    """int64 [B, n], zeros on the right, as long as the longest, or `length`; on the host."""
+    longest = max(length, *map(len, values))
+    return torch.tensor([[*v, *[0] * (longest - len(v))] for v in values], dtype=torch.int64, device="cpu")
 
 
 def _tiles(pixels: Tensor) -> int:
