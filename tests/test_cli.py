@@ -5,12 +5,14 @@ import os
 import random
 import re
 import shlex
+import socket
 import subprocess
 import sys
 
 import pytest
 import typer
 
+from dyvte_engine import NANO_HEADS, ExitHeadConfig, ExitHeads
 from dyvte_engine.commands import main as cli
 from dyvte_engine.errors import DataError, FileError
 from dyvte_engine.files import check_writable, write_bytes
@@ -119,21 +121,46 @@ def test_an_output_that_cannot_be_written_is_refused_first(command, option, unwr
     ("command", "option", "values"),
     [
         ("eval nano", "--limit", ("-1", "0", "1", "3", "9" * 23)),
-        ("eval nano", "--tasks", ("", "x", "pope,x")),
+        ("eval nano", "--tasks", ("", "x", "pope,x", "pope,gqa,pope")),
+        ("eval nano --policy a=keep-all", "--policy", ("a=fixed:1",)),
+        ("eval nano --policy keep-all", "--policy", ("keep-all",)),
+        ("eval nano --out same", "--page", ("same", "./same")),
+        ("eval nano --page same", "--answers", ("same",)),
         ("eval nano", "--source", ("", "x")),
-        ("eval nano", "--styles", ("x",)),
+        ("eval nano", "--styles", ("x", "")),
+        ("eval nano --source emoji", "--styles", ("", "noto,noto")),
         ("eval nano", "--batch", ("-1", "0")),
         ("sweep nano", "--limit", ("0", "3", "9" * 23)),
-        ("sweep nano", "--tasks", ("x",)),
+        ("sweep nano", "--tasks", ("x", "pope,pope")),
+        ("sweep nano --heads a.safetensors", "--heads", ("b/a.safetensors",)),
+        ("sweep nano --heads a=a.safetensors", "--heads", ("a=b/a.safetensors",)),
+        ("sweep nano --heads a.safetensors", "--out", ("a.safetensors",)),
+        ("sweep nano --out same", "--plot", ("same",)),
+        ("sweep nano", "--plot", ("x.svg", "x.txt")),
         ("sweep nano", "--batch", ("0",)),
         ("analyze nano --out x", "--limit", ("-1", "0", "3")),
         ("analyze nano --out x --data nano", "--limit", ("-1", "0")),
+        ("analyze nano --out x --data nano", "--source", ("x", "emoji")),
+        ("analyze nano --out x --data pope --limit 4", "--images", (".",)),
+        ("analyze nano --out x", "--examples", ("-1",)),
+        ("analyze nano --out x", "--seed", ("-1",)),
         ("analyze nano --out x", "--data", ("", "x", "pope,x")),
         ("analyze nano --out x", "--exits", ("", "x", "1,")),
         ("analyze nano --out x", "--batch", ("0",)),
         ("reproduce nano --out x", "--limit", ("0", "3")),
         ("reproduce nano --out x", "--batch", ("0",)),
-        ("label nano --out x --data nano", "--samples", ("0", "-1")),
+        *(
+            ("reproduce nano --out x --transfer a=" + str(NANO_HEADS), "--transfer", (f"{name}={NANO_HEADS}",))
+            for name in ("a", "with", "FastV")
+        ),
+        ("label nano --out x --data nano", "--samples", ("0", "-1", "1000000")),
+        ("label nano --out x --data nano", "--images", (".",)),
+        ("label nano --out x --data nowhere.json", "--images", ("nowhere",)),
+        ("label nano --out x --data nano --samples 3", "--mode", ("", "x")),
+        *(
+            ("label nano --out x --data nano --samples 3", f"--{name}", ("0", "-1"))
+            for name in ("batch", "shard", "max-new-tokens")
+        ),
         ("train-heads /nowhere --out x", "--lr", ("0", "-1", "nan", "inf")),
         ("train-heads /nowhere --out x", "--states", ("", "x")),
         ("train-heads /nowhere --out x", "--save-every", ("0",)),
@@ -143,6 +170,14 @@ def test_an_output_that_cannot_be_written_is_refused_first(command, option, unwr
         ),
         ("train-heads /nowhere --out x", "--seed", ("9" * 23,)),
         *(("ablate-heads /nowhere --out x", f"--{name}", ("0", "-1")) for name in ("epochs", "hidden", "lr")),
+        ("test-heads /nowhere a.safetensors", "--out", ("a.safetensors",)),
+        ("serve nano --port 0", "--host", ("",)),
+        ("serve nano --port 0", "--api-key", ("", " ", " a", "a\tb")),
+        ("serve nano --port 0", "--served-model-name", ("", " ")),
+        ("serve nano --port 0", "--allow-domain", ("", "https://example.org", "example.org:80", "example.org/a")),
+        ("serve nano --port 0 --allow-policy a=fixed:1", "--allow-policy", ("a=fixed:2", "keep-all=fixed:2")),
+        ("serve nano --port 0", "--threads", ("0", "1025", "9" * 23)),
+        ("inspect nano --port 0", "--host", ("",)),
     ],
 )
 def test_a_value_is_refused_under_the_name_of_its_option(command, option, values, tmp_path, monkeypatch, run):
@@ -153,6 +188,85 @@ def test_a_value_is_refused_under_the_name_of_its_option(command, option, values
         code, out, err = run(*command.split(), option, value)
         assert re.search(rf"\b({option[2:]}|{option[2:].replace('-', '_')})\b", err), err
         assert code == 2 and out == "" and "Traceback" not in err
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["serve", "inspect"])
+def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(command, monkeypatch, run):
+    monkeypatch.setattr("dyvte_engine.engine.load_model", None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, out, err = run(command, "nano", "--port", port)
+    assert (code, out) == (2, "") and f"port {port}: Address already in use" in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval MODEL --tasks pope --policy keep-all --policy fixed:99",
+        "sweep MODEL --tasks pope --heads HEADS",
+        "reproduce MODEL --heads FITTING --transfer other=HEADS --out x",
+        "analyze MODEL --data pope --limit 4 --heads none --exits 0,99 --out x",
+        "analyze MODEL --data pope --limit 4 --heads none --exits 1,1 --out x",
+    ],
+)
+def test_what_cannot_run_on_the_model_is_refused_before_it_answers(command, checkpoint, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dyvte_engine.engine.Engine.generate", None)
+    fitting = tmp_path / "fitting.safetensors"
+    heads_of(4).save(fitting)
+    for word, stands_for in (("MODEL", checkpoint), ("HEADS", str(NANO_HEADS)), ("FITTING", str(fitting))):
+        command = command.replace(word, stands_for)
+    code, out, err = run(*command.split())
+    assert (code, out) == (2, "") and ("accepted: " in err or "the model has" in err)
+    assert [p.name for p in tmp_path.iterdir()] == ["fitting.safetensors"]
+
+
+def heads_of(layers: int) -> ExitHeads:
+    """For the checkpoints of `tests.tiny`."""
+    return ExitHeads(ExitHeadConfig(64, layers, 8))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_a_model_of_few_layers_is_swept(layers, tmp_path, run):
+    model, heads = tiny.save(tmp_path / "model", layers=layers), tmp_path / "heads.safetensors"
+    heads_of(layers).save(heads)
+    code, out, err = run("sweep", model, "--heads", str(heads), "--tasks", "pope", "--limit", "4")
+    if layers == 1:
+        assert (code, out) == (2, "") and "model has 1 layer; accepted: at least 2" in err
+    else:
+        assert code == 0 and out.startswith("# When to let go: model") and "| never |" in out
+
+
+def test_a_sweep_says_what_it_leaves_out(run):
+    code, out, err = run("sweep", "nano", "--tasks", "sqa", "--limit", "4")
+    assert (code, out) == (2, "") and 'sqa: 4 in the form "multiple choice" left out' in err and "--all-forms" in err
+
+
+def test_what_shapes_the_distribution_turns_sampling_on(checkpoint, run):
+    asked = ("generate", "--model", checkpoint, "--prompt", "w1 w2", "--max-new-tokens", "8", "--json")
+    texts = {}
+    for option in ((), ("--temperature", "1"), ("--top-k", "60"), ("--top-p", "0.99"), ("--min-p", "0.0001")):
+        answers = [json.loads(run(*asked, *option, "--seed", seed)[1])[0]["token_ids"] for seed in ("1", "2")]
+        texts[option] = answers
+    (greedy, again), *drawn = texts.values()
+    assert greedy == again and all(a != b and greedy not in (a, b) for a, b in drawn)
+
+
+def test_frames_a_second_are_checked_where_there_is_no_video(checkpoint, run):
+    for value in ("nan", "inf", "0", "-1"):
+        code, out, err = run("generate", "--model", checkpoint, "--prompt", "w1", "--video-fps", value)
+        assert (code, out) == (2, "") and "video_fps is" in err
+
+
+def test_labels_that_do_not_fit_into_memory_begin_no_run(checkpoint, tmp_path, run):
+    (tmp_path / "q.jsonl").write_text('{"image": "p.png", "prompt": "w1"}\n')
+    tiny.picture(random.Random(0)).save(tmp_path / "p.png")
+    asked = ("label", checkpoint, "--data", str(tmp_path / "q.jsonl"), "--mode", "self", "--out", str(tmp_path / "x"))
+    code, _, err = run(*asked, "--batch", "1" + "0" * 9)
+    assert code == 2 and "lower max_batch" in err and not (tmp_path / "x").exists()
 
 
 def test_a_name_that_no_file_can_have_is_refused(tmp_path):

@@ -39,6 +39,12 @@ def standardised(curves: np.ndarray) -> np.ndarray:
     return (logs - logs.mean(0)) / np.where(spread > 1e-9, spread, np.inf)
 
 
+def check_layers(layers: int, count: int, least: int = 1) -> None:
+    """Raises InvalidArgumentError as `segment` does."""
+    if layers < count * least:
+        raise InvalidArgumentError(f"{layers} layers; accepted: at least {count * least} for {count} stages")
+
+
 def segment(series: np.ndarray, count: int, least: int = 1) -> tuple[tuple[int, ...], float]:
     """series [L, C] cut into `count` segments of at least `least` layers with the least squared error around means.
 
@@ -49,8 +55,7 @@ def segment(series: np.ndarray, count: int, least: int = 1) -> tuple[tuple[int, 
         InvalidArgumentError: fewer than count * least layers.
     """
     layers = len(series)
-    if layers < count * least:
-        raise InvalidArgumentError(f"{layers} layers; accepted: at least {count * least} for {count} stages")
+    check_layers(layers, count, least)
     cost = _costs(series)
     best = cost[0].copy()  # best[j]: layers 0..j-1 in the segments so far
     best[:least] = np.inf

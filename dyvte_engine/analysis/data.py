@@ -32,11 +32,17 @@ def load_data(
     """
     names = list(TASKS) if data == EVERY else [name.strip() for name in data.split(",")]
     if all(name in TASKS for name in names):
+        if images is not None:
+            raise InvalidArgumentError(
+                f"images is {images}, and tasks draw their own; accepted: with a file of prompts"
+            )
         return load_tasks(names, seed, limit, source)
     if data.split(":")[0] != "nano" and Path(data).suffix not in (".json", ".jsonl"):
         raise InvalidArgumentError(
             f"data is {data!r}; accepted: {EVERY}, {', '.join(TASKS)}, a .jsonl or .json, nano:SET"
         )
+    if source != "shapes":
+        raise InvalidArgumentError(f"source is {source!r}, and data {data!r} has its own pictures; accepted: for tasks")
     return [task_of(examples_named(data, images, limit, seed), Path(data).stem)]
 
 

@@ -114,6 +114,18 @@ def chosen_exits(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({k - 1 for k in seeing}))
 
 
+def checked_exits(num_layers: int, exits: Sequence[int] | None) -> tuple[int, ...]:
+    """`exits`, or those chosen where none are named.
+
+    Raises InvalidArgumentError for one that leaves no layer behind it, or that comes twice.
+    """
+    chosen = chosen_exits(num_layers) if exits is None else tuple(exits)
+    if len(set(chosen)) < len(chosen) or not all(-1 <= layer < num_layers - 1 for layer in chosen):
+        given = f"exits is {list(chosen)}"
+        raise InvalidArgumentError(f"{given}; accepted: whole numbers from -1 to {num_layers - 2}, each once")
+    return chosen
+
+
 def attention_entropy(
     engine: Engine,
     samples: Sequence[Sample],
@@ -124,12 +136,9 @@ def attention_entropy(
     """Entropy of the text rows' attention without an exit and with one after each of `exits` (-1: before layer 0).
 
     Raises:
-        InvalidArgumentError: no samples, or an exit that leaves no layer behind it.
+        InvalidArgumentError: no samples, or exits that `checked_exits` refuses.
     """
-    last = engine.model.shape.num_layers - 1
-    exits = chosen_exits(last + 1) if exits is None else exits
-    if not samples or not all(-1 <= layer < last for layer in exits):
-        given = f"{len(samples)} samples and exits {list(exits)}"
-        raise InvalidArgumentError(f"samples, exits: {given}; accepted: at least one sample, exits -1 to {last - 1}")
-    settings: tuple[int | None, ...] = (None, *exits)
+    if not samples:
+        raise InvalidArgumentError("samples is empty; accepted: at least one")
+    settings: tuple[int | None, ...] = (None, *checked_exits(engine.model.shape.num_layers, exits))
     return AttentionEntropy(settings, np.stack([measure(engine, samples, e, file, progress) for e in settings]))

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..checks import check_seed
 from ..eval.lines import LineFile
 from ..eval.run import AnswerFile
 from ..eval.task import Task
 from ..files import write_bytes, write_text
 from ..policies import DynamicExit
 from .attention import WEIGHTS
-from .entropy import AttentionEntropy, attention_entropy, chosen_exits
+from .boundaries import check_layers
+from .entropy import AttentionEntropy, attention_entropy, checked_exits
 from .exits import MARGIN, ExitHistogram, ManualExit, exit_histogram, manual_exit
 from .page import Page
-from .stages import AttentionStages, attention_stages
+from .stages import STAGES, AttentionStages, attention_stages
 from .timeline import Timelines, timelines
 
 if TYPE_CHECKING:
@@ -43,8 +45,7 @@ class Analysis:
 
 def units(num_layers: int, samples: int, exits: Sequence[int] | None, heads: bool) -> int:
     """Prompts that `analyse` runs, for a progress bar."""
-    chosen = chosen_exits(num_layers) if exits is None else exits
-    return samples * (2 + len(chosen) + num_layers + 1 + heads)
+    return samples * (2 + len(checked_exits(num_layers, exits)) + num_layers + 1 + heads)
 
 
 def analyse(
@@ -61,7 +62,13 @@ def analyse(
 
     heads: a policy and what tells it apart in the answers file. examples: prompts shown one by one, of the tasks in
     turn. exits: layers of the entropy figure.
+
+    Raises:
+        InvalidArgumentError: a seed, exits or a model of too few layers, before anything is written.
     """
+    check_layers(engine.model.shape.num_layers, STAGES)
+    check_seed(seed)
+    checked_exits(engine.model.shape.num_layers, exits)
     samples = [s for task in tasks for s in task.samples]
     names = [task.name for task in tasks for _ in task.samples]
     dtype = str(engine.config.dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checks import check_names
 from ..errors import HeadsError, InvalidArgumentError, ModelError
 from ..eval.named import named
 from ..eval.task import Task
@@ -41,7 +42,8 @@ def methods(heads: str, model: str, ablation: Path | None, transfer: Sequence[st
     NAME=HEADS_FILE each.
 
     Raises:
-        HeadsError: a file of the 15 is missing; InvalidArgumentError: an entry of transfer is not understood.
+        HeadsError: a file of the 15 is missing; InvalidArgumentError: an entry of transfer is not understood, or has
+            the name of another method.
     """
     chosen = [Method("without", KeepAll(), KEEP_ALL, "main"), Method("with", *heads_policy(heads, model), "main")]
     chosen += [_method(name, notation, model, "peers") for name, notation in PEERS.items()]
@@ -57,6 +59,7 @@ def methods(heads: str, model: str, ablation: Path | None, transfer: Sequence[st
         if not (name and other):
             raise InvalidArgumentError(f"transfer is {entry!r}; accepted: NAME=HEADS_FILE")
         chosen.append(_of_file(name, Path(other), "transfer"))
+    check_names("transfer", [method.name for method in chosen])
     return chosen
 
 

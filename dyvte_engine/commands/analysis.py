@@ -37,10 +37,10 @@ def analyze(
     ] = "auto",
     limit: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 100,
     exits: Annotated[str | None, typer.Option(help="Layers joined by ',' for the exits of the entropy figure.")] = None,
-    examples: Annotated[int, typer.Option(help="Prompts shown one by one.")] = 5,
+    examples: Annotated[int, typer.Option(min=0, help="Prompts shown one by one.")] = 5,
     images: Annotated[Path | None, typer.Option(help="Folder of a file's pictures; default its own.")] = None,
     source: Annotated[str, typer.Option(help="Pictures of the tasks: shapes or emoji.")] = "shapes",
-    seed: Annotated[int, typer.Option(help="Of the tasks and of the resampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the tasks and of the resampling.")] = 0,
     all_forms: AllForms = False,
     batch: Batch = 16,
     dtype: Dtype = "auto",
@@ -159,6 +159,9 @@ def reproduce(
     tasks = load_data(",".join(BENCHMARKS), limit, seed, None, source)
     engine = _engine(model, dtype, device, max_batch=batch, max_len=max_len, trust_remote_code=trust_remote_code)
     tasks = within_range(engine, tasks, all_forms)
+    for method in methods:
+        if method.group != "peers":  # those are left out with a reason, others refused before hours of work
+            engine.bind(method.policy)
     methods += paper.exits_by_hand(paper_model, engine.model.shape.num_layers)
     file = AnswerFile(out / "answers.jsonl", engine.model.fingerprint)
     with progress() as shown:

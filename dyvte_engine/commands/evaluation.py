@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ..files import write_text
 from ..lazy import optional
-from .output import err, loading, out_file, progress, quiet
+from .analysis import AllForms, within_range
+from .output import apart, err, loading, out_file, progress, quiet
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -37,7 +38,7 @@ def evaluate(
     source: Annotated[str, typer.Option(help="Pictures: shapes or emoji.")] = "shapes",
     styles: Annotated[str | None, typer.Option(help="Emoji drawing styles joined by ','; default all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
-    all_forms: Annotated[bool, typer.Option(help="Also prompt forms the model was never taught.")] = False,
+    all_forms: AllForms = False,
     out: Annotated[Path | None, out_file("JSON report to write.")] = None,
     page: Annotated[Path | None, out_file("Markdown page to write.")] = None,
     answers: Annotated[Path | None, out_file("Answers file (JSONL): kept, and a killed run continues from it.")] = None,
@@ -52,16 +53,19 @@ def evaluate(
     """
     from ..engine import Engine
     from ..eval import TASKS, load_tasks
-    from ..eval.named import named
+    from ..eval.named import all_named
     from ..eval.report import left_out_lines, markdown
     from ..eval.run import AnswerFile
 
     quiet()
+    apart({"out": out, "page": page, "answers": answers})
     names = list(TASKS) if tasks == EVERY else [name.strip() for name in tasks.split(",")]
-    chosen = load_tasks(names, seed, limit, source, styles.split(",") if styles else ())
-    policies = [named(text, model) for text in policy or ["keep-all", "auto"]]
+    chosen = load_tasks(names, seed, limit, source, () if styles is None else styles.split(","))
+    policies = all_named(policy or ["keep-all", "auto"], model)
     with loading(model):
         engine = Engine.from_pretrained(model, dtype=dtype, device=device, max_batch=batch, max_len=max_len)
+    for p in policies:
+        engine.bind(p.policy)  # before the first of them has run for an hour
     file = AnswerFile(answers, engine.model.fingerprint) if answers else None
     report: dict[str, Any] = {
         "model": identity_of(engine),
@@ -133,6 +137,7 @@ def sweep(
     limit: Annotated[int, typer.Option(min=4, help="Samples of each task.")] = 100,
     source: Annotated[str, typer.Option(help="Pictures: shapes or emoji.")] = "shapes",
     seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
+    all_forms: AllForms = False,
     out: Annotated[Path | None, out_file("JSON to write.")] = None,
     plot: Annotated[Path | None, out_file("PNG to write.")] = None,
     page: Annotated[Path | None, out_file("Markdown page to write.")] = None,
@@ -147,24 +152,26 @@ def sweep(
     """
     from ..engine import Engine
     from ..eval import TASKS, load_tasks
-    from ..eval.curve_report import draw
+    from ..eval.curve_report import check_plot, draw
     from ..eval.curve_report import page as written
-    from ..eval.run import AnswerFile, known_forms
-    from ..eval.sweep import record, sweep_report
-    from ..policies import DynamicExit
+    from ..eval.run import AnswerFile
+    from ..eval.sweep import heads_named, record, sweep_report
     from ..policies.auto import heads_of
 
     quiet()
     if plot:
+        check_plot(plot)
         optional("matplotlib", "eval")
     names = list(TASKS) if tasks == EVERY else [name.strip() for name in tasks.split(",")]
-    files = [entry.rpartition("=") for entry in heads or [f"own={heads_of(model)}"]]
-    sets = {name or Path(file).stem: DynamicExit.from_file(file, threshold=0.5) for name, _, file in files}
+    files = heads or [f"own={heads_of(model)}"]
+    apart({"out": out, "plot": plot, "page": page, "answers": answers}, [Path(f.rpartition("=")[2]) for f in files])
+    sets = heads_named(files)
     chosen = load_tasks(names, seed, limit, source)
     with loading(model):
         engine = Engine.from_pretrained(model, dtype=dtype, device=device, max_batch=batch)
-    kept = {task.name: task.within(known_forms(engine.model))[0].samples for task in chosen}
-    kept = {name: samples for name, samples in kept.items() if samples}
+    kept = {task.name: task.samples for task in within_range(engine, chosen, all_forms)}
+    for policy in sets.values():
+        engine.bind(policy)  # before all that comes ahead of asking them
     file = AnswerFile(answers, engine.model.fingerprint) if answers else None
     layers = engine.model.shape.num_layers
     with progress() as shown:

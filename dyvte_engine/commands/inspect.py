@@ -33,12 +33,14 @@ def inspect(
     """
     try:
         from ..inspect.app import create_app, serve
+        from ..serve.run import check_address
     except ModuleNotFoundError as e:
         raise SourceError(f"{e.name} is not installed; pip install 'dyvte-engine[inspect]'") from e
     from ..engine import Engine
     from ..inspect.run import Inspector
 
     quiet()
+    check_address(host, port)  # before a model is loaded
     with loading(model):
         engine = Engine.from_pretrained(
             model,

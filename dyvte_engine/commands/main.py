@@ -60,7 +60,9 @@ def generate(
         str, typer.Option(help="auto, keep-all, fixed:LAYER, fastv:K,R, dynamic:HEADS[,THRESHOLD]; join with '+'.")
     ] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default 128 or what fits.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Sample with this temperature; greedy without.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample with this temperature; as top-k, top-p and min-p, greedy without.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="From the likeliest that hold this probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="From those at least this times as likely as the first.")] = None,
@@ -88,9 +90,10 @@ def generate(
     options: dict[str, Any] = {
         **dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
         **dict(repetition_penalty=repetition_penalty, stop_strings=stop, video_fps=video_fps),
-        "do_sample": True if temperature is not None else None,
     }
     options = {k: v for k, v in options.items() if v is not None}
+    if any(v is not None for v in (temperature, top_k, top_p, min_p)):
+        options["do_sample"] = True
     made: dict[str, Any] = dict(max_batch=min(len(prompt), 8), max_len=max_len)
     made |= dict(drop_early_kv=drop_early_kv, attn_backend=attn_backend)
     with loading(model):

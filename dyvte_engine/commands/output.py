@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ..errors import InvalidArgumentError
 from ..files import check_writable
 
 # Without markup: brackets in paths and in "dyvte-engine[eval]" are text.
@@ -48,6 +50,18 @@ def check_folder(path: Path | None) -> Path | None:
     if path is not None:
         check_writable(path, folder=True)
     return path
+
+
+def apart(written: dict[str, Path | None], read: Iterable[Path] = ()) -> None:
+    """Raises InvalidArgumentError where a file that a command writes is another one that it writes, or reads."""
+    seen = {path.resolve(): f"a file that is read, {path}" for path in read}
+    for name, path in written.items():
+        if path is None or (path.exists() and not path.is_file()):  # a pipe or a device takes all there is
+            continue
+        where = path.resolve()
+        if where in seen:
+            raise InvalidArgumentError(f"{name} is {path}, and so is {seen[where]}; accepted: a file of its own")
+        seen[where] = name
 
 
 def out_file(help: str) -> Any:

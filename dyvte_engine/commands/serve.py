@@ -10,6 +10,8 @@ import typer
 from ..errors import SourceError
 from .output import loading, quiet
 
+MOST_THREADS = 1024  # torch aborts the process where the system cannot start so many
+
 
 def serve(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",
@@ -43,7 +45,9 @@ def serve(
         str, typer.Option(help="auto, flash_attn_3, flash_attn_4, flash_attn, torch_flash, native, sdpa")
     ] = "auto",
     drop_early_kv: Annotated[bool, typer.Option(help="Also drop the early layers' visual K/V.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of kernels on a CPU; default: one core is left.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Of kernels on a CPU; default: one core is left.")
+    ] = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's interface (docs/serving.md)."""
     media = dict(images=max_images, videos=max_videos, frames=max_frames, pixels=max_pixels)
@@ -54,10 +58,12 @@ def serve(
         options.update(model_name=served_model_name)
     try:
         from ..serve.build import build
+        from ..serve.run import check_address
         from ..serve.run import serve as listen
     except ModuleNotFoundError as e:
         raise SourceError(f"{e.name} is not installed; pip install 'dyvte-engine[serve]'") from e
     quiet()
+    check_address(host, port)  # before a model is loaded
     _limit(threads)
     with loading(model):
         limits = dict(media, bytes=max_media_mib * 2**20, domains=tuple(allow_domain or ()))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..files import write_text
-from .output import out_file, out_folder, quiet
+from .output import apart, out_file, out_folder, quiet
 
 Labels = Annotated[Path, typer.Argument(help="A folder that `label` wrote.")]
 Kind = Annotated[str, typer.Option(help="paper, default (paper's heads, all labels), light (shared trunk).")]
@@ -23,9 +23,9 @@ def label(
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures; default that of FILE.")] = None,
     mode: Annotated[str, typer.Option(help="reference, self, free-running")] = "reference",
     samples: Annotated[int | None, typer.Option(help="At most so many, the first ones.")] = None,
-    batch: Annotated[int, typer.Option(help="Samples computed at once.")] = 16,
-    shard: Annotated[int, typer.Option(help="Samples of one file.")] = 512,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer generated.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Samples computed at once.")] = 16,
+    shard: Annotated[int, typer.Option(min=1, help="Samples of one file.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer generated.")] = 32,
     max_len: Annotated[int | None, typer.Option(help="Prompt and answer tokens; default what the model has.")] = None,
     seed: Annotated[int, typer.Option(help="Of nano's own pictures.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
@@ -42,6 +42,7 @@ def label(
 
     quiet()
     examples = examples_named(data, images, samples, seed)
+    label_store.check_mode(mode, examples)
     options = {"max_batch": 1, "max_len": max_len, "trust_remote_code": trust_remote_code}
     loaded = Engine.from_pretrained(model, None, dtype, device, **options).model  # type: ignore[arg-type]
     info = label_store.label(loaded, examples, out, mode, batch, shard, max_new_tokens)  # type: ignore[arg-type]
@@ -142,6 +143,7 @@ def test_heads(
     """
     from ..training.heads_report import evaluate_heads, table
 
+    apart({"out": out}, heads)
     rows = evaluate_heads(labels, heads, threshold)
     print(table(rows))
     if out is not None:

@@ -8,11 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InvalidArgumentError
 from ..files import write_bytes
 from ..lazy import optional
 from .report import unit
 
 PANELS = {"credit": "score, mean over tasks (%)", "same": "answers equal to the full model's (%)"}
+
+
+def check_plot(path: Path) -> None:
+    """Raises InvalidArgumentError for a name that says of a picture that it is no PNG."""
+    if path.suffix.lower() not in ("", ".png"):
+        raise InvalidArgumentError(f"plot is {path}; accepted: a name that ends in .png")
 
 
 def draw(report: dict[str, Any], path: str | Path) -> None:
@@ -124,9 +131,8 @@ def _difference(of: dict[str, Any]) -> str:
 
 def _by_task(heads: dict[str, Any], num_layers: int) -> list[str]:
     """Where the same FLOPs go: some fixed layers, and DyVTE at no more FLOPs, task by task."""
-    chosen = [
-        c for c in heads["against_fixed"] if c["layer"] in range(num_layers // 4, num_layers - 1, num_layers // 6)
-    ]
+    shown = range(num_layers // 4, num_layers - 1, max(num_layers // 6, 1))
+    chosen = [c for c in heads["against_fixed"] if c["layer"] in shown]
     if not chosen:
         return []
     lines = [

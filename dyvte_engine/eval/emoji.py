@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ..checks import check_names
 from ..errors import InvalidArgumentError
 from ..training.nano.scenes import SEEN_WORDS, UNSEEN_WORDS
 from . import emoji_sets as sets
@@ -73,6 +74,7 @@ class Emoji:
         if split not in SPLITS or set(styles) - set(accepted):
             given = f"split is {split!r}, styles {list(styles)!r}"
             raise InvalidArgumentError(f"{given}; accepted: {', '.join(SPLITS)}, and for it {', '.join(accepted)}")
+        check_names("styles", styles)
         self.styles: tuple[str, ...] = tuple(styles) or accepted
         self.split = split
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checks import check_names
 from ..policies import VisualTokenPolicy
 from ..policies.auto import heads_of, policy_for
 
@@ -27,3 +29,10 @@ def named(text: str, model: str) -> Named:
     files += [str(heads_of(model))] if rest == "auto" else []
     digests = [hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files if f and Path(f).is_file()]
     return Named(name.strip(), policy_for(rest, model), " ".join([rest, *digests]))
+
+
+def all_named(texts: Sequence[str], model: str) -> list[Named]:
+    """Each as `named` reads it. Raises InvalidArgumentError where two have one name, of which a table shows one."""
+    found = [named(text, model) for text in texts]
+    check_names("policy", [policy.name for policy in found])
+    return found

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..checks import is_whole
+from ..checks import check_names, is_whole
 from ..errors import InvalidArgumentError
 from ..training.nano.scenes import WORDS
 from . import choices, metrics
@@ -258,12 +258,13 @@ def load_tasks(
         styles: drawing styles of the emoji source, default all of them.
 
     Raises:
-        InvalidArgumentError: an unknown task, source or style, or a limit below 4.
+        InvalidArgumentError: an unknown task, source or style, a task named twice, or a limit below 4.
         SourceError: a package or set that a source needs is missing.
     """
     unknown = [name for name in tasks if name not in TASKS]
     if unknown or not tasks:
         raise InvalidArgumentError(f"tasks is {list(tasks)!r}; accepted: of {', '.join(TASKS)}")
+    check_names("tasks", tasks)
     if not (is_whole(limit) and 4 <= limit <= 10**9):
         raise InvalidArgumentError(f"limit is {limit!r}; accepted: whole numbers from 4 to a billion")
     return [_easy(seed, limit) if t == EASY_VQA else _made(t, seed, limit, _world(source, styles)) for t in tasks]

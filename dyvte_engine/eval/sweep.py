@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .. import flops
+from ..checks import check_names
+from ..errors import InvalidArgumentError
 from ..heads.calibration import Calibration, Threshold
 from ..heads.rule import ExitRule
 from ..policies import DynamicExit, FixedExit, KeepAll, LayerState, Random, VisualTokenPolicy
@@ -77,6 +80,18 @@ class Probe(VisualTokenPolicy):
         return [None] * len(state.rows.n_visual)
 
 
+def heads_named(files: Sequence[str]) -> dict[str, DynamicExit]:
+    """[NAME=]HEADS_FILE each -> the heads by name, the file's without one.
+
+    Raises:
+        InvalidArgumentError: two have one name; HeadsError: a file is none of heads.
+    """
+    parts = [entry.rpartition("=") for entry in files]
+    names = [name or Path(file).stem for name, _, file in parts]
+    check_names("heads", names)
+    return {name: DynamicExit.from_file(file, threshold=0.5) for name, (_, _, file) in zip(names, parts, strict=True)}
+
+
 def probe(engine: Engine, samples: Sequence[Sample], heads: Sequence[DynamicExit]) -> np.ndarray:
     """p_exit f32 [H, N, L - 1] of each set of heads for each sample after each layer but the last."""
     size, parts = engine.config.max_batch, []
@@ -99,7 +114,10 @@ def record(
     """Runs every sample under an exit at every layer and under none, and asks the heads.
 
     A few samples at a time under all policies, so that their pictures are computed once (docs/again.md).
+    Raises InvalidArgumentError for a model of one layer, which nothing can leave early.
     """
+    if engine.model.shape.num_layers < 2:
+        raise InvalidArgumentError("model has 1 layer; accepted: at least 2")
     samples = [s for part in tasks.values() for s in part]
     names = np.array([name for name, part in tasks.items() for _ in part])
     last, size, asked = engine.model.shape.num_layers - 1, engine.config.max_batch, list(heads.values())

@@ -8,6 +8,7 @@ placeholders) is HF's own code for every family.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import is_whole
+from ..checks import is_real, is_whole
 from ..config import DecoderShape
 from ..errors import ImageError, InvalidArgumentError, ModelError, PromptError, first_line
 from ..kernels.transfer import to_device
@@ -194,8 +195,10 @@ class VisionLanguageModel:
         """Run the processor on each text (marks inside) with its PIL pictures and its videos, uint8 [T, H, W, 3].
 
         All frames are used; `video_fps` of them are a second. `processor`: one that gives the same as `reader`.
-        Raises InvalidArgumentError where the family takes none.
+        Raises InvalidArgumentError where the family takes none, and for frames that follow each other in no time.
         """
+        if not (is_real(video_fps) and 0 < video_fps < math.inf):
+            raise InvalidArgumentError(f"video_fps is {video_fps!r}; accepted: above 0")
         videos = [[] for _ in texts] if videos is None else videos
         return [
             self._tokenize_one(text, pictures, clips, video_fps, processor or self.reader)
@@ -236,8 +239,6 @@ class VisionLanguageModel:
             raise InvalidArgumentError(f"videos is given; this {kind} model's processor takes pictures only")
         if pictures and family.videos == "alone":
             raise InvalidArgumentError(f"images and videos are given; a {kind} model's prompt takes either")
-        if not fps > 0:
-            raise InvalidArgumentError(f"video_fps is {fps}; accepted: above 0")
         if family.tiles and len({len(c) for c in clips}) > 1:
             given = f"videos of one prompt have {', '.join(str(len(c)) for c in clips)} frames"
             raise InvalidArgumentError(f"{given}; a {kind} model's processor takes equally many")

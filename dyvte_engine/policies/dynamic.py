@@ -116,6 +116,8 @@ class DynamicExit(VisualTokenPolicy):
                 f"the model has hidden_size {model.shape.hidden_size}, {model.shape.num_layers} layers"
             )
         self.rule.check(c.num_layers)
+        if self.min_layer >= c.num_layers:
+            raise InvalidArgumentError(f"min_layer is {self.min_layer}; accepted: 0 to {c.num_layers - 1}")
         trained_on = self.heads.metadata.get("model_fingerprint")
         if trained_on and trained_on != model.fingerprint:
             name = self.heads.metadata.get("model_name", "another model")

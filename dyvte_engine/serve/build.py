@@ -37,16 +37,26 @@ def build(
     Raises:
         DyvteError: the model cannot be loaded, or a policy cannot run on it.
     """
-    chosen = policy_for(policy, model)
     own = "default" if "/" in policy else policy
-    named = {name: policy_for(text, model) for name, text in map(_named, ["keep-all", *allow_policy])}
-    loaded = Engine.from_pretrained(model, chosen, **(engine or {}))
+    notations = _by_name([(own, policy), ("keep-all", "keep-all"), *map(_named, allow_policy)])
+    policies = {name: policy_for(text, model) for name, text in notations.items()}
     name = Path(model).resolve().name if os.path.isdir(model) else model
-    given = {"model_name": name, **(options or {})}
     limits = MediaLimits(**(media or {}))
+    served = ServeOptions(policies=policies, media=limits, **{"model_name": name, **(options or {})})
+    loaded = Engine.from_pretrained(model, policies[own], **(engine or {}))
     # Frames of a GIF may outgrow its first one. PIL's bound is the process's, and an error from twice its value.
     Image.MAX_IMAGE_PIXELS = limits.pixels // 2
-    return create_app(loaded, ServeOptions(policies={own: chosen, **named}, media=limits, **given))
+    return create_app(loaded, served)
+
+
+def _by_name(named: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Raises InvalidArgumentError where one name is to mean two policies."""
+    found: dict[str, str] = {}
+    for name, notation in named:
+        if found.setdefault(name, notation) != notation:
+            given = f"allow_policy names {name!r} twice, {found[name]!r} and {notation!r}"
+            raise InvalidArgumentError(f"{given}; accepted: a name for each")
+    return found
 
 
 def _named(text: str) -> tuple[str, str]:

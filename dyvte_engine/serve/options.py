@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
+from ..errors import InvalidArgumentError
 from ..policies import VisualTokenPolicy
 
 
@@ -25,6 +28,14 @@ class MediaLimits:
     domains: tuple[str, ...] = ()
     fetch_seconds: float = 10.0
     redirects: int = 3
+
+    def __post_init__(self) -> None:
+        """Raises InvalidArgumentError for a domain that no URL could name: nothing would ever be fetched from it."""
+        for domain in self.domains:
+            if not _is_host(domain):
+                raise InvalidArgumentError(
+                    f"allow_domain is {domain!r}; accepted: a host, as example.org, without https:// and port"
+                )
 
 
 @dataclass(frozen=True)
@@ -64,3 +75,20 @@ class ServeOptions:
     stall_seconds: float = 60.0
     threads: int = 2
     replica: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidArgumentError for a key that everybody has or nobody could send, and for an empty name."""
+        for number, key in enumerate(self.api_keys):
+            if not key or key != key.strip() or not key.isprintable():
+                given = f"api_key {number} is empty, or has blanks around it or characters that do not print"
+                raise InvalidArgumentError(f"{given}; accepted: text that fits into a header")
+        if not self.model_name.strip():
+            raise InvalidArgumentError(f"served_model_name is {self.model_name!r}; accepted: some text")
+
+
+def _is_host(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return re.fullmatch(r"[A-Za-z0-9._-]+", text) is not None
+    return True

@@ -49,19 +49,29 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: int, max_connection
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, announced in the log. Raises SourceError as `serve` does."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as e:
-        listening.close()
-        raise SourceError(
-            f"host {host!r}, port {port}: {e.strerror or e}; accepted: a free port of this machine"
-        ) from e
+    """A socket for uvicorn to listen on, announced in the log. Raises SourceError as `serve` does."""
+    listening = _bound(host, port)
     log.warning("listening on http://%s:%d", f"[{host}]" if ":" in host else host, listening.getsockname()[1])
     return listening
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises SourceError as `serve` does, without taking the address."""
+    _bound(host, port).close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    if not host:  # which the system takes for all addresses, as of a variable that nobody has set
+        raise SourceError("host is ''; accepted: an address of this machine, 0.0.0.0 for all")
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, UnicodeError) as e:  # a name that no host can have
+        bound.close()
+        reason = getattr(e, "strerror", None) or e
+        raise SourceError(f"host {host!r}, port {port}: {reason}; accepted: a free port of this machine") from e
+    return bound
 
 
 def _log_to_stderr() -> None:

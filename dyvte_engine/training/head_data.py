@@ -68,6 +68,8 @@ def read_examples(path: str | Path, images: str | Path | None = None) -> list[Ex
     """
     path = Path(path)
     folder = Path(images) if images is not None else path.parent
+    if images is not None and not folder.is_dir():
+        raise DataError(f"images: {folder} is no folder")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # no UTF-8, or a name that no file can have

@@ -131,17 +131,10 @@ def label(
             labels; or `out` holds other labels or a damaged shard.
     """
     out = Path(out)
-    if mode not in ("reference", "self", "free-running"):
-        raise InvalidArgumentError(f"mode is {mode!r}; accepted: reference, self, free-running")
+    check_mode(mode, examples)
     for name, value in (("batch", batch), ("shard", shard), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise InvalidArgumentError(f"{name} is {value}; accepted: at least 1")
-    if not examples:
-        raise DataError("examples is empty; accepted: at least one")
-    if mode == "reference":
-        missing = [e.name for e in examples if e.answer is None]
-        if missing:
-            raise DataError(f"mode 'reference' needs answers; {len(missing)} examples have none, first {missing[0]}")
     info = LabelInfo(
         mode=mode,
         samples=len(examples),
@@ -155,8 +148,8 @@ def label(
         shard=shard,
         max_new_tokens=max_new_tokens,
     )
+    labeller = _Labeller(model, info)  # first: where it does not fit into memory, no run has begun in `out`
     _begin(out, info)
-    labeller = _Labeller(model, info)
     there = [number for number, name in enumerate(info.shards) if (out / name).exists()]
     for number in there:
         _read_shard(out, info, number)
@@ -171,6 +164,17 @@ def label(
         _check_finite(columns, out / info.shards[number])
         write_tensors(out / info.shards[number], columns, info.header(number))
     return info
+
+
+def check_mode(mode: str, examples: Sequence[Example]) -> None:
+    """Raises InvalidArgumentError or DataError where these examples cannot be labelled in this mode."""
+    if mode not in ("reference", "self", "free-running"):
+        raise InvalidArgumentError(f"mode is {mode!r}; accepted: reference, self, free-running")
+    if not examples:
+        raise DataError("examples is empty; accepted: at least one")
+    missing = [e.name for e in examples if e.answer is None] if mode == "reference" else ()
+    if missing:
+        raise DataError(f"mode 'reference' needs answers; {len(missing)} examples have none, first {missing[0]}")
 
 
 def _read_shard(folder: Path, info: LabelInfo, number: int) -> dict[str, Tensor]:

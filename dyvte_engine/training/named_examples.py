@@ -19,5 +19,7 @@ def examples_named(data: str, images: Path | None, samples: int | None, seed: in
     if data.split(":")[0] == "nano":
         from .nano import head_examples
 
+        if images is not None:
+            raise InvalidArgumentError(f"images is {images}, and data {data!r} has its own; accepted: with a FILE")
         return head_examples.named(data, seed, samples)
     return read_examples(data, images)[:samples]

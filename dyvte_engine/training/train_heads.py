@@ -94,6 +94,10 @@ class HeadSettings:
         if self.targets not in accepted:
             given = f"targets is {self.targets!r} for kind {self.kind}"
             raise InvalidArgumentError(f"{given}; accepted: {', '.join(accepted)}")
+        if self.by_layer and self.target_agreement is None and self.target_flops is None:
+            raise InvalidArgumentError(
+                "by_layer is given without a target; accepted: with target_agreement or target_flops"
+            )
         ExitRule(0.5, **self.exit_options)
         self.config(1, 1)
 
@@ -315,10 +319,12 @@ def train_heads(
     Raises:
         DataError: the labels are unfinished, or the state is of another run.
         CalibrationError: too few samples for `settings.target_agreement`; before anything is trained.
+        InvalidArgumentError: settings under which no layer of this model could ever be left.
     """
     if not (is_whole(save_every) and save_every >= 1):
         raise InvalidArgumentError(f"save_every is {save_every!r}; accepted: whole numbers, at least 1")
     accelerator = _accelerator()
+    _check_layers(settings, LabelInfo.read(Path(labels)).num_layers)
     data, info = load_labels(labels, settings.states, settings.rule)
     parts = Parts.of(info.samples, settings.seed)
     if len(parts.train) == 0:
@@ -336,6 +342,13 @@ def train_heads(
         heads.save(out, **heads.metadata)
         state.unlink(missing_ok=True)
     return heads
+
+
+def _check_layers(settings: HeadSettings, num_layers: int) -> None:
+    asked = len(ExitRule(0.5, **settings.exit_options).layers(num_layers))
+    if asked < settings.hysteresis:
+        given = f"min_layer is {settings.min_layer}, every_k {settings.every_k}, hysteresis {settings.hysteresis}"
+        raise InvalidArgumentError(f"{given}: of {num_layers} layers {asked} are asked; accepted: at least hysteresis")
 
 
 def _calibrated(

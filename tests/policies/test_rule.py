@@ -133,6 +133,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 def test_a_threshold_for_each_layer_of_the_model(tmp_path) -> None:
     engine, _ = build()
+    with pytest.raises(InvalidArgumentError, match="min_layer is 4; accepted: 0 to 3"):
+        engine.policy = DynamicExit(random_heads(0), 0.5, min_layer=4)  # as fixed:4 is
     with pytest.raises(InvalidArgumentError, match="threshold has 3 values; accepted: one, or 4, a value for each"):
         engine.policy = DynamicExit(random_heads(0), [0.5] * 3)
     with pytest.raises(InvalidArgumentError, match="threshold has 3 values; accepted: one, or 5"):

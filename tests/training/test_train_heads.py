@@ -353,6 +353,17 @@ def test_settings_out_of_range_are_refused_by_name(name: str) -> None:
             HeadSettings(**{"target_agreement": None, name: value})
     with pytest.raises(InvalidArgumentError, match="target_agreement and target_flops were given"):
         HeadSettings(target_agreement=0.9, target_flops=0.5)
+    with pytest.raises(InvalidArgumentError, match="by_layer is given without a target; accepted: "):
+        HeadSettings.of("paper", by_layer=True)  # a threshold of 0.5 for all is what it has
+
+
+@pytest.mark.parametrize("never", [dict(min_layer=LAYERS - 1), dict(hysteresis=LAYERS), dict(every_k=9, hysteresis=2)])
+def test_heads_under_which_nothing_could_leave_are_not_trained(never: dict, labels: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match=r"min_layer is .* layers \d are asked; accepted: at least hysteresis"
+    ):
+        train_heads(labels, tmp_path / "h", HeadSettings.of("light", target_agreement=0.5, **never))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_comes_with_the_settings_is_refused_by_name(labels: Path, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ def _examples(items: list[Item]) -> list[Example]:
 
 def training_examples(seed: int, count: int) -> list[Example]:
     """Two thirds fresh generated scenes, one third easy-VQA training questions, shuffled."""
-    rng = random.Random(seed)
+    rng, asked = random.Random(seed), easy_items("train")
+    if count > 3 * len(asked) - 2:
+        raise InvalidArgumentError(f"samples is {count}; accepted for nano: at most {3 * len(asked) - 2}")
     fresh = scene_items(seed, "train", FIRST_SCENE, count // 3, 2)
-    easy = rng.sample(easy_items("train"), count - 2 * (count // 3))
+    easy = rng.sample(asked, count - 2 * (count // 3))
     examples = _examples(fresh) + _examples(easy)
     rng.shuffle(examples)
     return examples[:count]
