@@ -33,9 +33,10 @@ COPY = ROOT / "build" / "mutants"
 TESTS = {
     "dyvte_engine/flops.py": ("tests/eval/test_flops.py", "tests/engine/test_exit.py"),
     "dyvte_engine/engine.py": ("tests/serve/test_hooks.py", "tests/engine"),
-    "dyvte_engine/hf.py": ("tests/families/test_hf.py",),
+    "dyvte_engine/hf.py": ("tests/families/test_host.py", "tests/families/test_hf.py"),
     "dyvte_engine/heads": ("tests/policies/test_rule.py", "tests/training/test_calibration.py"),
     "dyvte_engine/heads/calibration.py": ("tests/policies/test_arguments.py", "tests/training/test_calibration.py"),
+    "dyvte_engine/heads/stopping.py": ("tests/training/test_stopping.py",),
     "dyvte_engine/heads/exit_head.py": (
         "tests/policies/test_heads.py",
         "tests/policies/test_arguments.py",

@@ -474,6 +474,12 @@ def test_odd_values_are_named(name):
             merge_config(transformers.GenerationConfig(), None, {name: value, "do_sample": True})
 
 
+@pytest.mark.parametrize("name", ["top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"])
+def test_a_whole_share_is_one_of_those_accepted(name):
+    if known([name]):
+        merge_config(transformers.GenerationConfig(), None, {name: 1.0, "do_sample": True})
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [

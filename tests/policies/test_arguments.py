@@ -58,6 +58,10 @@ def test_odd_arguments(make, odd):
 def test_numbers_of_numpy_are_numbers():
     model = build()[0].model
     assert FixedExit(np.int64(2)).bind(model) == FixedExit(2)
+    assert FixedExit(-1).bind(model) == FixedExit(-1)
+    for beyond in (-2, 4):
+        with pytest.raises(InvalidArgumentError, match=f"FixedExit layer is {beyond}; accepted: -1 to 3"):
+            FixedExit(beyond).bind(model)
     assert FastV(np.int32(2), np.float32(0.5)) == FastV(2, 0.5)
     with pytest.raises(InvalidArgumentError, match="layer is True"):
         FixedExit(True).bind(model)

@@ -276,6 +276,21 @@ def test_pictures_are_replaced_where_they_stand():
     assert short.positions.tolist() == [3, 4, 5, 6, 7, 8, 9] and short.pictures == [2, 1]
 
 
+def test_a_prompt_of_nothing_but_pictures_keeps_a_row():
+    class Nothing(KeepAll):
+        def reduce(self, features):
+            return [f[:0] for f in features]
+
+    some, all_visual = (
+        PreparedPrompt(torch.ones(2, 1), torch.tensor([True, False]), torch.arange(2), [1]),
+        torch.ones(2),
+    )
+    assert len(reduce_pictures(Nothing(), [some])[0].inputs_embeds) == 1
+    bare = PreparedPrompt(torch.ones(2, 1), all_visual.bool(), torch.arange(2), [2])
+    with pytest.raises(InvalidArgumentError, match="Nothing leaves nothing of a prompt; accepted: at least one row"):
+        reduce_pictures(Nothing(), [some, bare])
+
+
 def test_vtw_finds_the_first_layer_that_changes_little():
     engine, hf = build(max_batch=3)
     before = engine.policy

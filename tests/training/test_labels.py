@@ -58,6 +58,7 @@ def test_one_pass_equals_a_masked_run_per_exit(model: LlamaForCausalLM) -> None:
     samples = [make_sample(0, 2, 7, 5, 3), make_sample(1, 1, 4, 1, 1), make_sample(2, 3, 7, 2, 6)]
     outcomes = exit_outcomes(model.model, model.lm_head, samples)
     some = set()
+    assert {outcomes.agreement.shape, outcomes.ce_exit.shape, outcomes.kl.shape} == {(len(samples), LAYERS)}
     for b, sample in enumerate(samples):
         full = masked_run(model, sample, LAYERS)
         ce_full = F.cross_entropy(full, sample.answer)
