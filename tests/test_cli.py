@@ -50,6 +50,8 @@ def test_one_question_streams_its_answer(checkpoint, tmp_path, run):
     result = json.loads(out)[0]
     assert plain.stdout == result["text"] + "\n"
     assert "left after layer 1" in plain.stderr
+    said = [line.split("  ")[0] for line in plain.stderr.splitlines()]
+    assert said == ["visual tokens", "text tokens", "first token", "decode", "prefill", "K/V held"]  # and nothing else
     assert result["stats"]["exit_layer"] == 1
     assert result["stats"]["visual_tokens"] == tiny.VISUAL_TOKENS
     assert len(result["token_ids"]) == result["stats"]["new_tokens"] <= 6
@@ -373,14 +375,6 @@ def test_a_shell_completes_commands_and_options():
 
     assert completed("dyvte-engine tr") == ["train-heads"]
     assert completed("dyvte-engine sweep --pl") == ["--plot"]
-
-
-def test_an_answer_comes_with_nothing_but_its_figures(checkpoint):
-    args = ("generate", "--model", checkpoint, "--prompt", "w1 w2", "--max-new-tokens", "4")
-    done = subprocess.run([sys.executable, "-m", "dyvte_engine", *args], capture_output=True, text=True, check=True)
-    assert len(done.stdout.splitlines()) == 1
-    said = [line.split("  ")[0] for line in done.stderr.splitlines()]
-    assert said == ["visual tokens", "text tokens", "first token", "decode", "prefill", "K/V held"]
 
 
 def test_unknown_commands_and_options_have_exit_code_2(run):

@@ -315,14 +315,18 @@ def test_vtw_finds_the_first_layer_that_changes_little():
 @pytest.mark.parametrize(
     ("text", "policy"),
     [
-        ("pyramiddrop", PyramidDrop()),
+        ("pyramiddrop", PyramidDrop((0.5, 0.25, 0.125))),  # without numbers: those of the authors' code
+        ("divprune", DivPrune(0.098)),
         ("divprune:0.2", DivPrune(0.2)),
-        ("visionzip", VisionZip()),
+        ("visionzip", VisionZip(54, 10)),
         ("visionzip:108,20", VisionZip(108, 20)),
+        ("tome", ToMe(0.5)),
         ("tome:0.25", ToMe(0.25)),
+        ("random", Random(0, 0.5, 0)),
         ("random:2,0.75", Random(2, 0.75)),
+        ("downsample", Downsample(2)),
         ("downsample:3", Downsample(3)),
-        ("fastv", FastV()),
+        ("fastv", FastV(2, 0.5, "last")),
     ],
 )
 def test_notation(text, policy):
