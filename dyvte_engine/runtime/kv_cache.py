@@ -336,10 +336,7 @@ class KVCache:
         self.select([])
 
     def forget(self) -> None:
-        """Be empty without giving anything back: `PagePool.recount` follows."""
-        for lease in self.leases:
-            if lease is not None:
-                lease.users -= 1
+        """Be empty without giving anything back: whoever calls this counts anew (`Runner.forget`)."""
         self.count, self.claims, self.leases = 0, [], []
         self.given_up.clear()
         self._held[:] = self._shared[:] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from ..models.tower_graphs import MOST
 from ..policies import VisualTokenPolicy
 from .decode import DecodeGraphs
 from .known_rows import KnownRows
-from .kv_cache import KVCache, PagePool
+from .kv_cache import KVCache, PagePool, SharedPages
 from .layer_graphs import BUCKETS, LayerGraphs
 from .picture_cache import PictureCache, digest_of
 from .prefill import Prefill, Watch
@@ -191,17 +192,24 @@ class Runner:
             cache.forget()
         self.prefixes.forget(*self.prefixes.busy)
         self.prefixes.busy.clear()
+        read = self._read()
+        for pages in {*self.prefixes.pages, *read}:
+            pages.users = read[pages]  # an interrupt may have come between a count and what it counts
         held, claims, idle = self._held()
         self.pool.recount(held, claims, idle)
 
+    def _read(self) -> Counter[SharedPages]:
+        """How many sequences read each of the shared pages."""
+        return Counter(lease for cache in list(self._caches) for lease in cache.leases if lease is not None)
+
     def _held(self) -> tuple[list[int], int, int]:
         """By caches and prefixes: pages, each as often as it is held, how many are claimed, and how many are idle."""
-        caches = list(self._caches)
-        shared = {*self.prefixes.pages, *(lease for cache in caches for lease in cache.leases if lease is not None)}
+        caches, read = list(self._caches), self._read()
+        shared = {*self.prefixes.pages, *read}
         held = [page for cache in caches for page in cache.pages_held()]
         held += [page for pages in shared for numbers in pages.numbers for page in numbers]
-        claims = sum(sum(cache.claims) for cache in caches) + sum(pages.count for pages in shared if pages.users)
-        return held, claims, sum(pages.count for pages in shared if not pages.users)
+        claims = sum(sum(cache.claims) for cache in caches) + sum(pages.count for pages in shared if read[pages])
+        return held, claims, sum(pages.count for pages in shared if not read[pages])
 
     def nobody(self, slots: int) -> Running:
         """A batch that prefilled sequences can join: so many slots, all empty."""

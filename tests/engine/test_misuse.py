@@ -28,6 +28,7 @@ from dyvte_engine import (
 from dyvte_engine.policies import VisualTokenPolicy
 from dyvte_engine.requests import Handle
 from dyvte_engine.runtime import worker
+from dyvte_engine.runtime.kv_cache import SharedPages
 from dyvte_engine.runtime.sequence import Sequence
 from tests import tiny
 from tests.engine.conftest import build
@@ -217,6 +218,30 @@ def test_autocast_of_the_caller_changes_nothing(engine):
     want = answers(engine, "fixed:1")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert answers(engine, "fixed:1") == want
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_an_interrupt_while_shared_pages_change_hands_leaves_nobody_behind(taken, monkeypatch):
+    """After they were taken and before anybody knows, or when nobody knows any more and before they were returned."""
+    engine, _ = build(page_size=4, max_batch=3, max_len=192)
+    want = answers(engine, "keep-all")
+    name = "acquire" if taken else "release"
+    change, moments = getattr(SharedPages, name), iter([True])
+
+    def interrupted(pages):
+        if taken:
+            change(pages)
+        if next(moments, False):
+            raise KeyboardInterrupt
+        if not taken:
+            change(pages)
+
+    monkeypatch.setattr(SharedPages, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answers(engine, "keep-all")
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+    assert answers(engine, "keep-all") == want
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that came in a callback

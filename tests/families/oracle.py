@@ -160,10 +160,12 @@ def greedy(hf: Any, entry: Entry, rule: Rule, new_tokens: int, eos: int = 2) -> 
 def assert_greedy(hf: Any, entry: Entry, tokens: list[int], rule: Rule, new_tokens: int, eos: int = 2) -> None:
     """That `tokens` are what `greedy` gives, in one run: every token is the best one after those before it.
 
-    For rules that do not look at hidden states or attention, which would see the tokens too.
+    Of two that rounding alone tells apart, either is. For rules that do not look at hidden states or attention, which
+    would see the tokens too.
     """
     logits, _ = run(hf, entry, tokens[:-1], rule)
-    assert logits.argmax(-1).tolist() == tokens
+    best, own = logits.amax(-1), logits[range(len(tokens)), tokens]
+    assert (own >= best - 1e-5 * best.abs()).all()
     assert eos not in tokens[:-1] and (len(tokens) == new_tokens or tokens[-1] == eos)
 
 
