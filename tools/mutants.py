@@ -75,6 +75,7 @@ TESTS = {
     ),
     "dyvte_engine/runtime/kv_cache.py": (
         "tests/engine/test_memory.py",
+        "tests/engine/test_prefix.py",
         "tests/engine/test_scheduler.py",
         "tests/engine/test_exit.py",
     ),

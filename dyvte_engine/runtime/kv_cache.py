@@ -320,6 +320,11 @@ class KVCache:
         """Pages over all layers that it reads and others may read."""
         return int(self._shared[:, sequence].sum())
 
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the pages that are these sequences' own."""
+        return int((self._held - self._shared).sum()) * self.pool.page_bytes
+
     def bytes_of(self, sequence: int) -> int:
         """Bytes of the pages one sequence reads over all layers, its own and shared ones."""
         return int(self._held[:, sequence].sum()) * self.pool.page_bytes

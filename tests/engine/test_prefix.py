@@ -411,7 +411,7 @@ def test_running_questions_share_their_memory():
         engine._scheduler.step()
     (prefix,), pool = engine.runner.prefixes, engine.pool
     assert prefix.pages.users == engine.load["running"] > 4
-    own = sum(len(cache.pages_held()) for cache in engine.runner._caches)
+    own = sum(cache.bytes_held for cache in engine.runner._caches) // pool.page_bytes
     rows = len(prefix) % 4 + 1 + 30  # at most
     assert pool.allocator.used_count == prefix.pages.count + own and 0 < own <= 8 * LAYERS * -(-rows // 4)
     for stats in (handle.result(60).stats for handle in handles):
