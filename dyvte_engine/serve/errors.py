@@ -24,6 +24,7 @@ _NAMES = {
     "request.logprobs": "logprobs",
 }
 _NAME = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, _NAMES)) + r")\b")
+_ARGUMENT = re.compile(r"([\w.]+(?:\[\w+\])*) is ")  # how an error about one begins
 _ADDRESS = re.compile(r"\s*\b(at )?0x[0-9a-fA-F]{5,}")
 _PATH = re.compile(r"(?<![\w./])(?:~|[A-Za-z]:)?(?:[/\\][\w.+@~-]+){2,}")
 _LONGEST = 500
@@ -76,7 +77,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(422, public_text(error), "messages", "invalid_media")
     if isinstance(error, (InvalidArgumentError, PromptError)):
         text = public_text(error)
-        return ApiError(400, text, text.split(" ", 1)[0] if " is " in text else None)
+        named = _ARGUMENT.match(text)
+        return ApiError(400, text, named and named[1])
     if isinstance(error, (CacheError, MemoryError, torch.OutOfMemoryError)) or _out_of_memory(error):
         return ApiError(503, "not enough memory for this request now; try again", code="out_of_memory", headers=_RETRY)
     if isinstance(error, RequestCancelledError):

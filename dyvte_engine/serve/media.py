@@ -71,7 +71,7 @@ class Media:
         files = [self.data[i] or _from_base64(url, place) for i, (place, _, url) in enumerate(self.urls)]
         pixels = frames = 0
         for (place, kind, _), data in zip(self.urls, files, strict=True):
-            width, height, count = _measure(data, place, kind)
+            width, height, count = _measure(data, place, kind, self.limits)
             pixels += width * height * count
             frames += count if kind == "video" else 0
             if pixels > self.limits.pixels or frames > self.limits.frames:
@@ -95,11 +95,13 @@ def _from_base64(url: str, place: str) -> bytes:
         raise ApiError(400, f"{place} is a data: URL that is no base64", place) from None
 
 
-def _measure(data: bytes, place: str, kind: str) -> tuple[int, int, int]:
+def _measure(data: bytes, place: str, kind: str, limits: MediaLimits) -> tuple[int, int, int]:
     """Width, height and frames by the file's headers; nothing is decoded."""
     accepted = FORMATS if kind == "image" else _ANIMATED
     try:
         with Image.open(BytesIO(data), formats=accepted) as image:
             return *image.size, getattr(image, "n_frames", 1) if kind == "video" else 1
+    except Image.DecompressionBombError:  # PIL's own bound, from which on it says no sizes
+        raise ApiError(413, f"{place} has too many pixels; accepted: {limits.pixels:,} in all", place) from None
     except Exception:  # whatever PIL's readers raise on damaged headers
         raise ImageError(f"{place} is not a readable {kind}; accepted: {', '.join(accepted)}") from None

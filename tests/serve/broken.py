@@ -209,7 +209,7 @@ KINDS: dict[Callable[[Target], Awaitable[int]], frozenset[int]] = {
     wrong_type: READ,
     unknown_field: frozenset({400}),
     damaged_picture: READ,
-    bomb: frozenset({413, 422}),
+    bomb: frozenset({413}),
     too_large: frozenset({400, 413, 0}),  # 400: a length of more digits than HTTP has
     leaves_uploading: ANY,
     leaves_waiting: ANY,

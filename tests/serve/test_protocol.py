@@ -179,6 +179,10 @@ def test_bytes_of_both_kinds_of_tokenizers(tokens, wanted):
 def test_places_of_wrong_values_are_the_client_s(app):
     refused = app.complete(prompt=[1, 2]).json()["error"]
     assert refused["param"] == "prompt" and "[" not in refused["message"] and "_unicode" not in refused["message"]
+    refused = app.complete(prompt="what is", max_tokens=10**6).json()["error"]
+    assert refused["param"] is None and refused["message"].startswith("the prompt has ")
+    refused = app.complete(prompt="what is", temperature=1e-30).json()["error"]
+    assert refused["param"] == "temperature"
 
 
 def test_completions_of_several_prompts(app, engine):

@@ -214,7 +214,7 @@ def test_decompression_bombs_are_refused_by_their_header(app, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     for size in ((8000, 8000), (30_000, 30_000)):
         refused = app.chat(messages=asked("x", data_url(png_of(*size))))
-        assert refused.status_code in (413, 422), refused.text
+        assert refused.status_code == 413 and "pixels" in refused.text
     many = [data_url(png_of(2000, 2000))] * 13  # 52 million together
     assert app.chat(messages=asked("x", *many)).status_code == 413
 
