@@ -79,7 +79,8 @@ class Engine:
         trust_remote_code: bool = False,
         **options: Unpack[EngineOptions],
     ) -> Engine:
-        """Load a checkpoint (docs/families.md): a folder, a hub id, or "nano", the model that comes with the package.
+        """Load a checkpoint (docs/families.md): a folder, a hub id, "nano", the model that comes with the package, or
+        "smol", whose parts are fetched and put together at the first call (docs/smol.md).
 
         Args:
             policy: when visual tokens leave, unless a request says otherwise: a policy or its notation ("fixed:15");
@@ -91,6 +92,7 @@ class Engine:
 
         Raises:
             ModelError, DeviceError, HeadsError, InvalidArgumentError: each with the argument and what is accepted.
+            SourceError, FileError: smol's parts cannot be fetched, or not be kept in the cache.
         """
         made = _checked(device, dtype, options)
         loaded = load_model(resolve_model(model), made.dtype, made.device, made.max_len, trust_remote_code)

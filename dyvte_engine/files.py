@@ -82,8 +82,15 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/dyvte_engine, by default ~/.cache/dyvte_engine; made if it is not there."""
+    """$XDG_CACHE_HOME/dyvte_engine, by default ~/.cache/dyvte_engine; made if it is not there.
+
+    Raises:
+        FileError: it is not there and cannot be made.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "dyvte_engine"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder} cannot be made: {error.strerror}; XDG_CACHE_HOME names another place") from error
     return folder

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..eval.task import Task
 
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")]
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, 'nano' or 'smol'.")]
 Batch = Annotated[int, typer.Option(min=1, help="Prompts run together.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
@@ -91,7 +91,7 @@ def _engine(model: str, dtype: str, device: str, **options: Any) -> Any:
 
 def _heads(text: str, model: str) -> str | None:
     """The notation of heads; None for "none", and for "auto" where the model has none."""
-    from ..policies.auto import heads_of
+    from ..assets import heads_of
 
     if text == "auto":
         file = heads_of(model)

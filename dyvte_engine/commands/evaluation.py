@@ -27,7 +27,7 @@ EVERY = "all"
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, 'nano' or 'smol'.")] = "nano",
     tasks: Annotated[
         str, typer.Option(help="Task names joined by ',': pope, gqa, ..., easy-vqa; see docs/tasks.md.")
     ] = EVERY,
@@ -129,7 +129,7 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def sweep(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, 'nano' or 'smol'.")] = "nano",
     heads: Annotated[
         list[str] | None, typer.Option(help="[NAME=]HEADS_FILE; repeat it. Default: the heads in the model's folder.")
     ] = None,
@@ -150,13 +150,13 @@ def sweep(
 
     DyVTE at every threshold, an exit after every layer, and Random at equal FLOPs (docs/tasks.md).
     """
+    from ..assets import heads_of
     from ..engine import Engine
     from ..eval import TASKS, load_tasks
     from ..eval.curve_report import check_plot, draw
     from ..eval.curve_report import page as written
     from ..eval.run import AnswerFile
     from ..eval.sweep import heads_named, record, sweep_report
-    from ..policies.auto import heads_of
 
     quiet()
     if plot:

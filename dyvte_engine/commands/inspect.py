@@ -11,7 +11,7 @@ from .output import loading, quiet
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, 'nano' or 'smol'.")] = "nano",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
     policy: Annotated[

@@ -55,7 +55,7 @@ def generate(
         list[str] | None, typer.Option(help="A folder of frames or an animated picture; with several prompts one each.")
     ] = None,
     video_fps: Annotated[float, typer.Option(help="Frames of the videos in a second.")] = 2.0,
-    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",
+    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, 'nano' or 'smol'.")] = "nano",
     policy: Annotated[
         str, typer.Option(help="auto, keep-all, fixed:LAYER, fastv:K,R, dynamic:HEADS[,THRESHOLD]; join with '+'.")
     ] = "auto",

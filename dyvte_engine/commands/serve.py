@@ -14,7 +14,7 @@ MOST_THREADS = 1024  # torch aborts the process where the system cannot start so
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")] = "nano",
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, 'nano' or 'smol'.")] = "nano",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     policy: Annotated[str, typer.Option(help="When visual tokens leave, unless a request says otherwise.")] = "auto",

@@ -17,7 +17,7 @@ RuleOption = Annotated[str, typer.Option(help="auto, paper, argmax, text: when t
 
 
 def label(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or 'nano'.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, 'nano' or 'smol'.")],
     data: Annotated[str, typer.Option(help="FILE.jsonl, LLaVA-style FILE.json, or nano[:SET], its own pictures.")],
     out: Annotated[Path, out_folder("Folder for the labels; a killed run continues there.")],
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures; default that of FILE.")] = None,

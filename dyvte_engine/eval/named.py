@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..assets import heads_of
 from ..checks import check_names
 from ..policies import VisualTokenPolicy
-from ..policies.auto import heads_of, policy_for
+from ..policies.auto import policy_for
 
 
 class Named(NamedTuple):

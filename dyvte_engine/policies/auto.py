@@ -5,16 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..assets import resolve_model
+from ..assets import heads_of
 from . import parse
 from .base import VisualTokenPolicy
 from .dynamic import DynamicExit
 from .fixed import KeepAll
-
-
-def heads_of(model: str | Path) -> Path:
-    """Where the exit heads of a checkpoint folder are, if it has any."""
-    return Path(resolve_model(model)) / "exit_heads.safetensors"
 
 
 def policy_for(text: str, model: str | Path) -> VisualTokenPolicy:

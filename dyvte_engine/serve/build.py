@@ -29,7 +29,7 @@ def build(
     """Load the model and make the app.
 
     Args:
-        model: a folder, hub id or "nano". Clients know it by options["model_name"], else by the folder's last part.
+        model: a folder, hub id, "nano" or "smol". Clients know it by options["model_name"], else by its last part.
         policy: a notation, with "auto" for the heads that came with the model.
         allow_policy: such notations, or NAME=NOTATION, which one that names a file of this machine must have.
         engine, media, options: arguments of `Engine.from_pretrained`, `MediaLimits` and `ServeOptions`.

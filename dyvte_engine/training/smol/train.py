@@ -10,6 +10,7 @@ starts from and a release needs; `STAGE.safetensors`, masters and moments, from 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -251,9 +252,11 @@ class Trainer:
         return self.judge.shares()
 
     def report(self) -> dict[str, Any]:
-        """Held-out questions by task, with intervals and the blind baseline; in `report.json`."""
+        """Held-out questions by task, with intervals and the blind baseline; in `report.json`, with the SHA-256."""
         self.check()
-        made = {"stage": self.settings.stage, "held out": self.judge.report(Blind(self.steps.scenes, BLIND))}
+        digest = hashlib.sha256((self.out / "trained.safetensors").read_bytes()).hexdigest()
+        made: dict[str, Any] = {"stage": self.settings.stage, "trained": digest}
+        made["held out"] = self.judge.report(Blind(self.steps.scenes, BLIND))
         write_bytes(self.out / "report.json", (json.dumps(made, indent=1) + "\n").encode())
         return made
 
