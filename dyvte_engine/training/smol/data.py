@@ -6,6 +6,7 @@ Step i's batch depends on (seed, i) alone: a resumed run sees what an uninterrup
 from __future__ import annotations
 
 import random
+import string
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,21 +19,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dyvte_engine.errors import InvalidArgumentError
-from dyvte_engine.eval.compose import TILE, Layout, Painter
+from dyvte_engine.eval.compose import TILE, Layout, Painter, typeset
 from dyvte_engine.eval.draw import NAMES, PER_TASK, Draw
 from dyvte_engine.eval.emoji import COLORS, Emoji
+from dyvte_engine.eval.emoji_sets import NOUNS
 from dyvte_engine.eval.suite import PLANS
 from dyvte_engine.eval.task import Sample
 from dyvte_engine.eval.worlds import View
+from dyvte_engine.models.smol import SIDE
 from dyvte_engine.training.packing import Encoded, Packed, pack
 
 SHARES = {"pope": 4, "gqa": 6, "vqav2": 5, "sqa": 2, "mmb": 3, "seed": 3, "mme": 3, "mmvet": 4}
 WORDS = {"textvqa": 1, "mme": 2}  # what can be asked about a printed word
 TURNS = 60  # after so many turns every task repeats its kinds of question
 POPULAR = 20  # pictures that tell which things are frequent
-PRINTED = 12  # every so many steps the pictures are printed words
+PRINTED = 3  # every so many steps the pictures are printed words
 BLOCK = 96  # tokens; the longest question with its answer has fewer
 LETTERS = "ABCD"
+NAMED = (*NOUNS, *string.ascii_uppercase)  # what patches may show
 VOTES = {"yes": 1, "no": -1}
 BEFORE = "<|im_start|>user\n"  # the picture
 
@@ -113,7 +117,7 @@ class Scenes:
 
 
 def patch_labels(layout: Layout, grid: int) -> np.ndarray:
-    """int64 [grid * grid, 2]: for each patch the sprite and the tile's colour (by number) at its centre, -1: none."""
+    """int64 [grid * grid, 2]: what of NAMED and which tile's colour (by number) is at each patch's centre, -1: none."""
     labels = np.full((grid, grid, 2), -1)
     y, x = np.meshgrid((np.arange(grid) + 0.5) / grid, (np.arange(grid) + 0.5) / grid, indexing="ij")
     colors = list(COLORS.values())
@@ -122,6 +126,14 @@ def patch_labels(layout: Layout, grid: int) -> np.ndarray:
         if placed.tile is not None:
             labels[away < placed.side * TILE / 2, 1] = colors.index(placed.tile)
         labels[away < placed.side / 2, 0] = placed.sprite
+    if layout.printed is not None:
+        text = layout.printed.text
+        font, (left, above) = typeset(layout.printed, SIDE)
+        _, top, _, bottom = font.getbbox(text)
+        ends = [left + font.getlength(text[:i]) for i in range(len(text) + 1)]
+        for letter, begin, end in zip(text, ends, ends[1:]):
+            here = (x * SIDE >= begin) & (x * SIDE < end) & (y * SIDE >= above + top) & (y * SIDE < above + bottom)
+            labels[here, 0] = NAMED.index(letter)
     return labels.reshape(-1, 2)
 
 

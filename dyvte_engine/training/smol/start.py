@@ -1,6 +1,7 @@
 """A start for the projector, without the decoder: each patch says in words what it shows, and where.
 
-A patch on a dog on a red tile in the upper left becomes the sum of the embeddings of " dog", " red", " left", " top".
+A patch on a dog on a red tile in the upper left becomes the sum of the embeddings of " dog", " red", " left", " top";
+one on a printed A says " A".
 The decoder then reads the picture as such words from the first step on; all is learnt further.
 """
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyvte_engine.eval.emoji import COLORS
-from dyvte_engine.eval.emoji_sets import NOUNS
+from dyvte_engine.training.smol.data import NAMED
 
 AXES = (("left", "right"), ("top", "bottom"))
 SHARP = 10.0  # of a word's likeness to a patch, from 0 to 1, in the choice among all
@@ -34,7 +35,7 @@ class PatchWords:
     def __init__(self, tokenizer: Any, embeddings: Tensor):
         nothing = torch.zeros(1, embeddings.shape[1], device=embeddings.device)
         self.nouns, self.colors = (
-            torch.cat([_words(tokenizer, embeddings, list(words)), nothing]) for words in (NOUNS, COLORS)
+            torch.cat([_words(tokenizer, embeddings, list(words)), nothing]) for words in (NAMED, COLORS)
         )
         self.axes = [_words(tokenizer, embeddings, words) for words in AXES]
         self.usual = embeddings.mean(0)
@@ -61,7 +62,7 @@ class PatchWords:
         far = (said - words).square().mean() / (words - words.mean((0, 1))).square().mean()
         likeness = SHARP * (said - self.usual) / self.length @ self.nouns[:-1].T
         named = F.cross_entropy(likeness.flatten(0, 1), labels[..., 0].flatten(), ignore_index=-1, reduction="sum")
-        return far + named / (labels[..., 0] >= 0).sum().clamp(min=1)  # a printed word has no thing
+        return far + named / (labels[..., 0] >= 0).sum().clamp(min=1)
 
 
 def start_projector(projector: nn.Module, features: Tensor, words: Tensor, steps: int) -> float:

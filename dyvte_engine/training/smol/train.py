@@ -45,6 +45,12 @@ BLIND = 1000  # pictures of training whose answers the blind baseline knows
 STARTING = 1000  # pictures that the projector's start sees
 LAST = 4  # blocks of the tower that learn
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
 RATES = {  # of each part, in each stage
     "align": {"projector": 3e-4},
     "lora": {"projector": 2e-4, "lora": 6e-4},
@@ -85,8 +91,15 @@ class Settings:
     rate: float = 1.0
 
 
+def _stored(name: str) -> str:
+    """What checkpoints call a parameter of the tower; newer releases of transformers call some otherwise."""
+    for newer, older in NAMES.items():
+        name = name.replace(newer, older)
+    return name
+
+
 def prepare(model: LlavaForConditionalGeneration) -> dict[str, nn.Parameter]:
-    """Adds LoRA to the decoder and returns every parameter that any stage trains, by a name that tells its part."""
+    """Adds LoRA to the decoder and returns every parameter that any stage trains, by part and name in checkpoints."""
     torch.manual_seed(0)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR)
     inject_adapter_in_model(lora, model.model.language_model)
@@ -96,7 +109,7 @@ def prepare(model: LlavaForConditionalGeneration) -> dict[str, nn.Parameter]:
     tower = model.model.vision_tower
     learning = {f"encoder.layer.{i}." for i in range(len(tower.encoder.layer))[-LAST:]}
     trained = {f"projector.{n}": p for n, p in model.model.multi_modal_projector.named_parameters()}
-    trained |= {f"tower.{n}": p for n, p in tower.named_parameters() if n.startswith(tuple(learning))}
+    trained |= {f"tower.{_stored(n)}": p for n, p in tower.named_parameters() if n.startswith(tuple(learning))}
     adapters = model.model.language_model.named_parameters()
     return trained | {f"lora.{n.replace('.default', '')}": p for n, p in adapters if "lora_" in n}
 
