@@ -1,8 +1,8 @@
 """Openly licensed emoji drawings, fetched once with npm and kept as small sprites in the user's cache.
 
 Nothing of them is part of this repository: Fluent Emoji (MIT, Microsoft), Noto Emoji (Apache-2.0, Google), Twemoji
-(CC-BY 4.0, Twitter and contributors), EmojiOne 2 (CC-BY 4.0, Emoji One), FxEmoji (Apache-2.0, Mozilla)
-as Iconify packages, names from unicode-emoji-json (MIT, Mu-An Chiou).
+(CC-BY 4.0, Twitter and contributors), EmojiOne 2 (CC-BY 4.0, Emoji One), FxEmojis (CC-BY 4.0, Mozilla; its code is
+Apache-2.0) as Iconify packages, names from unicode-emoji-json (MIT, Mu-An Chiou).
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ def merged(stored: dict[str, Tensor], trained: dict[str, Tensor], scale: float) 
             raise ModelError(f"trained weights hold {name}, {list(tensor.shape)}, for which smol's parts have no place")
         if ".lora_B." not in rest:
             made[place] = tensor
-    return {n: p.to(torch.bfloat16).contiguous() for n, p in made.items()}
+    return made
 
 
 def assembled(trained: Path = SMOL_TRAINED) -> Path:
@@ -277,7 +277,7 @@ def assembled(trained: Path = SMOL_TRAINED) -> Path:
 
         def write(made: Path) -> None:
             shutil.copytree(untrained, made, ignore=shutil.ignore_patterns(WEIGHTS))
-            save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
+            save_file({n: p.to(torch.bfloat16) for n, p in tensors.items()}, made / WEIGHTS, metadata={"format": "pt"})
 
         _keep(folder, write)
     return folder
