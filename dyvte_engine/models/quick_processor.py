@@ -194,8 +194,9 @@ _HOMES = ("transformers.", "builtins", "typing", "None")
 
 
 def _state(processor: Any) -> dict[str, Any]:
-    """All that ids and pictures depend on."""
-    return {name: value for name, value in vars(processor).items() if name != "chat_template"}
+    """All that ids and pictures depend on; of the tokenizer, which is still asked, what makes more of several marks."""
+    parts = {name: value for name, value in vars(processor).items() if name != "chat_template"}
+    return {**parts, "vocabulary": len(processor.tokenizer), "init_kwargs": dict(processor.tokenizer.init_kwargs)}
 
 
 def _values(pictures: Any) -> Tensor:
