@@ -243,8 +243,10 @@ def test_refused(kind, why):
 def test_a_method_replaced_in_the_class(monkeypatch):
     own = processor(images("clip, a square"))
     normalize = type(own.image_processor).normalize
-    monkeypatch.setattr(type(own.image_processor), "normalize", lambda *a, **o: normalize(*a, **o))
+    quick, _ = quick_processor(own)
+    monkeypatch.setattr(type(own.image_processor), "normalize", lambda *a, **o: -normalize(*a, **o))
     assert "normalize is replaced" in quick_processor(own)[1]
+    assert_same(own, quick, "a <image> b", [noise((31, 45))], quickly=False)
 
 
 def test_a_model_reads_bytes_and_sees_the_same(monkeypatch):
