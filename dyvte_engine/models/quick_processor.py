@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -194,8 +195,12 @@ _HOMES = ("transformers.", "builtins", "typing", "None")
 
 
 def _state(processor: Any) -> dict[str, Any]:
-    """All that ids and pictures depend on."""
-    return {name: value for name, value in vars(processor).items() if name != "chat_template"}
+    """All that ids and pictures depend on; of the tokenizer, which is still asked, what makes more of several marks."""
+    parts = {name: value for name, value in vars(processor).items() if name != "chat_template"}
+    tokens = {"vocabulary": len(processor.tokenizer), "init_kwargs": dict(processor.tokenizer.init_kwargs)}
+    classes = [cls for part in (processor, processor.image_processor) for cls in type(part).__mro__]
+    methods = [f for cls in classes for f in vars(cls).values() if isinstance(f, FunctionType)]
+    return {**parts, **tokens, "methods": methods}
 
 
 def _values(pictures: Any) -> Tensor:

@@ -165,7 +165,13 @@ class LayerGraphs:
         return self._replay(layer, batch, self._bucket)
 
     def warm_up(self, batch: int, bucket: int) -> None:
-        """The graphs of all layers for so many sequences and rows; what they compute goes to the spare page."""
+        """The graphs of all layers for so many sequences and rows; what they compute goes to the spare page.
+
+        Who has rows here moves out.
+        """
+        other = None if self._tenant is None else self._tenant()
+        if other is not None:
+            other.move_out()
         home = self._home(batch)
         home.table.fill_(self.pool.spare)
         home.cu.copy_(self.numbers[: batch + 2].clamp(max=bucket))

@@ -71,6 +71,7 @@ class Prefill:
     ):
         self.decoder, self.cache, self.rows = decoder, cache, rows
         self.next = 0  # layer
+        self._entered = len(inputs_embeds)
         self._attention, self._policy, self._drop_early_kv, self._watch = attend, policy, drop_early_kv, watch
         self._graphs = None if watch is not None else graphs
         self._known, self._reused = known, list[list[int]]()
@@ -114,7 +115,9 @@ class Prefill:
         if graphs is not None and not self._asked_last(layer) and graphs.take(self, layer, self.rows):
             self._hidden, self._x = self._captured(layer, graphs)
         else:
-            self._release()
+            if graphs is not None and graphs.holds(self):  # the layer writes its rows where the next one's will be
+                self._hidden = self._hidden.clone()
+            self.leave_graphs()
             self._hidden, self._x = self.decoder.layer(layer, self._hidden, self._x, self)
         self.next += 1
         if self._known is not None:
@@ -141,7 +144,7 @@ class Prefill:
             stay = self._settle()
             if not isinstance(stay, slice):
                 hidden, qkv = hidden[stay], qkv[stay]
-                self._release()
+                self.leave_graphs()
                 if not graphs.take(self, layer, self.rows):
                     return self.decoder.behind_projections(layer, hidden, qkv, self)
                 hidden, self._x = graphs.admit(self, self.rows, hidden, None)
@@ -152,10 +155,16 @@ class Prefill:
         self._queries_keys = done.q[:total], done.k[:total]
         if done.x is None:
             return hidden, self._x
-        self._release()
+        self.leave_graphs()
         return hidden, done.x[: len(self.rows.n_visual)].clone()  # the next replay writes over it
 
-    def _release(self) -> None:
+    def move_out(self) -> None:
+        """The rows stay as they are, in memory of their own; a decision on them is read before."""
+        stay = slice(None) if self._pending is None else self._settle()
+        self._hidden, self._x = self._hidden[stay].clone(), self._x[stay].clone()
+        self.leave_graphs()
+
+    def leave_graphs(self) -> None:
         """The rows are no longer those in the graphs' memory."""
         if self._graphs is not None:
             self._graphs.leave(self)
@@ -227,16 +236,17 @@ class Prefill:
         if not callable(self._pending[1]) or layer == -1 or self.done:
             stay = self._settle()
             if not isinstance(stay, slice):
-                self._release()
+                self.leave_graphs()
                 self._hidden, self._x = self._hidden[stay], self._x[stay]
 
     def _settle(self) -> Tensor | slice:
         """Carry the pending decision out. Returns an index of the rows that stay."""
         assert self._pending is not None
-        (state, decision), self._pending = self._pending, None
+        state, decision = self._pending
         before, layer = state.rows, state.layer
         settled = decision() if callable(decision) else decision
         _check(self._policy, settled, before)
+        self._pending = None
         dropped = before.drop(settled)
         if dropped is None:
             return slice(None)
@@ -273,7 +283,7 @@ class Prefill:
 
     def close(self) -> None:
         """Prefixes stay as deep as they are. It holds nothing else but its cache."""
-        self._release()
+        self.leave_graphs()
         known, self._known = self._known, None
         if known is not None:
             self._reused, self._frontiers = known.reused, known.frontiers
@@ -285,7 +295,7 @@ class Prefill:
         early = [rows for rows in self._seen if rows is not final]  # rows only leave, so these are the first layers
         if not early:
             return
-        alive = torch.zeros(len(self._seen[0].source), dtype=torch.bool, device=final.source.device)
+        alive = torch.zeros(self._entered, dtype=torch.bool, device=final.source.device)
         alive.index_fill_(0, final.source, True)  # an assignment would wait for the device
         total = sum(final.lengths.host)
         keep, cu = [], [final.lengths.cu[:1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -173,9 +174,9 @@ class Runner:
         with self.lock:
             cache = self.cache(len(prompts), len(prompts))
             try:
-                prefill = self.prefill(cache, prompts, policy, watch, drop_early_kv)
-                prefill.advance()
-                done = prefill.finish()
+                with closing(self.prefill(cache, prompts, policy, watch, drop_early_kv)) as prefill:
+                    prefill.advance()
+                    done = prefill.finish()
                 for b in range(len(prompts)):
                     cache.claim(b, cache.held(b))  # fewer than at its peak, where early K/V was dropped
                 return Running(self.model.decoder, cache, done, self.graphs, self.lock, self.fused)

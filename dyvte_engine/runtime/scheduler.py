@@ -144,6 +144,11 @@ class _Group:
             hidden = picked(hidden, left)
         return [self.sequences[b] for b in left], cache, self._runner.model.decoder.logits(hidden)
 
+    def abandon(self) -> None:
+        """After an interrupt: nobody waits for its rows, however long a traceback keeps it."""
+        if self._prefill is not None:
+            self._prefill.leave_graphs()
+
     def close(self) -> None:
         """Give everything back."""
         if self._prefill is not None:
@@ -395,4 +400,6 @@ class Scheduler:
         with self._mutex:
             self._waiting = [s for s in self._waiting if s not in begun]
         self._running = self.runner.nobody(self._slots)
+        if group is not None:
+            group.abandon()
         self.runner.forget(before.cache, *([] if group is None else group.caches))

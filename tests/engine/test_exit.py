@@ -185,6 +185,38 @@ def test_a_prompt_that_ends_in_a_picture_keeps_its_last_row(policy):
 
 
 @dataclass(frozen=True, eq=False)
+class EverySecond(VisualTokenPolicy):
+    """Of the visual tokens that are left, before the first layer and after the second."""
+
+    def layers(self, num_layers):
+        return {-1, 1}
+
+    def decide(self, state):
+        return [torch.arange(0, n, 2) for n in state.rows.n_visual]
+
+
+def test_early_kv_of_a_policy_that_acts_before_the_first_layer():
+    """Fewer rows entered the layers than the prompts have."""
+    early, plain = (build(policy=EverySecond(), drop_early_kv=drop)[0] for drop in (True, False))
+    texts, images = tiny.prompts(seed=33, n=3, images=(1, 2))
+    prompts = plain.prepare(texts, images, chat=False)
+    with early.prefill_prepared(prompts) as got, plain.prefill_prepared(prompts) as all_rows:
+        for b, prompt in enumerate(prompts):
+            entered = torch.where(prompt.visual, prompt.visual.cumsum(0) % 2 == 1, True)
+            left = torch.where(prompt.visual, prompt.visual.cumsum(0) % 4 == 1, True)
+            for layer in range(LAYERS):
+                for pool in ("k", "v"):
+                    rows, want = (rows_of(one, pool, layer, b) for one in (got, all_rows))
+                    assert torch.equal(rows, want[left[entered]] if layer < 2 else want)
+
+
+def rows_of(running, pool, layer, sequence):
+    cache = running.cache
+    rows = getattr(cache.pool, pool)[cache.block_table[layer, sequence].long()].flatten(0, 1)
+    return rows[: cache.host_lens[layer, sequence]]
+
+
+@dataclass(frozen=True, eq=False)
 class Later(VisualTokenPolicy):
     """The decisions of another policy, to be read when the next layer's projections are queued, as from a device."""
 

@@ -462,6 +462,73 @@ def test_rows_left_over_that_no_graph_covers_go_on_without(device):
     assert len(captures) == count
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_leave_the_graphs_are_not_written_by_the_next(device):
+    """The first layers are captured, those behind an exit only for fewer rows, and then nothing is any more."""
+    engine, plain, graphs, _ = with_layer_graphs(device)
+    texts, images = tiny.prompts(seed=102, n=2, images=(3,))
+    first, other = ([p] for p in plain.model.prepare(plain.model.tokenize(texts, images)))
+    engine.prefill_prepared(first, policy=FixedExit(0)).close()
+    graphs.sealed = True
+    with plain.prefill_prepared(first) as running:
+        want = [t.clone() for t in state(running)]
+    runner = engine.runner
+    with torch.inference_mode():
+        prefill = runner.prefill(runner.cache(1, 1), first, engine.policy)
+        prefill.advance(1)
+        assert graphs.holds(prefill)
+        prefill.advance(1)
+        assert not graphs.holds(prefill)
+        engine.prefill_prepared(other, policy=FixedExit(0)).close()
+        prefill.advance()
+        with Running(engine.model.decoder, prefill.cache, prefill.finish()) as running:
+            close(state(running), want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_warming_up_while_a_prefill_has_its_rows_on_the_graphs(device):
+    engine, plain, graphs, _ = with_layer_graphs(device)
+    texts, images = tiny.prompts(seed=102, n=1, images=(2,))
+    prompts = plain.model.prepare(plain.model.tokenize(texts, images))
+    with plain.prefill_prepared(prompts) as running:
+        want = [t.clone() for t in state(running)]
+    runner = engine.runner
+    with torch.inference_mode():
+        prefill = runner.prefill(runner.cache(1, 1), prompts, engine.policy)
+        prefill.advance(1)
+        assert graphs.holds(prefill)
+        graphs.warm_up(1, 32)
+        prefill.advance()
+        with Running(engine.model.decoder, prefill.cache, prefill.finish()) as running:
+            close(state(running), want)
+
+
+@dataclass(frozen=True, eq=False)
+class Fails(VisualTokenPolicy):
+    error: type[BaseException]
+
+    def layers(self, num_layers):
+        return {0}
+
+    def decide(self, state):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_prefill_that_failed_leaves_the_graphs(error):
+    """However long somebody keeps the traceback, which keeps the prefill."""
+    engine, _, graphs, _ = with_layer_graphs("cpu")
+    texts, images = tiny.prompts(seed=102, n=1, images=(1,))
+    prompts = engine.prepare(texts, images, chat=False)
+    with pytest.raises(error) as kept:
+        engine.prefill_prepared(prompts, policy=Fails(error))
+    assert kept and graphs._tenant is None
+    with pytest.raises(error) as kept:
+        engine.generate(texts, images, chat=False, policy=Fails(error))
+    assert kept and graphs._tenant is None
+    engine.check_integrity()
+
+
 def test_a_prefill_given_up_on_the_graphs_leaves_them():
     engine, _, graphs, _ = with_layer_graphs("cpu")
     prompts = engine.prepare(["w3 w4"], [None], chat=False)

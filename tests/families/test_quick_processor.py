@@ -169,7 +169,11 @@ def change_resize(own):
     own.image_processor.resize = lambda *args, **options: 255 - resize(*args, **options)
 
 
-CHANGES = [change_mean, change_size, change_patches, change_pictures, change_resize]
+def change_padding(own):
+    own.tokenizer.init_kwargs.update(padding="max_length", max_length=60)
+
+
+CHANGES = [change_mean, change_size, change_patches, change_pictures, change_resize, change_padding]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -178,6 +182,17 @@ def test_a_processor_changed_later_is_followed(change):
     quick, _ = quick_processor(own)
     change(own)
     assert_same(own, quick, "a <image> b", [noise((31, 45))], quickly=False)
+
+
+def test_a_token_of_several_marks_added_later():
+    """The processor refuses what it then reads: so must the quick one."""
+    own = processor(images("clip, a square"))
+    quick, _ = quick_processor(own)
+    own.tokenizer.add_tokens(["<image><image>"], special_tokens=True)
+    given = dict(text=["a <image> b"], images=[[noise((31, 45))]], return_tensors="pt", add_special_tokens=True)
+    for one in (own, quick):
+        with pytest.raises(ValueError, match="Mismatch in `image` token count"):
+            one(**given)
 
 
 def bytes_stay(own):
@@ -228,8 +243,10 @@ def test_refused(kind, why):
 def test_a_method_replaced_in_the_class(monkeypatch):
     own = processor(images("clip, a square"))
     normalize = type(own.image_processor).normalize
-    monkeypatch.setattr(type(own.image_processor), "normalize", lambda *a, **o: normalize(*a, **o))
+    quick, _ = quick_processor(own)
+    monkeypatch.setattr(type(own.image_processor), "normalize", lambda *a, **o: -normalize(*a, **o))
     assert "normalize is replaced" in quick_processor(own)[1]
+    assert_same(own, quick, "a <image> b", [noise((31, 45))], quickly=False)
 
 
 def test_a_model_reads_bytes_and_sees_the_same(monkeypatch):
