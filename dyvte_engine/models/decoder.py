@@ -68,10 +68,15 @@ class DecoderLayer:
             down=_linear(mlp.down_proj),
         )
 
-    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv [N, n], what the projection `qkv` gives -> q [N, Hq, D], k and v [N, Hkv, D], views where not normed."""
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [N, n], what the projection `qkv` gives -> its views q [N, Hq, D], k and v [N, Hkv, D]."""
         s = self.shape
         q, k, v = qkv.view(len(qkv), -1, s.head_dim).split((s.num_heads, s.num_kv_heads, s.num_kv_heads), dim=1)
+        return q, k, v
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `split_heads`, queries and keys normalised where the model does so."""
+        q, k, v = self.split_heads(qkv)
         if self.qk_norm is not None:
             q = ops.rms_norm(q, self.qk_norm[0], self.eps)
             k = ops.rms_norm(k, self.qk_norm[1], self.eps)

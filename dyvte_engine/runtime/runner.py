@@ -239,6 +239,8 @@ class Runner:
         with the number of captures that are done, and of all.
         """
         with self.lock:
+            if self.model.tower_graphs is not None:
+                self.model.tower_graphs.sealed = False  # by another engine of this model, for fewer pictures
             jobs = list(self._captures())
             for done, job in enumerate(jobs):
                 job()

@@ -529,6 +529,17 @@ def test_a_prefill_that_failed_leaves_the_graphs(error):
     engine.check_integrity()
 
 
+@pytest.mark.parametrize("decoder", tiny.DECODERS)
+def test_no_graph_keeps_queries_and_keys_of_its_own(decoder):
+    """Hundreds of graphs hold what they return; queries and keys that are normalised are new tensors."""
+    engine, _ = build(decoder, page_size=4, kv_memory=POOL)
+    graphs, _ = add_layer_graphs(engine, "cpu")
+    engine.prefill(*text_prompts(engine, [10])).close()
+    for replay in graphs._replays.values():
+        given = replay()
+        assert {t.untyped_storage().data_ptr() for t in (given.q, given.k)} == {graphs._qkv.data_ptr()}
+
+
 def test_a_prefill_given_up_on_the_graphs_leaves_them():
     engine, _, graphs, _ = with_layer_graphs("cpu")
     prompts = engine.prepare(["w3 w4"], [None], chat=False)
