@@ -36,7 +36,7 @@ GPU_TESTS = (  # other test files import what training and drawing need, which t
     "tests/engine/test_gpu.py",
     "tests/engine/test_graphs.py tests/engine/test_fused.py",
     "tests/policies",
-    "tests/analysis/test_attention.py tests/test_doctor.py",
+    "tests/analysis/test_attention.py tests/test_doctor.py tests/families/test_quick_processor.py",
 )
 
 
@@ -103,6 +103,23 @@ def smol(minutes: float) -> Step:
     return Step("smol", [*command, *options, "--out", str(ROOT / "outputs" / "smol")], [*command, "--help"])
 
 
+def smol_heads() -> list[Step]:
+    """Labels, heads and their curve, of the smol that ships, in outputs/smol-heads."""
+    out, command = ROOT / "outputs" / "smol-heads", ["-m", "dyvte_engine.commands.main"]
+    small = "--kind default --hidden 64 --rms-eps 1e-6"
+    kinds = {"light": "--kind light", "small": small, "by-layer": f"{small} --by-layer"}
+    label = f"label smol --data smol --samples 4608 --mode self --batch 64 --max-len 512 --out {out / 'labels'}"
+    trained = {n: f"train-heads {out / 'labels'} {o} --out {out / n}.safetensors" for n, o in kinds.items()}
+    curve = f"sweep smol --source emoji --limit 100 --answers {out / 'sweep.jsonl'} --page {out / 'curve.md'}"
+    heads = "".join(f" --heads {name}={out / name}.safetensors" for name in kinds)
+    calls = {
+        "label": label,
+        **trained,
+        "sweep": f"{curve} --plot {out / 'curve.png'} --out {out / 'curve.json'}{heads}",
+    }
+    return [Step(f"smol {n}", [*command, *c.split()], [*command, c.split()[0], "--help"]) for n, c in calls.items()]
+
+
 @dataclass(frozen=True)
 class Part:
     what: str
@@ -142,6 +159,7 @@ PARTS = {
         "training of smol (needs peft and smol's parts, docs/smol.md)",
         [smol(5)],
     ),
+    "g": Part("exit heads of smol (needs smol's parts)", smol_heads()),
     "full": Part(
         "every size at every batch size, longer answers, growth; about an hour",
         [

@@ -11,7 +11,7 @@ from ..errors import InvalidArgumentError
 from ..eval import TASKS, Sample, Task, load_tasks, metrics
 from ..eval.task import SENTENCE
 from ..training.head_data import Example
-from ..training.named_examples import examples_named
+from ..training.named_examples import examples_named, has_own_pictures
 
 EVERY = "all"
 
@@ -23,7 +23,7 @@ def load_data(
 
     Args:
         data: names of tasks joined by "," or "all" (docs/tasks.md); a FILE.jsonl or FILE.json of prompts with pictures
-            (docs/training.md); or nano[:SET].
+            (docs/training.md); or nano[:SET], smol[:SET].
         images: folder of a file's pictures, default its own.
         source: of the tasks' pictures.
 
@@ -37,9 +37,9 @@ def load_data(
                 f"images is {images}, and tasks draw their own; accepted: with a file of prompts"
             )
         return load_tasks(names, seed, limit, source)
-    if data.split(":")[0] != "nano" and Path(data).suffix not in (".json", ".jsonl"):
+    if not has_own_pictures(data) and Path(data).suffix not in (".json", ".jsonl"):
         raise InvalidArgumentError(
-            f"data is {data!r}; accepted: {EVERY}, {', '.join(TASKS)}, a .jsonl or .json, nano:SET"
+            f"data is {data!r}; accepted: {EVERY}, {', '.join(TASKS)}, a .jsonl or .json, nano:SET, smol:SET"
         )
     if source != "shapes":
         raise InvalidArgumentError(f"source is {source!r}, and data {data!r} has its own pictures; accepted: for tasks")

@@ -29,7 +29,10 @@ AllForms = Annotated[bool, typer.Option(help="Also prompt forms the model was ne
 def analyze(
     model: Model = "nano",
     data: Annotated[
-        str, typer.Option(help="Tasks joined by ',' or 'all' (docs/tasks.md), FILE.jsonl, FILE.json or nano[:SET].")
+        str,
+        typer.Option(
+            help="Tasks joined by ',' or 'all' (docs/tasks.md), FILE.jsonl, FILE.json, nano[:SET] or smol[:SET]."
+        ),
     ] = "all",
     out: Annotated[Path, out_folder("Folder for the report; a killed run continues there.")] = Path("outputs/analysis"),
     heads: Annotated[

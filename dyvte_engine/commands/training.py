@@ -18,7 +18,9 @@ RuleOption = Annotated[str, typer.Option(help="auto, paper, argmax, text: when t
 
 def label(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, 'nano' or 'smol'.")],
-    data: Annotated[str, typer.Option(help="FILE.jsonl, LLaVA-style FILE.json, or nano[:SET], its own pictures.")],
+    data: Annotated[
+        str, typer.Option(help="FILE.jsonl, LLaVA-style FILE.json; nano[:SET] or smol[:SET] draw their own.")
+    ],
     out: Annotated[Path, out_folder("Folder for the labels; a killed run continues there.")],
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures; default that of FILE.")] = None,
     mode: Annotated[str, typer.Option(help="reference, self, free-running")] = "reference",
@@ -27,7 +29,7 @@ def label(
     shard: Annotated[int, typer.Option(min=1, help="Samples of one file.")] = 512,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer generated.")] = 32,
     max_len: Annotated[int | None, typer.Option(help="Prompt and answer tokens; default what the model has.")] = None,
-    seed: Annotated[int, typer.Option(help="Of nano's own pictures.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the pictures of nano and smol.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ from dyvte_engine.eval.suite import PLANS
 from dyvte_engine.files import cache_folder
 from dyvte_engine.models import smol as parts
 from dyvte_engine.policies.auto import policy_for
-from dyvte_engine.training.smol import data, judge, start, train, varied
+from dyvte_engine.training.named_examples import examples_named
+from dyvte_engine.training.smol import data, head_examples, judge, start, train, varied
 
 onnx = pytest.importorskip("onnx")
 
@@ -551,3 +553,18 @@ def test_tower_out_of_an_onnx_file(tmp_path):
     with torch.no_grad():
         full = tower(pixels, output_hidden_states=True).hidden_states[2]
         assert torch.allclose(read(pixels, output_hidden_states=True).hidden_states[-1], full, atol=1e-5)
+
+
+def test_prompts_for_heads_are_of_scenes_smol_has_not_seen():
+    trained, held_out = (examples_named(name, None, 12, seed=3) for name in ("smol", "smol:heldout"))
+    assert len(trained) == len(held_out) == 12
+    fewer = examples_named("smol", None, 6, seed=3)
+    assert [e.identity() for e in fewer] == [e.identity() for e in trained[:6]]
+    assert fewer[5].load().tobytes() == trained[5].load().tobytes()
+    assert len({(e.name, e.prompt) for e in (*trained, *held_out)}) == 24
+    own, theirs = data.Scenes("train", 0), head_examples.Scenes("train", 3 + 1)
+    assert own.layout(0, False).placed != theirs.layout(0, False).placed
+    with pytest.raises(InvalidArgumentError, match="'smol:test'; accepted: smol, smol:heldout"):
+        examples_named("smol:test", None, 4, 0)
+    with pytest.raises(InvalidArgumentError, match="has its own"):
+        examples_named("smol", Path("."), 4, 0)
