@@ -68,6 +68,7 @@ class Operations(TorchDispatchMode):
         super().__exit__(*exc)
         for storage, old in self.before.values():
             storage.copy_(old)
+        self.before.clear()  # whoever replays keeps this object
 
 
 def storages(values):
