@@ -14,6 +14,15 @@ torch.backends.cudnn.allow_tf32 = False  # float32 on a GPU is compared with the
 NOT_RUN = pytest.StashKey[int]()
 
 
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    """`serve` limits torch's, for the rest of its process; sums of other parts would have other last bits."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if torch.cuda.is_available() or config.option.collectonly or not gpu:

@@ -333,7 +333,7 @@ def test_varied_pictures_are_painted_anew_and_a_schedule_fits_its_minutes(untrai
     one, again, other = (fresh.steps[n] for n in (3, 3, 4))
     assert torch.equal(one.pictures, again.pictures) and not torch.equal(one.pictures, other.pictures)
     assert one.pictures.shape == (2, 3, 224, 224) and one.labels.shape == (2, 256, 2)
-    assert (fresh.steps[data.PRINTED - 1].labels == -1).all()
+    assert (fresh.steps[data.PRINTED - 1].labels >= 0).any(), "printed letters are named too"
     before = all_parameters(fresh)
     first = fresh.train_step(one)
     changed = {n.partition(".")[0] for n, p in fresh.parameters.items() if not torch.equal(p, before[n])}
