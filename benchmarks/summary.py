@@ -12,6 +12,7 @@ from dyvte_engine import NANO
 
 METHODS = ("KeepAll", "DyVTE", "DyVTE+FastV")
 OTHER = "transformers, eager"
+SHOWN = (OTHER, *METHODS)
 NO_GPU = "No result of a GPU is recorded yet."
 BLIND = "blind, majority answer of the training questions"
 NANO_QUESTIONS = {  # (data, kind) in nano's report.json
@@ -49,7 +50,7 @@ def overview(results: Sequence[tuple[str, Data]]) -> str:
 
 def _headline(sheet: Sheet) -> Sheet:
     """The first model, in 16 bits where it ran so, without the exit at half depth."""
-    rows = [row for row in sheet.rows if row[1] in (OTHER, *METHODS)]
+    rows = [row for row in sheet.rows if row[1] in SHOWN]
     rows = [row for row in rows if not row[0].endswith("float32")] or rows
     return Sheet(sheet.title, sheet.columns, [row for row in rows if row[0] == rows[0][0]], sheet.note)
 
@@ -102,7 +103,7 @@ def _shown(data: Data) -> list[Data]:
     shown: dict[tuple[str, str], Data] = {}
     for c in data["cases"]:
         method = c["method"].split(" at layer ")[0]
-        if c["batch"] == 1 and "prefill" in c and method in (OTHER, *METHODS):
+        if c["batch"] == 1 and "prefill" in c and method in SHOWN:
             shown.setdefault((method, exits(c)), c)
     return list(shown.values())
 

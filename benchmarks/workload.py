@@ -161,10 +161,10 @@ class Timeline:
 
 
 @contextmanager
-def watched(engine: Engine, entry: Callable[[Any], Any]) -> Iterator[Timeline]:
+def watched(engine: Engine, entry: torch.nn.Module) -> Iterator[Timeline]:
     """A timeline that starts now; the model that both sides share notes when its vision begins and has projected.
 
-    entry: of the model the module with which vision begins. The engine captures no tower that somebody hooked.
+    entry: the module with which vision begins. The engine captures no tower that somebody hooked.
     """
     device, line = engine.config.device, Timeline()
 
@@ -172,10 +172,9 @@ def watched(engine: Engine, entry: Callable[[Any], Any]) -> Iterator[Timeline]:
         wait_for(device)
         line.vision.append(time.perf_counter())
 
-    model = engine.model.hf.model
     handles = [
-        entry(model).register_forward_pre_hook(note),
-        model.multi_modal_projector.register_forward_hook(note),
+        entry.register_forward_pre_hook(note),
+        engine.model.hf.model.multi_modal_projector.register_forward_hook(note),
     ]
     try:
         wait_for(device)
@@ -214,7 +213,7 @@ class Request:
     def run(self, policy: VisualTokenPolicy, new_tokens: int) -> tuple[Timeline, list[Any]]:
         """On the engine, under a policy that it has bound already: binding moves heads and is no part of a request."""
         results = []
-        with watched(self.engine, lambda model: model) as line:
+        with watched(self.engine, self.engine.model.hf.model) as line:
             for chunk in self.engine.stream(
                 list(self.texts), list(self.pictures), policy=policy, max_new_tokens=new_tokens
             ):
@@ -228,7 +227,7 @@ class Request:
         """transformers' generate on the same weights, as its documentation says: left padding, dynamic cache."""
         model, processor, streamer = self.engine.model.hf, self.engine.model.processor, _TokenTimes()
         bos = processor.tokenizer.bos_token
-        with _attention(model, attention), watched(self.engine, lambda model: model.vision_tower) as line:
+        with _attention(model, attention), watched(self.engine, model.model.vision_tower) as line:
             chats = [_chat(t, len(p)) for t, p in zip(self.texts, self.pictures, strict=True)]
             prompts = [processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
             inputs = processor(

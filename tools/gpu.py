@@ -51,16 +51,20 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def gpu_tests(files: str) -> list[str]:
+    return ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files.split()]
+
+
 def tests(files: str) -> Step:
     """The GPU tests of some files, in several processes where pytest-xdist is there; the rehearsal collects them."""
-    command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files.split()]
+    command = gpu_tests(files)
     together = ["-n", "6"] if importlib.util.find_spec("xdist") else []
     return Step(f"tests {files}", [*command, *together], [*command, "--collect-only"])
 
 
 def sanitizer(tool: str) -> Step:
     """Without torch's caching allocator each tensor is its own allocation, so that a step over its end is seen."""
-    command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/ops/test_sanitizer.py"]
+    command = gpu_tests("tests/ops/test_sanitizer.py")
     before = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]
     around = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Step(f"sanitizer {tool}", command, [*command, "--collect-only"], before, around)

@@ -17,9 +17,10 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def to_device(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Host values as a tensor on the device. From pinned memory, which torch keeps until the copy is done."""
-    host = values.to(dtype) if isinstance(values, Tensor) else torch.as_tensor(values, dtype=dtype, device="cpu")
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    """Values as a tensor on the device; of the host's from pinned memory, which torch keeps until the copy is done."""
+    given = values.to(dtype) if isinstance(values, Tensor) else torch.as_tensor(values, dtype=dtype, device="cpu")
+    pinned = device.type == "cuda" and not given.is_cuda
+    return (given.pin_memory() if pinned else given).to(device, non_blocking=True)
 
 
 def read_later(tensor: Tensor) -> Callable[[], list[Any]]:

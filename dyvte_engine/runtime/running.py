@@ -96,7 +96,7 @@ class Running:
             right = count > 0 and tokens.dtype == torch.int64 and tokens.shape == (count,)
             # What is on the device already is taken as it is: to look at it would be to wait for it.
             if right and (tokens.is_cuda or (int(tokens.min()) >= 0 and int(tokens.max()) < vocab)):
-                return to_device(tokens, device, torch.int64) if tokens.device != device else tokens
+                return to_device(tokens, device, torch.int64)
         elif (numbers := _numbers(tokens, vocab)) and len(numbers) == count:
             return to_device(numbers, device, torch.int64)
         accepted = f"one token id (0 to {vocab - 1}) for each of {count} sequences"

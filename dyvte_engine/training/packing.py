@@ -17,6 +17,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
+from ..kernels.transfer import to_device
+
 
 class Encoded(NamedTuple):
     """Token ids of one question and its answer, where the answer begins, and a number for the question's kind."""
@@ -43,15 +45,9 @@ class Packed:
         """int64 [answer tokens]: the targets that are."""
         return self.targets.flatten()[self.answers]
 
-    def to(self, device: str) -> Packed:
-        return Packed(*(moved(getattr(self, field.name), device) for field in fields(self)))
-
-
-def moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """On the device; a GPU is not waited for."""
-    if tensor.is_cuda or not device.startswith("cuda"):
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    def to(self, device: torch.device | str) -> Packed:
+        there, tensors = torch.device(device), [getattr(self, field.name) for field in fields(self)]
+        return Packed(*(to_device(tensor, there, tensor.dtype) for tensor in tensors))
 
 
 def pack(batch: list[list[Encoded]], rows: int, prefix: int, block: int) -> Packed:

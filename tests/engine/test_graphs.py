@@ -310,6 +310,12 @@ def state(running):
     return out
 
 
+def left_by(engine, prompts):
+    """`state` after a prefill, kept, and the exit layers."""
+    with engine.prefill_prepared(prompts) as running:
+        return [t.clone() for t in state(running)], running.exit_layers
+
+
 def captured(rows, asked_last):
     """What must run as a graph: every layer with its rows, but the last one where a policy looks at all of them."""
     layers = range(LAYERS - 1 if asked_last else LAYERS)
@@ -426,10 +432,7 @@ def test_prefills_that_are_under_way_together(name, device):
     engine, plain, graphs, _ = with_layer_graphs(device, EXITS[name])
     texts, images = tiny.prompts(seed=101, n=6)
     batches = [plain.model.prepare(plain.model.tokenize(texts[i : i + 3], images[i : i + 3])) for i in (0, 3)]
-    want = []
-    for batch in batches:
-        with plain.prefill_prepared(batch) as running:
-            want.append(([t.clone() for t in state(running)], running.exit_layers))
+    want = [left_by(plain, batch) for batch in batches]
     runner = engine.runner
     with torch.inference_mode():
         prefills = [runner.prefill(runner.cache(3, 3), batch, engine.policy) for batch in batches]
@@ -471,8 +474,7 @@ def test_rows_that_leave_the_graphs_are_not_written_by_the_next(device):
     first, other = ([p] for p in plain.model.prepare(plain.model.tokenize(texts, images)))
     engine.prefill_prepared(first, policy=FixedExit(0)).close()
     graphs.sealed = True
-    with plain.prefill_prepared(first) as running:
-        want = [t.clone() for t in state(running)]
+    want, _ = left_by(plain, first)
     runner = engine.runner
     with torch.inference_mode():
         prefill = runner.prefill(runner.cache(1, 1), first, engine.policy)
@@ -491,8 +493,7 @@ def test_warming_up_while_a_prefill_has_its_rows_on_the_graphs(device):
     engine, plain, graphs, _ = with_layer_graphs(device)
     texts, images = tiny.prompts(seed=102, n=1, images=(2,))
     prompts = plain.model.prepare(plain.model.tokenize(texts, images))
-    with plain.prefill_prepared(prompts) as running:
-        want = [t.clone() for t in state(running)]
+    want, _ = left_by(plain, prompts)
     runner = engine.runner
     with torch.inference_mode():
         prefill = runner.prefill(runner.cache(1, 1), prompts, engine.policy)

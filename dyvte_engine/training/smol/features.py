@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from dyvte_engine.eval import emoji_sets as sets
 from dyvte_engine.eval.compose import Painter
 from dyvte_engine.files import write_bytes
+from dyvte_engine.kernels.transfer import to_device
 from dyvte_engine.models import smol as parts
-from dyvte_engine.training.packing import moved
 from dyvte_engine.training.smol.data import Scenes
 
 CHUNK = 32
@@ -27,7 +27,7 @@ CHUNK = 32
 
 def normalised(pictures: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [B, 3, H, W] -> what the processor makes of them."""
-    mean, std = (moved(torch.tensor(v), str(pictures.device)).view(3, 1, 1) for v in (parts.MEAN, parts.STD))
+    mean, std = (to_device(v, pictures.device, torch.float32).view(3, 1, 1) for v in (parts.MEAN, parts.STD))
     return ((pictures.float().div(255) - mean) / std).to(dtype)
 
 

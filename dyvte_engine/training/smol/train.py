@@ -31,9 +31,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dyvte_engine.errors import InvalidArgumentError
 from dyvte_engine.files import write_bytes
+from dyvte_engine.kernels.transfer import to_device
 from dyvte_engine.models import smol as parts
 from dyvte_engine.training.optim import MasterAdamW
-from dyvte_engine.training.packing import Packed, answer_logits, layer_runner, moved
+from dyvte_engine.training.packing import Packed, answer_logits, layer_runner
 from dyvte_engine.training.smol.data import BLOCK, Scenes, Step, Steps, patch_labels, stream
 from dyvte_engine.training.smol.features import Features, run_blocks
 from dyvte_engine.training.smol.judge import Blind, Judge
@@ -232,13 +233,15 @@ class Trainer:
 
     def train_step(self, batch: Step) -> Tensor:
         """One step of the optimiser; the mean loss of a question's answer, summed over its tokens, on the device."""
-        features, device = self.features[batch.printed], str(self.model.device)
+        features, device = self.features[batch.printed], self.model.device
         painted = batch.pictures
-        kept = features.take(batch.numbers) if painted is None else features.of(moved(painted, device))
+        kept = (
+            features.take(batch.numbers) if painted is None else features.of(to_device(painted, device, painted.dtype))
+        )
         visual = self.visual(kept, features.blocks)
         loss = torch.zeros((), device=device)
         if self.settings.naming and batch.labels is not None:
-            loss = loss + (1 - self.share) * self.words.loss(visual, moved(batch.labels, device))
+            loss = loss + (1 - self.share) * self.words.loss(visual, to_device(batch.labels, device, torch.int64))
         if self.share >= self.settings.naming:
             logits, packed = self.logits(visual, batch.packed)
             loss = loss + F.cross_entropy(logits.float(), packed.said, reduction="sum") / len(packed.kinds)
@@ -248,12 +251,14 @@ class Trainer:
 
     def visual(self, kept: Tensor, blocks: int) -> Tensor:
         """[B, patches, d], projected, from features after so many blocks."""
-        hidden = run_blocks(self.model.model.vision_tower, moved(kept, str(self.model.device)), blocks, self.blocks)
+        hidden = run_blocks(
+            self.model.model.vision_tower, to_device(kept, self.model.device, kept.dtype), blocks, self.blocks
+        )
         return self.model.model.multi_modal_projector(hidden[:, 1:])
 
     def logits(self, visual: Tensor, packed: Packed) -> tuple[Tensor, Packed]:
         """Logits [answer tokens, vocabulary] of packed questions; packed, moved."""
-        there = packed.to(str(self.model.device))
+        there = packed.to(self.model.device)
         return answer_logits(self.model, visual, self.before, there, None, self.run_layer), there
 
     @torch.no_grad()
