@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..checks import check_names
 from ..errors import InvalidArgumentError
-from ..training.nano.scenes import SEEN_WORDS, UNSEEN_WORDS
+from ..training.nano.scenes import SEEN_WORDS, UNSEEN_WORDS, WORDS
 from . import emoji_sets as sets
 from .metrics import NUMBERS
 from .worlds import Thing, View, article
@@ -63,13 +63,16 @@ class Picture:
 
 
 class Emoji:
-    """224 x 224 scenes. The "train" split has other scenes, other words and fonts, and never the style twemoji."""
+    """224 x 224 scenes. The "train" split has other scenes, other words and fonts, and never the style twemoji.
+
+    words: what the training split prints, without those that are held out; by default a few, and random letters.
+    """
 
     name = "emoji"
     nouns: tuple[str, ...] = sets.NOUNS
     colors: tuple[str, ...] = tuple(COLORS)
 
-    def __init__(self, styles: Sequence[str] = (), split: str = "heldout"):
+    def __init__(self, styles: Sequence[str] = (), split: str = "heldout", words: Sequence[str] = ()):
         accepted = sets.STYLES if split == "heldout" else sets.TRAINING_STYLES
         if split not in SPLITS or set(styles) - set(accepted):
             given = f"split is {split!r}, styles {list(styles)!r}"
@@ -77,6 +80,8 @@ class Emoji:
         check_names("styles", styles)
         self.styles: tuple[str, ...] = tuple(styles) or accepted
         self.split = split
+        self.printed = tuple(w for w in words if w not in UNSEEN_WORDS)
+        self.words = self.printed or WORDS
 
     def view(self, seed: int, index: int, printed: bool = False, style: str = "") -> View:
         key = f"emoji/{seed}/{self.split}/{index}"
@@ -108,6 +113,8 @@ class Emoji:
         """Held out: a word never printed in training, every other time in a font never seen either."""
         if self.split == "heldout":
             return rng.choice(UNSEEN_WORDS), rng.choice(UNSEEN_FONTS if index // len(self.styles) % 2 else FONTS)
+        if self.printed:
+            return rng.choice(self.printed), rng.choice(FONTS)
         letters = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(2, 5)))
         text = rng.choice(SEEN_WORDS) if rng.random() < 0.5 or letters in UNSEEN_WORDS else letters
         return text, rng.choice(FONTS)

@@ -22,6 +22,7 @@ class Shapes:
 
     name = "shapes"
     nouns: tuple[str, ...] = scenes.SHAPES
+    words: tuple[str, ...] = scenes.WORDS
     colors: tuple[str, ...] = tuple(scenes.COLORS)
     styles: tuple[str, ...] = ("",)
 

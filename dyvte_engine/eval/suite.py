@@ -18,7 +18,6 @@ from PIL import Image
 
 from ..checks import check_names, is_whole
 from ..errors import InvalidArgumentError
-from ..training.nano.scenes import WORDS
 from . import choices, metrics
 from .draw import OPPOSITE, Draw, Question, absent, attribute, labels_of, number, pair
 from .shapes import Shapes
@@ -171,7 +170,7 @@ def _mme_count(rng: random.Random, world: World, view: View) -> Question | None:
 
 def _mme_word(rng: random.Random, world: World, view: View) -> Question | None:
     assert view.word is not None
-    like = [w for w in WORDS if w != view.word and len(w) == len(view.word)]
+    like = [w for w in world.words if w != view.word and len(w) == len(view.word)]
     texts = [f'Does the text in the picture say "{w}"?' for w in (view.word, rng.choice(like))]
     return texts[0], texts[1]
 

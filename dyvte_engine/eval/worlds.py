@@ -48,6 +48,7 @@ class World(Protocol):
     nouns: tuple[str, ...]
     colors: tuple[str, ...]
     styles: tuple[str, ...]  # ways of drawing; a task takes them in turn
+    words: tuple[str, ...]  # that a question may deny to be printed
 
     def view(self, seed: int, index: int, printed: bool = False, style: str = "") -> View:
         """Picture `index`, none of which was trained on; `printed` ones carry a word never seen in training."""

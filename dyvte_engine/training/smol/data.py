@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import string
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -33,12 +33,18 @@ SHARES = {"pope": 4, "gqa": 6, "vqav2": 5, "sqa": 2, "mmb": 3, "seed": 3, "mme":
 WORDS = {"textvqa": 1, "mme": 2}  # what can be asked about a printed word
 TURNS = 60  # after so many turns every task repeats its kinds of question
 POPULAR = 20  # pictures that tell which things are frequent
-PRINTED = 3  # every so many steps the pictures are printed words
+PRINTED = 2  # every so many steps the pictures are printed words
 BLOCK = 96  # tokens; the longest question with its answer has fewer
 LETTERS = "ABCD"
 NAMED = (*NOUNS, *string.ascii_uppercase)  # what patches may show
 VOTES = {"yes": 1, "no": -1}
 BEFORE = "<|im_start|>user\n"  # the picture
+
+
+def known_words(tokenizer: Any) -> list[str]:
+    """Words of 3 to 6 letters that are one token behind a space; in capitals, as they are printed: two or three."""
+    bare = (token[1:] for token in tokenizer.get_vocab() if token.startswith("\u0120"))  # how byte-level BPE says " "
+    return sorted({w.upper() for w in bare if 3 <= len(w) <= 6 and w.isascii() and w.isalpha() and w.islower()})
 
 
 def spoken(sample: Sample) -> str:
@@ -77,10 +83,13 @@ class _OneTurn(Draw):
 
 
 class Scenes:
-    """Pictures of a split by number, none of which the nine tasks show, and what can be asked about each."""
+    """Pictures of a split by number, none of which the nine tasks show, and what can be asked about each.
 
-    def __init__(self, split: str, seed: int, styles: tuple[str, ...] = ()):
-        self.world, self.seed = Emoji(styles, split), seed
+    words: what training prints (see `Emoji`).
+    """
+
+    def __init__(self, split: str, seed: int, styles: tuple[str, ...] = (), words: Sequence[str] = ()):
+        self.world, self.seed = Emoji(styles, split, words), seed
         self.view = cache(self._view)  # for the frequent things
 
     def _view(self, number: int, printed: bool) -> View:

@@ -35,7 +35,7 @@ from dyvte_engine.kernels.transfer import to_device
 from dyvte_engine.models import smol as parts
 from dyvte_engine.training.optim import MasterAdamW
 from dyvte_engine.training.packing import Packed, answer_logits, layer_runner
-from dyvte_engine.training.smol.data import BLOCK, Scenes, Step, Steps, patch_labels, stream
+from dyvte_engine.training.smol.data import BLOCK, Scenes, Step, Steps, known_words, patch_labels, stream
 from dyvte_engine.training.smol.features import Features, run_blocks
 from dyvte_engine.training.smol.judge import Blind, Judge
 from dyvte_engine.training.smol.start import PatchWords, start_projector
@@ -143,7 +143,7 @@ class Trainer:
         load(self.parameters, stored)
         self.active = {n: p for n, p in self.parameters.items() if n.partition(".")[0] in rates}
         self.leaving = sorted({*self.active, *stored})
-        scenes = Scenes("train", settings.seed)
+        scenes = Scenes("train", settings.seed, words=known_words(processor.tokenizer))
         sizes = settings.pictures, settings.batch, settings.rows, settings.block
         if settings.naming and not settings.fresh:
             raise InvalidArgumentError(
