@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from ..training.nano.scenes import WORDS
 from .draw import Draw, absent, attribute, labels_of, number, pair, told_apart
 from .metrics import NUMBERS
-from .task import CHOICE, Sample
+from .task import ATTRIBUTE, CHOICE, COUNTING, IDENTITY, LOCATION, READING, RELATION, Sample
 from .worlds import View, World, relation
 
 LETTERS = "ABCD"
@@ -41,16 +41,16 @@ def sqa(draw: Draw) -> Iterator[Sample]:
         right = next(child for child, label in owners.items() if label == found)
         options, place = _shuffled(rng, right, [c for c in owners if c != right])
         text = f"Context: {' '.join(losses)}\nQuestion: Whose thing is in the picture?"
-        yield draw.sample(index, view, prompt_of(text, options), place, CHOICE, "context", options=options)
+        yield draw.sample(index, view, prompt_of(text, options), place, CHOICE, IDENTITY, "context", options=options)
 
 
 def mmb(draw: Draw) -> Iterator[Sample]:
     """Each question four times, its options rotated; four samples share `meta["question"]`."""
-    kinds = (_identity, _attribute, _counting, _relation)
+    kinds = (IDENTITY, ATTRIBUTE, COUNTING, RELATION)
     for index, turn in draw.turns():
         kind = kinds[turn % len(kinds)]
         view, rng = draw.view(index)
-        asked = kind(rng, draw.world, view)
+        asked = ASK[kind](rng, draw.world, view)
         if not asked:
             continue
         text, right, wrong = asked
@@ -59,27 +59,21 @@ def mmb(draw: Draw) -> Iterator[Sample]:
             turned = options[rotation:] + options[:rotation]
             meta = {"options": turned, "question": str(index), "part": LETTERS[rotation]}
             prompt, place = prompt_of(text, turned), turned.index(right)
-            yield draw.sample(index, view, prompt, place, CHOICE, kind.__name__[1:], **meta)
+            yield draw.sample(index, view, prompt, place, CHOICE, kind, kind, **meta)
 
 
 def seed(draw: Draw) -> Iterator[Sample]:
     """SEED's categories, in turn."""
-    kinds: tuple[Callable[[random.Random, World, View], Options | None], ...] = (
-        _identity,
-        _attribute,
-        _location,
-        _counting,
-        _relation,
-        _text,
-    )
+    kinds = (IDENTITY, ATTRIBUTE, LOCATION, COUNTING, RELATION, READING)
     for index, turn in draw.turns():
         kind = kinds[turn % len(kinds)]
-        view, rng = draw.view(index, printed=kind is _text)
-        asked = kind(rng, draw.world, view)
+        view, rng = draw.view(index, printed=kind is READING)
+        asked = ASK[kind](rng, draw.world, view)
         if asked:
             options, place = _shuffled(rng, asked[1], asked[2])
             prompt = prompt_of(asked[0], options)
-            yield draw.sample(index, view, prompt, place, CHOICE, kind.__name__[1:], options=options)
+            split = "text" if kind is READING else kind
+            yield draw.sample(index, view, prompt, place, CHOICE, kind, split, options=options)
 
 
 def _absent_labels(rng: random.Random, world: World, view: View, count: int) -> list[str]:
@@ -141,3 +135,13 @@ def _text(rng: random.Random, world: World, view: View) -> Options | None:
     assert view.word is not None
     near = sorted((w for w in WORDS if w != view.word), key=lambda w: (abs(len(w) - len(view.word or "")), w))[:24]
     return "What does the text in the picture say?", view.word, rng.sample(near, 3)
+
+
+ASK: dict[str, Callable[[random.Random, World, View], Options | None]] = {
+    IDENTITY: _identity,
+    ATTRIBUTE: _attribute,
+    LOCATION: _location,
+    COUNTING: _counting,
+    RELATION: _relation,
+    READING: _text,
+}

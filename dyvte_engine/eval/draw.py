@@ -40,9 +40,12 @@ class Draw:
         view = self.world.view(self.seed, number, printed, self.style(index))
         return view, random.Random(f"{self.task}/{self.world.name}/{self.seed}/{index}")
 
-    def sample(self, index: int, view: View, prompt: str, reference: Any, form: str, split: str, **meta: Any) -> Sample:
+    def sample(
+        self, index: int, view: View, prompt: str, reference: Any, form: str, kind: str, split: str, **meta: Any
+    ) -> Sample:
         key = f"{self.task}/{self.world.name}/{self.seed}/{index}{meta.get('part', '')}"
-        return Sample(key, view.draw, prompt, reference, form, {"split": split, "style": self.style(index), **meta})
+        meta = {"split": split, "style": self.style(index), "kind": kind, **meta}
+        return Sample(key, view.draw, prompt, reference, form, meta)
 
 
 def labels_of(world: World, view: View) -> set[str]:

@@ -21,13 +21,32 @@ from ..errors import InvalidArgumentError
 from . import choices, metrics
 from .draw import OPPOSITE, Draw, Question, absent, attribute, labels_of, number, pair
 from .shapes import Shapes
-from .task import DESCRIBE, READ, SENTENCE, SHORT, STATEMENT, YES_NO, Metric, Sample, Task
+from .task import (
+    ATTRIBUTE,
+    COUNTING,
+    DESCRIBE,
+    DESCRIPTION,
+    IDENTITY,
+    PRESENCE,
+    READ,
+    READING,
+    RELATION,
+    SENTENCE,
+    SHORT,
+    STATEMENT,
+    YES_NO,
+    Metric,
+    Sample,
+    Task,
+)
 from .worlds import View, World, article
 
 POPE_SETTINGS = ("random", "popular", "adversarial")
 ONE_WORD = "Answer with one word."
 IN_A_SENTENCE = "Answer in a sentence."
+Fact = tuple[str, ...]  # wordings of one fact
 EASY_VQA = "easy-vqa"
+EASY_KINDS = {"presence": PRESENCE, "color": ATTRIBUTE, "shape": IDENTITY}
 
 
 def pope(draw: Draw) -> Iterator[Sample]:
@@ -50,7 +69,7 @@ def pope(draw: Draw) -> Iterator[Sample]:
         else:
             label = world.alike(rng, view)
         prompt = f"Is there {article(label)} in the picture? {ONE_WORD}"
-        yield draw.sample(index, view, prompt, "yes" if wanted else "no", YES_NO, setting)
+        yield draw.sample(index, view, prompt, "yes" if wanted else "no", YES_NO, PRESENCE, setting)
 
 
 def gqa(draw: Draw) -> Iterator[Sample]:
@@ -59,9 +78,11 @@ def gqa(draw: Draw) -> Iterator[Sample]:
     for index, turn in draw.turns():
         view, rng = draw.view(index)
         if turn % 2 == 0:
-            asked = attribute(rng, world, view, ask_color=turn % 4 == 0)
+            color = turn % 4 == 0
+            asked = attribute(rng, world, view, color)
             if asked:
-                yield draw.sample(index, view, f"{asked[0]} {ONE_WORD}", asked[1], SHORT, "attribute")
+                kind = ATTRIBUTE if color else IDENTITY
+                yield draw.sample(index, view, f"{asked[0]} {ONE_WORD}", asked[1], SHORT, kind, "attribute")
             continue
         found = pair(rng, world, view)
         if not found:
@@ -74,7 +95,7 @@ def gqa(draw: Draw) -> Iterator[Sample]:
             wanted = rng.random() < 0.5
             text = f"Is the {world.label(one)} {true if wanted else OPPOSITE[true]} the {world.label(two)}?"
             answer, form = "yes" if wanted else "no", YES_NO
-        yield draw.sample(index, view, f"{text} {ONE_WORD}", answer, form, "spatial")
+        yield draw.sample(index, view, f"{text} {ONE_WORD}", answer, form, RELATION, "spatial")
 
 
 def vqav2(draw: Draw) -> Iterator[Sample]:
@@ -84,21 +105,24 @@ def vqav2(draw: Draw) -> Iterator[Sample]:
         view, rng = draw.view(index)
         if not view.things:
             continue
-        kind = ("yes/no", "number", "other")[turn % 3]
+        split = ("yes/no", "number", "other")[turn % 3]
         form = SHORT
-        if kind == "yes/no":
+        if split == "yes/no":
+            kind = PRESENCE
             answer = rng.choice(("yes", "no"))
             label = absent(rng, world, view) if answer == "no" else rng.choice(sorted(labels_of(world, view)))
             text, form = f"Is there {article(label)} in the picture?", YES_NO
-        elif kind == "number":
+        elif split == "number":
+            kind = COUNTING
             noun, there = number(rng, world, view)
             text, answer = world.ask_count(noun), metrics.NUMBERS[there]
         else:
-            asked = attribute(rng, world, view, ask_color=rng.random() < 0.5)
+            color = rng.random() < 0.5
+            asked, kind = attribute(rng, world, view, color), ATTRIBUTE if color else IDENTITY
             if not asked:
                 continue
             text, answer = asked
-        yield draw.sample(index, view, f"{text} {ONE_WORD}", world.wordings(answer), form, kind)
+        yield draw.sample(index, view, f"{text} {ONE_WORD}", world.wordings(answer), form, kind, split)
 
 
 def textvqa(draw: Draw) -> Iterator[Sample]:
@@ -106,29 +130,29 @@ def textvqa(draw: Draw) -> Iterator[Sample]:
     for index, _ in draw.turns():
         view, _ = draw.view(index, printed=True)
         prompt = f"What does the text say? {ONE_WORD}"
-        yield draw.sample(index, view, prompt, {view.word: 10}, READ, str(view.font))
+        yield draw.sample(index, view, prompt, {view.word: 10}, READ, READING, str(view.font))
 
 
 def mme(draw: Draw) -> Iterator[Sample]:
     """For each picture a question to affirm and its twin to deny; existence, colour, position, count, word in turn."""
-    kinds: tuple[Callable[[random.Random, World, View], Question | None], ...] = (
-        _mme_existence,
-        _mme_color,
-        _mme_position,
-        _mme_count,
-        _mme_word,
+    makers: tuple[tuple[Callable[[random.Random, World, View], Question | None], str], ...] = (
+        (_mme_existence, PRESENCE),
+        (_mme_color, ATTRIBUTE),
+        (_mme_position, RELATION),
+        (_mme_count, COUNTING),
+        (_mme_word, READING),
     )
     for index, turn in draw.turns():
-        kind = kinds[turn % len(kinds)]
-        view, rng = draw.view(index, printed=kind is _mme_word)
-        asked = kind(rng, draw.world, view)
+        make, kind = makers[turn % len(makers)]
+        view, rng = draw.view(index, printed=kind is READING)
+        asked = make(rng, draw.world, view)
         if not asked:
             continue
-        form = STATEMENT if kind in (_mme_count, _mme_word) else YES_NO
+        form = STATEMENT if kind in (COUNTING, READING) else YES_NO
         for part, (text, answer) in zip("ab", zip(asked, ("yes", "no"))):
-            split, pair = kind.__name__.removeprefix("_mme_"), f"{index}"
+            split, pair = make.__name__.removeprefix("_mme_"), f"{index}"
             prompt = f"{text} {ONE_WORD}"
-            yield draw.sample(index, view, prompt, answer, form, split, pair=pair, part=part)
+            yield draw.sample(index, view, prompt, answer, form, kind, split, pair=pair, part=part)
 
 
 def _mme_existence(rng: random.Random, world: World, view: View) -> Question | None:
@@ -189,24 +213,26 @@ def mmvet(draw: Draw) -> Iterator[Sample]:
             things, count = [world.fact(t) for t in view.things], metrics.NUMBERS[len(view.things)]
             answer = f"{count.capitalize()}: {', '.join(article(wordings[0]) for wordings in things)}."
             found = (*dict.fromkeys(things), (count,))
-            yield draw.sample(index, view, world.ask_all(), found, DESCRIBE, "description", answer=answer)
+            yield draw.sample(index, view, world.ask_all(), found, DESCRIBE, DESCRIPTION, "description", answer=answer)
             continue
         made = _sentence(rng, world, view)
         if made:
-            text, stated, answer = made
-            yield draw.sample(index, view, f"{text} {IN_A_SENTENCE}", stated, SENTENCE, "sentence", answer=answer)
+            kind, text, stated, answer = made
+            yield draw.sample(index, view, f"{text} {IN_A_SENTENCE}", stated, SENTENCE, kind, "sentence", answer=answer)
 
 
-def _sentence(rng: random.Random, world: World, view: View) -> tuple[str, tuple[tuple[str, ...], ...], str] | None:
-    """A question, the facts its answer must state, each in every wording that is accepted, and a full answer."""
-    kind = rng.choice(("relation", "relation", "attribute", "count"))
-    if kind == "attribute":
-        asked = attribute(rng, world, view, ask_color=rng.random() < 0.5)
-        return (asked[0], ((asked[1],),), f"It is {asked[1]}.") if asked else None
-    if kind == "count":
+def _sentence(rng: random.Random, world: World, view: View) -> tuple[str, str, tuple[Fact, ...], str] | None:
+    """Its kind, a question, the facts its answer must state in every wording that is accepted, and a full answer."""
+    kind = rng.choice((RELATION, RELATION, ATTRIBUTE, COUNTING))
+    if kind is ATTRIBUTE:
+        color = rng.random() < 0.5
+        asked = attribute(rng, world, view, color)
+        kind = ATTRIBUTE if color else IDENTITY
+        return (kind, asked[0], ((asked[1],),), f"It is {asked[1]}.") if asked else None
+    if kind is COUNTING:
         noun, there = number(rng, world, view)
         wordings = (metrics.NUMBERS[there], "no") if there == 0 else (metrics.NUMBERS[there],)
-        return world.ask_count(noun), (wordings,), f"The number is {wordings[0]}."
+        return kind, world.ask_count(noun), (wordings,), f"The number is {wordings[0]}."
     found = pair(rng, world, view)
     if not found:
         return None
@@ -215,7 +241,7 @@ def _sentence(rng: random.Random, world: World, view: View) -> tuple[str, tuple[
     text = f"Is the {world.label(one)} {true if wanted else OPPOSITE[true]} the {world.label(two)}?"
     said = "yes" if wanted else "no"
     facts = (said,), (f"{world.label(one)} is {true}", f"{world.label(two)} is {OPPOSITE[true]}")
-    return text, facts, f"{said.capitalize()}, the {world.label(one)} is {true} the {world.label(two)}."
+    return kind, text, facts, f"{said.capitalize()}, the {world.label(one)} is {true} the {world.label(two)}."
 
 
 @dataclass(frozen=True)
@@ -295,7 +321,9 @@ def _easy(seed: int, n: int) -> Task:
     for path, i, q in random.Random(f"easy-vqa/{seed}").sample(every, min(n, len(every))):
         form = YES_NO if q.kind == "presence" else SHORT
         key = f"{EASY_VQA}/{Path(path).stem}/{i}"
-        samples.append(Sample(key, partial(_open, path), q.text, q.answer, form, {"split": q.kind, "style": ""}))
+        kind = EASY_KINDS[q.kind]
+        meta = {"split": q.kind, "style": "", "kind": kind}
+        samples.append(Sample(key, partial(_open, path), q.text, q.answer, form, meta))
     return Task(EASY_VQA, "easy-VQA", "easy-VQA", tuple(samples), metrics.accuracy)
 
 

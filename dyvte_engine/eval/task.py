@@ -21,6 +21,17 @@ CHOICE = "multiple choice"
 DESCRIBE = "description"
 FORMS = (YES_NO, SHORT, SENTENCE, READ, STATEMENT, CHOICE, DESCRIBE)
 
+# Kinds: what is asked, in whatever form.
+PRESENCE = "presence"
+ATTRIBUTE = "attribute"  # what colour something has
+IDENTITY = "identity"  # what has a colour, which of some things is there
+COUNTING = "counting"
+RELATION = "relation"  # where one thing is from another
+LOCATION = "location"  # where in the picture
+READING = "reading"
+DESCRIPTION = "description"
+KINDS = (PRESENCE, ATTRIBUTE, IDENTITY, COUNTING, RELATION, LOCATION, READING, DESCRIPTION)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -31,7 +42,8 @@ class Sample:
         draw: paints the picture, RGB; the same one at every call.
         reference: what the task's score compares with (each metric says what it expects).
         form: one of FORMS.
-        meta: at least "split", the part of the task the sample counts in, and "style", how its picture is drawn.
+        meta: at least "split", the part of the task the sample counts in, and "style", how its picture is drawn; in the
+            nine tasks "kind" as well, one of KINDS.
     """
 
     key: str

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import tarfile
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from dyvte_engine.errors import InvalidArgumentError, SourceError
-from dyvte_engine.eval import compose, emoji, load_tasks
+from dyvte_engine.eval import compose, emoji, load_tasks, task
 from dyvte_engine.eval import emoji_sets as sets
 from dyvte_engine.eval.suite import PLANS
 from dyvte_engine.training.nano.scenes import UNSEEN_WORDS
@@ -127,15 +128,34 @@ def test_alike_is_of_one_category():
 
 
 def test_all_nine_tasks_in_every_style():
-    for task in load_tasks(list(PLANS), seed=3, limit=36, source="emoji"):
-        assert len(task.samples) == 36 and task.source == "emoji"
-        styles = [s.meta["style"] for s in task.samples]
+    for made in load_tasks(list(PLANS), seed=3, limit=36, source="emoji"):
+        assert len(made.samples) == 36 and made.source == "emoji"
+        styles = [s.meta["style"] for s in made.samples]
         assert set(styles) == set(sets.STYLES)
-        score = task.score(["yes"] * 36)
+        score = made.score(["yes"] * 36)
         assert set(score["styles"]) == set(sets.STYLES)
         assert sum(s["n"] for s in score["styles"].values()) == score["n"]
     only = load_tasks(["pope"], limit=8, source="emoji", styles=["twemoji"])[0]
     assert {s.meta["style"] for s in only.samples} == {"twemoji"}
+
+
+BEGINS = {
+    task.PRESENCE: r"Is there an? [\w -]+ in the picture\?",
+    task.ATTRIBUTE: r"What color is|Is the tile under",
+    task.IDENTITY: r"What is on the|Which of these is in|Context:",
+    task.COUNTING: r"How many|(Is|Are) there exactly",
+    task.RELATION: r"Is the [\w -]+ (left|above|below|to the)|Which of these is (above|below|to the)",
+    task.LOCATION: r"Where in the picture",
+    task.READING: r"What does the text|Does the text",
+    task.DESCRIPTION: r"Describe",
+}
+
+
+def test_the_kind_of_a_question_is_what_it_asks():
+    samples = [s for made in load_tasks(list(PLANS), seed=4, limit=90, source="emoji") for s in made.samples]
+    for sample in samples:
+        assert [kind for kind in task.KINDS if re.match(BEGINS[kind], sample.prompt)] == [sample.meta["kind"]]
+    assert {s.meta["kind"] for s in samples} == set(task.KINDS)
 
 
 def tarball(files):

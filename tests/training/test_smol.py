@@ -30,7 +30,7 @@ from dyvte_engine import DynamicExit, Engine, FixedExit, KeepAll
 from dyvte_engine.assets import SMOL, SMOL_TRAINED
 from dyvte_engine.errors import FileError, InvalidArgumentError, ModelError, SourceError
 from dyvte_engine.eval import emoji_sets as sets
-from dyvte_engine.eval import load_tasks, metrics
+from dyvte_engine.eval import load_tasks, metrics, task
 from dyvte_engine.eval.compose import Layout, Painter, Placed, Printed
 from dyvte_engine.eval.emoji import COLORS
 from dyvte_engine.eval.run import answer_all
@@ -39,7 +39,7 @@ from dyvte_engine.files import cache_folder
 from dyvte_engine.models import smol as parts
 from dyvte_engine.policies.auto import policy_for
 from dyvte_engine.training.named_examples import examples_named
-from dyvte_engine.training.smol import data, head_examples, judge, start, train, varied
+from dyvte_engine.training.smol import data, judge, start, train, varied
 
 onnx = pytest.importorskip("onnx")
 
@@ -99,10 +99,10 @@ def test_what_is_taught_scores_in_full(untrained):
     asked = [one for n in range(12) for printed in (False, True) for one in scenes.ask(n, printed, 24)]
     for _, s in asked:
         assert metrics.credit(s, data.spoken(s)) == 1, (s.prompt, data.spoken(s))
-    assert {task for task, _ in asked} == set(PLANS)
+    assert {name for name, _ in asked} == set(PLANS)
     assert {s.meta["style"] for _, s in asked} <= set(sets.TRAINING_STYLES)
-    for task, s in asked:
-        assert s.key.split("/")[0] == task
+    for name, s in asked:
+        assert s.key.split("/")[0] == name
 
 
 def test_as_much_is_denied_as_affirmed_and_visits_differ():
@@ -249,6 +249,7 @@ def test_stages_train_their_parts_and_the_loss_falls(untrained, tmp_path):
     lora.save()
     report = lora.report()
     assert json.loads((tmp_path / "report.json").read_text()) == report and "blind" in report["held out"]["pope"]
+    assert report["kinds"]["presence"]["all"]["n"] >= report["held out"]["pope"]["all"]["n"]
     assert report["trained"] == hashlib.sha256((tmp_path / "trained.safetensors").read_bytes()).hexdigest()
     tower = trainer(untrained, tmp_path, stage="tower", steps=2)
     before = all_parameters(tower)
@@ -261,6 +262,41 @@ def test_stages_train_their_parts_and_the_loss_falls(untrained, tmp_path):
         trainer(untrained, tmp_path, stage="lora")
     with pytest.raises(InvalidArgumentError, match="rows is 100"):
         trainer(untrained, tmp_path / "odd", rows=100)
+    with pytest.raises(InvalidArgumentError, match="seed is -1"):
+        trainer(untrained, tmp_path / "odd", seed=-1)
+
+
+def loss_of(run, batch):
+    visual = run.visual(run.features[batch.printed].of(batch.pictures), run.features[0].blocks)
+    logits, packed = run.logits(visual, batch.packed)
+    return torch.nn.functional.cross_entropy(logits.float(), packed.said)
+
+
+def test_a_second_run_starts_from_the_weights_of_the_first_and_shows_other_pictures(untrained, tmp_path):
+    options = dict(stage="tower", rows=384, fresh=True, start=5, steps=2, pictures=100)
+    model = copy.deepcopy(untrained[0]).to(torch.bfloat16), untrained[1]
+    first = trainer(model, tmp_path / "first", **options)
+    first.run(lambda line: None)
+    weights = tmp_path / "first" / "trained.safetensors"
+    train.begin(tmp_path / "second", weights)
+    second = trainer(model, tmp_path / "second", seed=1, **options)
+    assert second.step == 0 and not (tmp_path / "second" / "progress.jsonl").exists()  # the projector is not started
+    assert {n.partition(".")[0] for n in second.active} == {"projector", "lora", "tower"}
+    for name, p in first.parameters.items():
+        assert torch.equal(p, second.parameters[name]), name
+    batches = [run.steps[n] for run in (first, second) for n in range(6)]
+    shown = {batch.pictures.numpy().tobytes() for batch in batches}
+    asked = {batch.packed.ids.numpy().tobytes() for batch in batches}
+    assert len(shown) == len(asked) == 12
+    with torch.no_grad():
+        losses = [loss_of(run, batches[6]) for run in (first, second)]
+    assert torch.equal(*losses)
+    second.run(lambda line: None)
+    train.begin(tmp_path / "second", weights)  # the same command again continues the second run
+    assert (tmp_path / "second" / "trained.safetensors").read_bytes() != weights.read_bytes()
+    assert trainer(model, tmp_path / "second", seed=1, **options).step == 2
+    with pytest.raises(ModelError, match=r"nothing is not there"):
+        train.begin(tmp_path / "third", tmp_path / "nothing")
 
 
 def test_preparing_a_bfloat16_model_leaves_positions_exact(untrained):
@@ -393,9 +429,15 @@ def test_judge_counts_whole_answers_and_the_blind_ones(untrained):
         judged.count(logits, batch.packed)
     assert sum(judged.right.values()) == len(judged.right) - 3
     report = judged.report(judge.Blind(data.Scenes("train", 0), 20))
-    assert sum(task["all"]["n"] for task in report.values()) == len(judged.right)
-    assert any(task["blind"]["share"] < 1 for task in report.values())
-    assert any("unseen style" in task for task in report.values())
+    assert sum(one["all"]["n"] for one in report.values()) == len(judged.right)
+    assert any(one["blind"]["share"] < 1 for one in report.values())
+    assert any("unseen style" in one for one in report.values())
+    kinds = judged.report(judge.Blind(data.Scenes("train", 0), 20), judge.by_kind)
+    choices = [group for group in kinds if group.startswith("choice: ")]
+    assert sum(kinds[group]["all"]["n"] for group in choices) == kinds["choice"]["all"]["n"]
+    assert kinds["choice"]["all"]["n"] == sum(report[name]["all"]["n"] for name in ("sqa", "mmb", "seed"))
+    assert sum(kinds[group]["all"]["n"] for group in kinds if group not in choices) == len(judged.right)
+    assert set(kinds) <= {*task.KINDS, "choice", *choices}
     assert judge.pattern("Is there a dog in the picture?") == "Is there a _ in the picture?"
     context = "Context: Anna lost the dog.\nQuestion: Whose?"
     assert judge.pattern(context) == judge.pattern(context.replace("Anna", "Ben"))
@@ -562,8 +604,8 @@ def test_prompts_for_heads_are_of_scenes_smol_has_not_seen():
     assert [e.identity() for e in fewer] == [e.identity() for e in trained[:6]]
     assert fewer[5].load().tobytes() == trained[5].load().tobytes()
     assert len({(e.name, e.prompt) for e in (*trained, *held_out)}) == 24
-    own, theirs = data.Scenes("train", 0), head_examples.Scenes("train", 3 + 1)
-    assert own.layout(0, False).placed != theirs.layout(0, False).placed
+    own, theirs = [data.Scenes("train", seed) for seed in range(6)], trained[0].load()
+    assert all(scenes.ask(0, False, 2)[0][1].picture != theirs for scenes in own)
     with pytest.raises(InvalidArgumentError, match="'smol:test'; accepted: smol, smol:heldout"):
         examples_named("smol:test", None, 4, 0)
     with pytest.raises(InvalidArgumentError, match="has its own"):

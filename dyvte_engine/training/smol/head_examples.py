@@ -24,7 +24,7 @@ def named(name: str, seed: int, limit: int | None) -> list[Example]:
     """
     if name not in SETS:
         raise InvalidArgumentError(f"data is {name!r}; accepted: {', '.join(SETS)}")
-    scenes, wanted = Scenes(SETS[name], seed + 1), limit or USUAL  # smol's own have seed 0
+    scenes, wanted = Scenes(SETS[name], -1 - seed), limit or USUAL  # smol's own have seeds from 0
     examples: list[Example] = []
     for number in count():
         for task, sample in scenes.ask(number, number % PRINTED == PRINTED - 1, EACH):

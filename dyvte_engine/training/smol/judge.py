@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from dyvte_engine.eval.emoji import COLORS
 from dyvte_engine.eval.emoji_sets import NOUNS, UNSEEN_STYLE
 from dyvte_engine.eval.metrics import NUMBERS
-from dyvte_engine.eval.task import Sample
+from dyvte_engine.eval.task import CHOICE, Sample
 from dyvte_engine.training.metrics import share
 from dyvte_engine.training.packing import Packed, pack, right_questions
 from dyvte_engine.training.smol.data import Scenes, Step, Steps, spoken
@@ -42,6 +42,19 @@ class Blind:
 
     def __call__(self, sample: Sample) -> str:
         return self.answers.get(pattern(sample.prompt), "")
+
+
+Groups = Callable[[str, Sample], tuple[str, ...]]  # of a task and its question: where it counts
+
+
+def by_task(task: str, sample: Sample) -> tuple[str, ...]:
+    return (task,)
+
+
+def by_kind(task: str, sample: Sample) -> tuple[str, ...]:
+    """The kind of an open question; one with options counts among all choices and among those of its kind."""
+    kind = sample.meta["kind"]
+    return ("choice", f"choice: {kind}") if sample.form == CHOICE else (kind,)
 
 
 class Judge:
@@ -72,21 +85,22 @@ class Judge:
 
     def shares(self) -> dict[str, float]:
         """By task, of the last `batches`."""
-        return {task: round(sum(hits) / len(hits), 3) for task, hits in self._by_task(self.right).items()}
+        return {task: round(sum(hits) / len(hits), 3) for task, hits in self._grouped(self.right, by_task).items()}
 
-    def report(self, blind: Blind) -> dict[str, Any]:
-        """By task: n, share and 95 % interval, in all, in the style that training never showed, and blind."""
+    def report(self, blind: Blind, groups: Groups = by_task) -> dict[str, Any]:
+        """By group: n, share and 95 % interval, in all, in the style that training never showed, and blind."""
         guessed = {i: blind(self.asked[i][1]) == spoken(self.asked[i][1]) for i in self.right}
         unseen = {i: hit for i, hit in self.right.items() if self.asked[i][1].meta["style"] == UNSEEN_STYLE}
         parts = (("all", self.right), ("unseen style", unseen), ("blind", guessed))
         made: dict[str, dict[str, Any]] = defaultdict(dict)
         for name, answers in parts:
-            for task, hits in self._by_task(answers).items():
-                made[task][name] = share(sum(hits), len(hits))
+            for group, hits in self._grouped(answers, groups).items():
+                made[group][name] = share(sum(hits), len(hits))
         return dict(made)
 
-    def _by_task(self, right: dict[int, bool]) -> dict[str, list[bool]]:
+    def _grouped(self, right: dict[int, bool], groups: Groups) -> dict[str, list[bool]]:
         found: dict[str, list[bool]] = defaultdict(list)
         for index, hit in sorted(right.items()):
-            found[self.asked[index][0]].append(hit)
+            for group in groups(*self.asked[index]):
+                found[group].append(hit)
         return dict(sorted(found.items()))

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dyvte_engine.errors import InvalidArgumentError
+from dyvte_engine.errors import InvalidArgumentError, ModelError
 from dyvte_engine.files import write_bytes
 from dyvte_engine.kernels.transfer import to_device
 from dyvte_engine.models import smol as parts
@@ -37,7 +37,7 @@ from dyvte_engine.training.optim import MasterAdamW
 from dyvte_engine.training.packing import Packed, answer_logits, layer_runner
 from dyvte_engine.training.smol.data import BLOCK, Scenes, Step, Steps, known_words, patch_labels, stream
 from dyvte_engine.training.smol.features import Features, run_blocks
-from dyvte_engine.training.smol.judge import Blind, Judge
+from dyvte_engine.training.smol.judge import Blind, Judge, by_kind, by_task
 from dyvte_engine.training.smol.start import PatchWords, start_projector
 from dyvte_engine.training.smol.varied import VariedPainter
 
@@ -129,6 +129,10 @@ class Trainer:
         settings: Settings,
         features: Path | None = None,
     ):
+        if settings.seed < 0:
+            raise InvalidArgumentError(
+                f"seed is {settings.seed}; accepted: 0 or more, below are the exit heads' pictures"
+            )
         if settings.stage not in RATES:
             raise InvalidArgumentError(f"stage is {settings.stage!r}; accepted: {', '.join(RATES)}")
         self.model, self.processor, self.settings, self.out = model, processor, settings, Path(out)
@@ -270,11 +274,14 @@ class Trainer:
         return self.judge.shares()
 
     def report(self) -> dict[str, Any]:
-        """Held-out questions by task, with intervals and the blind baseline; in `report.json`, with the SHA-256."""
+        """Held-out questions by task and by kind, with intervals and the blind baseline; in `report.json`, with the
+        SHA-256.
+        """
         self.check()
         digest = hashlib.sha256((self.out / "trained.safetensors").read_bytes()).hexdigest()
         made: dict[str, Any] = {"stage": self.settings.stage, "trained": digest}
-        made["held out"] = self.judge.report(Blind(self.steps.scenes, BLIND))
+        blind = Blind(self.steps.scenes, BLIND)
+        made |= {"held out": self.judge.report(blind, by_task), "kinds": self.judge.report(blind, by_kind)}
         write_bytes(self.out / "report.json", (json.dumps(made, indent=1) + "\n").encode())
         return made
 
@@ -301,6 +308,20 @@ def finished(out: Path, stage: str, steps: int) -> bool:
         return int(file.get_tensor("steps_done")) >= steps
 
 
+def begin(out: Path, weights: Path) -> None:
+    """Puts another run's weights into a folder that has none: its first stage starts from them.
+
+    Raises:
+        ModelError: they are not there.
+    """
+    if not weights.is_file():
+        raise ModelError(f"{weights} is not there; accepted: a file that training writes (docs/smol.md)")
+    there = out / "trained.safetensors"
+    if not there.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_bytes(there, weights.read_bytes())
+
+
 def load(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -312,6 +333,7 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--stage", choices=(*RATES, "report", "assemble"), required=True)
     add("--out", type=Path, required=True, help="folder of the run; assemble writes its `model` there")
+    add("--from", type=Path, dest="start_from", help="a `trained.safetensors` that a new run starts from")
     add("--steps", type=int, default=1500)
     add("--batch", type=int, default=4, help="pictures a step")
     add("--rows", type=int, default=768, help="tokens of questions behind each picture")
@@ -319,7 +341,7 @@ def _options() -> argparse.Namespace:
     add("--checked", type=int, default=48, help="held-out pictures of each check; report: of the report")
     add("--check-every", type=int, default=200, help="steps between two checks")
     add("--minutes", type=float, default=float("inf"), help="end there, to be continued")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="0 or more; another one shows other pictures")
     add("--workers", type=int, default=0, help="processes that draw pictures and questions")
     add(
         "--fresh",
@@ -341,6 +363,8 @@ def main() -> None:
     if args.stage == "assemble":
         shutil.copytree(parts.assembled(args.out / "trained.safetensors"), args.out / "model", dirs_exist_ok=True)
         return
+    if args.start_from:
+        begin(args.out, args.start_from)
     if finished(args.out, args.stage, args.steps):
         print(f"stage {args.stage} has its {args.steps} steps")
         return
