@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,22 @@ def to_device(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch
     given = values.to(dtype) if isinstance(values, Tensor) else torch.as_tensor(values, dtype=dtype, device="cpu")
     pinned = device.type == "cuda" and not given.is_cuda
     return (given.pin_memory() if pinned else given).to(device, non_blocking=True)
+
+
+def to_device_together(
+    parts: Sequence[tuple[Sequence[Any] | Tensor, torch.dtype]], device: torch.device
+) -> list[Tensor]:
+    """As `to_device`, several values of the host with their dtypes in one copy. The tensors share memory."""
+    given = [torch.as_tensor(values, dtype=dtype, device="cpu") for values, dtype in parts]
+    *starts, size = accumulate((-(-t.nbytes // 8) * 8 for t in given), initial=0)  # each where its dtype may begin
+    whole = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+
+    def views(memory: Tensor) -> list[Tensor]:
+        return [memory[i : i + t.nbytes].view(t.dtype).view(t.shape) for i, t in zip(starts, given, strict=True)]
+
+    for place, values in zip(views(whole), given, strict=True):
+        place.copy_(values)
+    return views(whole.to(device, non_blocking=True))
 
 
 def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
