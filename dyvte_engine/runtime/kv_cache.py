@@ -202,8 +202,26 @@ class KVCache:
         Raises:
             CacheError: beyond what was claimed, and the pool is out of pages.
         """
+        self._take(layers, self._missing(layers, rows))
+
+    def reserve_claimed(self, layers: range, rows: Sequence[int]) -> bool:
+        """As `reserve`, if that is within what was claimed. Returns whether it is."""
+        missing = self._missing(layers, rows)
+        for b, n in enumerate(missing.sum(axis=0).tolist()):
+            if self.held(b) + n > self.claims[b]:
+                return False
+        self._take(layers, missing)
+        return True
+
+    def trim(self, layers: range, rows: Sequence[int]) -> None:
+        """Give back what these layers have beyond `rows[b]` rows of sequence b."""
+        for b, n in enumerate(rows):
+            self._free(b, layers, 0 if b in self.given_up else self.pool.pages(n))
+
+    def _missing(self, layers: range, rows: Sequence[int]) -> np.ndarray:
+        """int64 [layers, B], pages that each sequence needs more for so many rows."""
         wanted = np.array([0 if b in self.given_up else self.pool.pages(n) for b, n in enumerate(rows)])
-        self._take(layers, (wanted - self._held[layers.start : layers.stop, : len(rows)]).clip(0))
+        return (wanted - self._held[layers.start : layers.stop, : len(rows)]).clip(0)
 
     def reserve_next(self) -> None:
         """Room for one more row everywhere; touches the device only when a page is full."""
@@ -243,13 +261,12 @@ class KVCache:
         """
         ops.kv_compact_(self.pool.k, self.pool.v, self.block_table[:layers], self.lens[:layers], keep, keep_cu)
         self.host_lens[:layers] = kept
-        for b, n in enumerate(kept):
-            self._free(b, layers, 0 if b in self.given_up else self.pool.pages(n))
+        self.trim(range(layers), kept)
 
-    def _free(self, sequence: int, layers: int, keep: int = 0) -> None:
-        """The first `layers` give back all but `keep` pages of the sequence."""
-        held, shared = self._held[:layers, sequence], self._shared[:layers, sequence]
-        pages = self._host_table[:layers, sequence]
+    def _free(self, sequence: int, layers: range, keep: int = 0) -> None:
+        """These layers give back all but `keep` pages of the sequence."""
+        these = slice(layers.start, layers.stop), sequence
+        held, shared, pages = self._held[these], self._shared[these], self._host_table[these]
         places = np.arange(pages.shape[1])
         own = (places >= np.maximum(shared, keep)[:, None]) & (places < held[:, None])
         self.pool.allocator.free(pages[own].tolist())
@@ -258,7 +275,7 @@ class KVCache:
 
     def _leave(self, sequence: int) -> None:
         """It gives back all it has."""
-        self._free(sequence, len(self._held))
+        self._free(sequence, range(len(self._held)))
         self.claim(sequence, 0)
         lease, self.leases[sequence] = self.leases[sequence], None
         if lease is not None:

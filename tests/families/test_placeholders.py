@@ -174,7 +174,7 @@ def test_other_ids_are_counted_by_transformers():
 def test_features_that_do_not_fit_are_refused():
     model = loaded("llava")
     model.hf.model.multi_modal_projector.register_forward_hook(lambda module, args, out: out[:, 1:])
-    with pytest.raises(ModelError, match="fails before its decoder: .*tokens: 16, features:? "):
+    with pytest.raises(ModelError, match=r"fails before its decoder: .*tokens: 16, features:? "):
         entering(model, *zoo.prompts("llava", seed=90, n=1, images=(1,)))
 
 
