@@ -40,20 +40,26 @@ def to_device_together(
     return views(whole.to(device, non_blocking=True))
 
 
-def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+def copy_later(tensor: Tensor) -> Callable[[], Tensor]:
     """Begin to copy to the host; the function returned waits for this copy alone, not for what is queued behind it."""
     if not tensor.is_cuda:
-        return tensor.tolist
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return lambda: tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(tensor.device))
 
-    def read() -> list[Any]:
+    def read() -> Tensor:
         copied.synchronize()
-        return host.tolist()
+        return host
 
     return read
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+    """As `copy_later`, of the numbers."""
+    copied = copy_later(tensor)
+    return lambda: copied().tolist()
 
 
 class DeviceLock:
