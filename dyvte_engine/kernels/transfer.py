@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,20 +23,17 @@ def to_device(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch
     return (given.pin_memory() if pinned else given).to(device, non_blocking=True)
 
 
-def to_device_together(
-    parts: Sequence[tuple[Sequence[Any] | Tensor, torch.dtype]], device: torch.device
-) -> list[Tensor]:
-    """As `to_device`, several values of the host with their dtypes in one copy. The tensors share memory."""
+Values = tuple[Sequence[Any] | Tensor, torch.dtype]
+
+
+def to_device_together(parts: Sequence[Values], device: torch.device) -> list[Tensor]:
+    """As `to_device`, several values of the host in one copy, the widest dtypes first. The tensors share memory."""
     given = [torch.as_tensor(values, dtype=dtype, device="cpu") for values, dtype in parts]
-    *starts, size = accumulate((-(-t.nbytes // 8) * 8 for t in given), initial=0)  # each where its dtype may begin
-    whole = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-
-    def views(memory: Tensor) -> list[Tensor]:
-        return [memory[i : i + t.nbytes].view(t.dtype).view(t.shape) for i, t in zip(starts, given, strict=True)]
-
-    for place, values in zip(views(whole), given, strict=True):
-        place.copy_(values)
-    return views(whole.to(device, non_blocking=True))
+    flat = [t.flatten().view(torch.uint8) for t in given]
+    sizes = [t.nbytes for t in given]
+    whole = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    there = torch.cat(flat, out=whole).to(device, non_blocking=True).split_with_sizes(sizes)
+    return [memory.view(t.dtype).view(t.shape) for memory, t in zip(there, given, strict=True)]
 
 
 def copy_later(tensor: Tensor) -> Callable[[], Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import Lengths
-from ..kernels.transfer import to_device, to_device_together
+from ..kernels.transfer import Values, to_device, to_device_together
 
 
 def runs(visual: Tensor) -> list[int]:
@@ -70,12 +70,14 @@ class Rows:
         marks = torch.cat([torch.nn.functional.pad(v[:-1], (0, 1)) for v in visual])
         n_visual = list(map(len, places))
         n_tail = [n - (int(at[-1]) + 1 if len(at) else 0) for n, at in zip(host, places, strict=True)]
-        lengths, text_ranges, (on_device,) = _tables(host, n_tail, device, (marks, torch.bool))
+        numbers = torch.arange(len(marks), device="cpu")
+        parts: list[Values] = [(numbers, torch.int64), *_ends(host, n_tail), (marks, torch.bool)]
+        source, cu, text_ranges, on_device = to_device_together(parts, device)
         return cls(
             positions=(positions[0] if len(positions) == 1 else torch.cat(list(positions))).to(torch.int32),
             visual=on_device,
-            source=torch.arange(sum(host), device=device),
-            lengths=lengths,
+            source=source,
+            lengths=Lengths(cu, host),
             n_visual=n_visual,
             n_entered=n_visual,
             n_tail=n_tail,
@@ -140,20 +142,20 @@ class Rows:
         if self.marks is not None and all(keep is None or len(keep) == 0 for keep in decision):
             rows = self._text_left([keep is not None for keep in decision], self.marks)
             marks: Tensor | None = self.marks[rows]
-            parts = (rows, torch.int64), (self.marks[rows], torch.bool)
-            lengths, ranges, (index, visual) = _tables(host, self.n_tail, device, *parts)
+            parts: list[Values] = [(rows, torch.int64), *_ends(host, self.n_tail), (self.marks[rows], torch.bool)]
+            index, cu, text_ranges, visual = to_device_together(parts, device)
         else:
             index, marks = self._staying(decision, n_visual, sum(host)), None
-            lengths, ranges, _ = _tables(host, self.n_tail, device)
+            cu, text_ranges = to_device_together(_ends(host, self.n_tail), device)
             visual = self.visual[index]
         fewer = replace(
             self,
             positions=self.positions[index],
             visual=visual,
             source=self.source[index],
-            lengths=lengths,
+            lengths=Lengths(cu, host),
             n_visual=n_visual,
-            text_ranges=ranges,
+            text_ranges=text_ranges,
             marks=marks,
         )
         return fewer, index
@@ -176,12 +178,8 @@ class Rows:
         return torch.nonzero_static(stay, size=total)[:, 0]
 
 
-def _tables(
-    host: list[int], n_tail: Sequence[int], device: torch.device, *others: tuple[Tensor, torch.dtype]
-) -> tuple[Lengths, Tensor, list[Tensor]]:
-    """`lengths` and `text_ranges` of sequences of so many rows, and `others` on the device: one copy for all."""
+def _ends(host: Sequence[int], n_tail: Sequence[int]) -> list[Values]:
+    """For `to_device_together`: where sequences of so many rows begin and end, and where their T does."""
     ends = list(accumulate(host))
     ranges = [(end - tail, end) for end, tail in zip(ends, n_tail, strict=True)]
-    integers = ([0, *ends], torch.int32), (ranges, torch.int32)
-    cu, text_ranges, *rest = to_device_together((*integers, *others), device)
-    return Lengths(cu, host), text_ranges, rest
+    return [([0, *ends], torch.int32), (ranges, torch.int32)]
