@@ -23,6 +23,11 @@ def to_device(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch
     return (given.pin_memory() if pinned else given).to(device, non_blocking=True)
 
 
+def copy_into(there: Tensor, values: Tensor) -> None:
+    """Values of the host into a tensor of the same dtype on a device, as `to_device`."""
+    there.copy_(values.pin_memory() if there.is_cuda else values, non_blocking=True)
+
+
 Values = tuple[Sequence[Any] | Tensor, torch.dtype]
 
 

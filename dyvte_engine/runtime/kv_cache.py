@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import DecoderShape
 from ..errors import CacheError, first_line
 from ..kernels import ops
-from ..kernels.transfer import to_device
+from ..kernels.transfer import copy_into, to_device
 
 
 class PagePool:
@@ -181,7 +181,7 @@ class KVCache:
         self._host_table[place][:, :n] = pages
         self._held[place] = self._shared[place] = n
         numbers = torch.from_numpy(np.ascontiguousarray(pages, dtype=np.int32))
-        self.block_table[place][:, :n].copy_(to_device(numbers, self.lens.device, torch.int32))
+        copy_into(self.block_table[place][:, :n], numbers)
 
     def donate(self, layer: int, sequence: int, n: int) -> None:
         """Its first n pages of this layer, which are full, belong to its lease from here on."""
@@ -245,13 +245,12 @@ class KVCache:
         new = (places >= held[..., None]) & (places < after[..., None])
         table[:, : len(counts)][new] = self.pool.allocator.alloc(sum(counts))
         held[:] = after
-        numbers = to_device(torch.from_numpy(table), self.lens.device, torch.int32)
-        self.block_table[layers.start : layers.stop].copy_(numbers)
+        copy_into(self.block_table[layers.start : layers.stop], torch.from_numpy(table))
 
     def set_lens(self, rows: Sequence[Sequence[int]], next_positions: Tensor) -> None:
         """Layer l now holds `rows[l][b]` rows of sequence b. next_positions: int32 [L, B]."""
         self.host_lens[:] = rows
-        self.lens.copy_(to_device(torch.from_numpy(self.host_lens), self.lens.device, torch.int32))
+        copy_into(self.lens, torch.from_numpy(self.host_lens.astype(np.int32)))
         self.positions.copy_(next_positions)
 
     def compact(self, layers: int, keep: Tensor, keep_cu: Tensor, kept: Sequence[int]) -> None:
