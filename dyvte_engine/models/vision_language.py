@@ -312,7 +312,8 @@ class VisionLanguageModel:
         Right padding: true rows come first, so neither embeddings nor positions depend on it.
         """
         longest, inputs = ids.shape[1], dict[str, Tensor]()
-        mask = _padded([[1] * len(p.input_ids) for p in prompts])
+        ends = torch.tensor([len(p.input_ids) for p in prompts], device="cpu")
+        mask = torch.arange(longest, device="cpu") < ends[:, None]
         both = to_device_together([(ids, torch.int64), (mask, torch.int64)], self.device)
         inputs["input_ids"], inputs["attention_mask"] = both
         for name in self.family.inputs:
