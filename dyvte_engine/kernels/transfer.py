@@ -23,20 +23,44 @@ def to_device(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch
     return (given.pin_memory() if pinned else given).to(device, non_blocking=True)
 
 
-def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+def copy_into(there: Tensor, values: Tensor) -> None:
+    """Values of the host into a tensor of the same dtype on a device, as `to_device`."""
+    there.copy_(values.pin_memory() if there.is_cuda else values, non_blocking=True)
+
+
+Values = tuple[Sequence[Any] | Tensor, torch.dtype]
+
+
+def to_device_together(parts: Sequence[Values], device: torch.device) -> list[Tensor]:
+    """As `to_device`, several values of the host in one copy, the widest dtypes first. The tensors share memory."""
+    given = [torch.as_tensor(values, dtype=dtype, device="cpu") for values, dtype in parts]
+    flat = [t.flatten().view(torch.uint8) for t in given]
+    sizes = [t.nbytes for t in given]
+    whole = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    there = torch.cat(flat, out=whole).to(device, non_blocking=True).split_with_sizes(sizes)
+    return [memory.view(t.dtype).view(t.shape) for memory, t in zip(there, given, strict=True)]
+
+
+def copy_later(tensor: Tensor) -> Callable[[], Tensor]:
     """Begin to copy to the host; the function returned waits for this copy alone, not for what is queued behind it."""
     if not tensor.is_cuda:
-        return tensor.tolist
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return lambda: tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(tensor.device))
 
-    def read() -> list[Any]:
+    def read() -> Tensor:
         copied.synchronize()
-        return host.tolist()
+        return host
 
     return read
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+    """As `copy_later`, of the numbers."""
+    copied = copy_later(tensor)
+    return lambda: copied().tolist()
 
 
 class DeviceLock:

@@ -29,6 +29,7 @@ class Family:
         axes: of its positions.
         tiles: the tower sees pictures of one size, `pixel_values` [..., C, H, W]; else pictures of any size.
         videos: its processor takes them; with pictures in the same prompt, or alone.
+        one_mask: rows of pictures take the places of one id, which `get_placeholder_mask` looks for and counts.
     """
 
     model_class: str
@@ -42,6 +43,7 @@ class Family:
     axes: int = 1
     tiles: bool = True
     videos: Literal["", "with pictures", "alone"] = ""
+    one_mask: bool = False
 
 
 _IMAGE_AND_VIDEO = (("image_token_id", "image_token_index"), ("video_token_id", "video_token_index"))
@@ -63,22 +65,26 @@ def _qwen(model_class: str, *more: str) -> Family:
 
 
 FAMILIES = {
-    "llava": Family("LlavaForConditionalGeneration", same_rows=True, in_tower=True),
-    "vipllava": Family("VipLlavaForConditionalGeneration", same_rows=True),
-    "llava_next": Family("LlavaNextForConditionalGeneration", ("pixel_values", "image_sizes")),
+    "llava": Family("LlavaForConditionalGeneration", same_rows=True, in_tower=True, one_mask=True),
+    "vipllava": Family("VipLlavaForConditionalGeneration", same_rows=True, one_mask=True),
+    "llava_next": Family("LlavaNextForConditionalGeneration", ("pixel_values", "image_sizes"), one_mask=True),
     "llava_onevision": Family(
         "LlavaOnevisionForConditionalGeneration",
         ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos"),
         visual_ids=_IMAGE_AND_VIDEO,
         videos="with pictures",
     ),
-    "internvl": Family("InternVLForConditionalGeneration", videos="with pictures"),
+    "internvl": Family("InternVLForConditionalGeneration", videos="with pictures", one_mask=True),
     "mistral3": Family(
-        "Mistral3ForConditionalGeneration", ("pixel_values", "image_sizes"), before_decoder=False, tiles=False
+        "Mistral3ForConditionalGeneration",
+        ("pixel_values", "image_sizes"),
+        before_decoder=False,
+        tiles=False,
+        one_mask=True,
     ),
     "idefics3": Family("Idefics3ForConditionalGeneration", _MASKED_TILES, language_model="text_model"),
     "smolvlm": Family("SmolVLMForConditionalGeneration", _MASKED_TILES, language_model="text_model", videos="alone"),
-    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", same_rows=True),
+    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", same_rows=True, one_mask=True),
     "qwen2_vl": _qwen("Qwen2VLForConditionalGeneration"),
     "qwen2_5_vl": _qwen("Qwen2_5_VLForConditionalGeneration", "second_per_grid_ts"),
     "qwen3_vl": _qwen("Qwen3VLForConditionalGeneration"),

@@ -32,17 +32,30 @@ def version(tensor: Tensor) -> int:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether this module has hooks or a forward of its own, those apart that change nothing."""
-    return _patch_of(module) is not None
+    return _is_touched(module.__dict__) and _patch_of(module) is not None
 
 
 def addresses(module: nn.Module) -> tuple[int, ...] | None:
     """Where the weights of a module tree are; None if a part of it has hooks or a forward of its own."""
-    found: list[int] = []
-    for m in _tree(module):
-        if _patch_of(m) is not None:
+    tensors: list[Tensor | None] = []
+    waiting: list[nn.Module | None] = [module]
+    while waiting:  # as `_tree`, written out: a tower is looked at before every run, while the device waits
+        m = waiting.pop()
+        if m is None:
+            continue
+        state = m.__dict__
+        if ("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]) and _patch_of(m) is not None:
             return None
-        found += [t.data_ptr() for t in m._parameters.values() if t is not None]
-    return tuple(found)
+        if state["_parameters"]:
+            tensors += state["_parameters"].values()
+        if state["_modules"]:
+            waiting += state["_modules"].values()
+    return tuple([t.data_ptr() for t in tensors if t is not None])
+
+
+def _is_touched(state: dict[str, Any]) -> bool:
+    """A quick look for what `is_patched` judges, in a module's attributes."""
+    return bool("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"])
 
 
 class Guard:
@@ -95,7 +108,7 @@ class Guard:
             if cls not in classes:
                 self._check_class(module, home)
                 classes.add(cls)
-            if "forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            if _is_touched(state):
                 self._check_patch(module)
             if "scaling" in state:
                 self._check_attention(module)

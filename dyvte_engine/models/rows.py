@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ..kernels.attention import Lengths
-from ..kernels.transfer import to_device
+from ..kernels.transfer import Values, to_device, to_device_together
 
 
 def runs(visual: Tensor) -> list[int]:
@@ -34,6 +35,8 @@ class Rows:
         lengths: rows of each sequence.
         n_visual: visual rows of each sequence; n_entered: those that entered layer 0.
         n_tail: rows of T, the text after the last visual token (the whole prompt if there is none).
+        text_ranges: int32 [B, 2], first row and end of each sequence's T.
+        marks: `visual` on the host, as long as all that left is known there.
         rotations: f32 [N0, rot_dim] for the rows that entered layer 0 where positions have several axes, else None.
         additions: for the first layers what is added to the residual stream leaving them, [N0, d] each (deepstack).
     """
@@ -45,6 +48,8 @@ class Rows:
     n_visual: list[int]
     n_entered: list[int]
     n_tail: list[int]
+    text_ranges: Tensor
+    marks: Tensor | None = None
     rotations: Tensor | None = None
     additions: Sequence[Tensor] = ()
 
@@ -60,19 +65,24 @@ class Rows:
 
         A prompt that ends in a picture keeps its last row as text: the next token is predicted from it.
         """
-        visual = [torch.cat((v[:-1], v.new_zeros(1))) for v in visual]
-        device = positions[0].device
-        host = [len(v) for v in visual]
-        ends = [v.nonzero()[-1].item() + 1 if v.any() else 0 for v in visual]
-        n_visual = [int(v.sum()) for v in visual]
+        device, host = positions[0].device, [len(v) for v in visual]
+        places = [v[:-1].nonzero()[:, 0] for v in visual]
+        marks = torch.cat([torch.nn.functional.pad(v[:-1], (0, 1)) for v in visual])
+        n_visual = list(map(len, places))
+        n_tail = [n - (int(at[-1]) + 1 if len(at) else 0) for n, at in zip(host, places, strict=True)]
+        numbers = torch.arange(len(marks), device="cpu")
+        parts: list[Values] = [(numbers, torch.int64), *_ends(host, n_tail), (marks, torch.bool)]
+        source, cu, text_ranges, on_device = to_device_together(parts, device)
         return cls(
-            positions=torch.cat(list(positions)).to(torch.int32),
-            visual=to_device(torch.cat(visual), device, torch.bool),
-            source=torch.arange(sum(host), device=device),
-            lengths=Lengths.of(host, device),
+            positions=(positions[0] if len(positions) == 1 else torch.cat(list(positions))).to(torch.int32),
+            visual=on_device,
+            source=source,
+            lengths=Lengths(cu, host),
             n_visual=n_visual,
             n_entered=n_visual,
-            n_tail=[n - int(end) for n, end in zip(host, ends, strict=True)],
+            n_tail=n_tail,
+            text_ranges=text_ranges,
+            marks=marks,
             rotations=rotations,
             additions=additions,
         )
@@ -95,12 +105,6 @@ class Rows:
     def visual_cu(self) -> Tensor:
         """int32 [B+1], where each sequence's part of `visual_rows` begins."""
         return Lengths.of(self.n_visual, self.visual.device).cu
-
-    @cached_property
-    def text_ranges(self) -> Tensor:
-        """int32 [B, 2], first row and end of each sequence's T."""
-        ends = self.lengths.cu[1:]
-        return torch.stack((ends - to_device(self.n_tail, ends.device, torch.int32), ends), dim=1)
 
     @property
     def row_counts(self) -> Tensor:
@@ -133,6 +137,36 @@ class Rows:
         n_visual = [n if keep is None else len(keep) for keep, n in zip(decision, self.n_visual, strict=True)]
         if n_visual == self.n_visual:
             return None
+        host = [n - old + new for n, old, new in zip(self.lengths.host, self.n_visual, n_visual, strict=True)]
+        device = self.visual.device
+        if self.marks is not None and all(keep is None or len(keep) == 0 for keep in decision):
+            rows = self._text_left([keep is not None for keep in decision], self.marks)
+            marks: Tensor | None = self.marks[rows]
+            parts: list[Values] = [(rows, torch.int64), *_ends(host, self.n_tail), (self.marks[rows], torch.bool)]
+            index, cu, text_ranges, visual = to_device_together(parts, device)
+        else:
+            index, marks = self._staying(decision, n_visual, sum(host)), None
+            cu, text_ranges = to_device_together(_ends(host, self.n_tail), device)
+            visual = self.visual[index]
+        fewer = replace(
+            self,
+            positions=self.positions[index],
+            visual=visual,
+            source=self.source[index],
+            lengths=Lengths(cu, host),
+            n_visual=n_visual,
+            text_ranges=text_ranges,
+            marks=marks,
+        )
+        return fewer, index
+
+    def _text_left(self, leave: Sequence[bool], marks: Tensor) -> Tensor:
+        """int64 on the host: the rows that stay where all visual ones of some sequences leave."""
+        which, lengths = torch.tensor(leave, device="cpu"), torch.tensor(self.lengths.host, device="cpu")
+        return (~(marks & torch.repeat_interleave(which, lengths))).nonzero()[:, 0]
+
+    def _staying(self, decision: Sequence[Tensor | None], n_visual: Sequence[int], total: int) -> Tensor:
+        """int64 [total] on the device: the rows that stay."""
         stay, start = torch.ones_like(self.visual), 0
         for keep, before, after in zip(decision, self.n_visual, n_visual, strict=True):
             if keep is not None and after < before:
@@ -141,14 +175,11 @@ class Rows:
                 stay.index_fill_(0, visual, False)
                 stay.index_fill_(0, visual[keep], True)
             start += before
-        host = [n - old + new for n, old, new in zip(self.lengths.host, self.n_visual, n_visual, strict=True)]
-        index = torch.nonzero_static(stay, size=sum(host))[:, 0]
-        fewer = replace(
-            self,
-            positions=self.positions[index],
-            visual=self.visual[index],
-            source=self.source[index],
-            lengths=Lengths.of(host, index.device),
-            n_visual=n_visual,
-        )
-        return fewer, index
+        return torch.nonzero_static(stay, size=total)[:, 0]
+
+
+def _ends(host: Sequence[int], n_tail: Sequence[int]) -> list[Values]:
+    """For `to_device_together`: where sequences of so many rows begin and end, and where their T does."""
+    ends = list(accumulate(host))
+    ranges = [(end - tail, end) for end, tail in zip(ends, n_tail, strict=True)]
+    return [([0, *ends], torch.int32), (ranges, torch.int32)]

@@ -92,7 +92,7 @@ class _Layer:
             self._parts, self._plain, self._state = parts, _are_plain(self.module, parts), []
             kind = type(parts[4]) if parts else None
             self._gelu = _GELU.get(kind.__name__) if kind and kind.__module__ == "transformers.activations" else None
-        patched = "forward" in self.module.__dict__ or any(_is_touched(m.__dict__) and is_patched(m) for m in parts)
+        patched = "forward" in self.module.__dict__ or any(map(is_patched, parts))
         if not self._plain or patched or self.module.training or parts[0].config._attn_implementation != KIND:
             return False
         tensors = [m._parameters.get(name) for m in self.linears for name in ("weight", "bias")]
@@ -115,11 +115,6 @@ class _Layer:
         rows = _normed(norm2, hidden)
         wide = self._fc1.gelu(rows, self._gelu) if self._gelu is not None else activation(self._fc1(rows))
         return (self._fc2(wide) + hidden).view_as(hidden_states)
-
-
-def _is_touched(state: dict[str, Any]) -> bool:
-    """A quick look for what `is_patched` judges."""
-    return bool("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"])
 
 
 def _parts(layer: Any) -> tuple[Any, ...]:

@@ -22,12 +22,13 @@ from torch import Tensor
 from ..checks import is_real, is_whole
 from ..config import DecoderShape
 from ..errors import ImageError, InvalidArgumentError, ModelError, PromptError, first_line
-from ..kernels.transfer import to_device
+from ..kernels.transfer import to_device, to_device_together
 from .decoder import Decoder
 from .families import Family, family_of, join, visual_ids
 from .guard import Guard
 from .intern_vit import tell_states
 from .linear import PackedLinears
+from .placeholders import count_on_host
 from .quick_processor import picture_values, quick_processor
 from .rotary import rotations
 from .rows import runs
@@ -258,9 +259,8 @@ class VisionLanguageModel:
         if len({c.shape[1:] for c in clips}) > 1:  # of several lengths, which no batch of theirs can hold
             return [one for p in prompts for one in self.prepare([p], policy)]
         n_images = sum(p.n_images for p in prompts)
-        visual = self.visual(_padded([p.input_ids for p in prompts]))
-        lengths = [len(p.input_ids) for p in prompts]
-        return self.prepare_inputs(self._batch(prompts), lengths, n_images, policy, visual)
+        ids, lengths = _padded([p.input_ids for p in prompts]), [len(p.input_ids) for p in prompts]
+        return self.prepare_inputs(self._batch(prompts, ids), lengths, n_images, policy, self.visual(ids))
 
     @torch.no_grad()  # not inference_mode: what the model's own code keeps must remain of use for its training
     def prepare_inputs(
@@ -281,43 +281,41 @@ class VisionLanguageModel:
         inside = policy if policy is not None and policy.acts_in_tower and n_images > 0 else None
         with VisionRun(self.hf.model) as run:
             seen = self._arrange(run, inside, full)
+            if self.family.one_mask:
+                count_on_host(run, inputs["input_ids"], visual, self.visual_ids[0])
             entry = run.to_entry(self.language_model, inputs)
         kept = seen[0]
         positions = self._positions(entry, len(lengths))
         added = _additions(entry)
         out = []
         for b, length in enumerate(lengths):
-            rows = torch.arange(length, device="cpu")
+            marks, rows = visual[b, :length], None
             if kept < full:  # the first rows of each picture, which padding follows
-                rows = rows[~(visual[b] & ((visual[b].cumsum(0) - 1) % full >= kept))[:length]]
-            n, index, marks = len(rows), to_device(rows, self.device, torch.int64), visual[b, rows]
-            plain, turns = self.place(positions[..., b, :n])
+                rows = (~(marks & ((marks.cumsum(0) - 1) % full >= kept))).nonzero()[:, 0]
+                marks, rows = marks[rows], to_device(rows, self.device, torch.int64)
+            plain, turns = self.place(positions[..., b, : len(marks)])
             same = self.family.same_rows and n_images > 0
             prepared = PreparedPrompt(
-                inputs_embeds=entry["inputs_embeds"][b, index],
+                inputs_embeds=_part(entry["inputs_embeds"], b, length, rows),
                 visual=marks,
                 positions=plain,
                 pictures=[kept] * (int(marks.sum()) // kept) if same else runs(marks),
                 rotations=turns,
-                additions=tuple(a[b, index] for a in added),
+                additions=tuple(_part(a, b, length, rows) for a in added),
             )
             out.append(prepared)
         return out
 
-    def _batch(self, prompts: Sequence[TokenizedPrompt]) -> dict[str, Tensor]:
-        """The model's inputs for all prompts.
+    def _batch(self, prompts: Sequence[TokenizedPrompt], ids: Tensor) -> dict[str, Tensor]:
+        """The model's inputs for all prompts; ids: int64 [B, n] on the host.
 
         Right padding: true rows come first, so neither embeddings nor positions depend on it.
         """
-        longest = max(len(p.input_ids) for p in prompts)
-
-        def rows(values: Sequence[Sequence[int]]) -> Tensor:
-            return to_device(_padded(values, longest), self.device, torch.int64)
-
-        inputs = {
-            "input_ids": rows([p.input_ids for p in prompts]),
-            "attention_mask": rows([[1] * len(p.input_ids) for p in prompts]),
-        }
+        longest, inputs = ids.shape[1], dict[str, Tensor]()
+        ends = torch.tensor([len(p.input_ids) for p in prompts], device="cpu")
+        mask = torch.arange(longest, device="cpu") < ends[:, None]
+        both = to_device_together([(ids, torch.int64), (mask, torch.int64)], self.device)
+        inputs["input_ids"], inputs["attention_mask"] = both
         for name in self.family.inputs:
             parts = [p.inputs[name] for p in prompts if name in p.inputs]
             if parts:
@@ -326,16 +324,18 @@ class VisionLanguageModel:
                 inputs[name] = whole if pixels else to_device(whole, self.device, whole.dtype)
         for name in self.family.token_inputs:
             if any(name in p.inputs for p in prompts):
-                inputs[name] = rows([p.inputs[name][0].tolist() if name in p.inputs else [] for p in prompts])
+                numbers = [p.inputs[name][0].tolist() if name in p.inputs else [] for p in prompts]
+                inputs[name] = to_device(_padded(numbers, longest), self.device, torch.int64)
         return inputs
 
     def _pixels(self, parts: Sequence[Tensor]) -> Tensor:
         """On the device in its dtype. Bytes are copied as bytes, a quarter of what they stand for."""
         if len({part.dtype for part in parts}) > 1:  # the processor was changed in between
             return join([self._pixels([part]) for part in parts])
-        whole = join(parts)
-        if self._values is not None and whole.dtype is torch.uint8:
+        if self._values is not None and parts[0].dtype is torch.uint8:
+            whole = parts[0] if len(parts) == 1 else join(parts)
             return picture_values(self._values, to_device(whole, self.device, torch.uint8))
+        whole = join(parts)
         return to_device(whole, self.device, whole.dtype).to(self.dtype)
 
     @cached_property
@@ -378,7 +378,8 @@ class VisionLanguageModel:
         """[B, n], or [3, B, n] where they have several axes."""
         positions = entry.get("position_ids")
         if positions is None:
-            return torch.arange(entry["inputs_embeds"].shape[1], device=self.device).expand(batch, -1)
+            n = entry["inputs_embeds"].shape[1]
+            return torch.arange(n, dtype=torch.int32, device=self.device).expand(batch, -1)
         if positions.dim() == 3:
             return positions[-3:]  # some versions put the row numbers before the three axes
         return positions.expand(batch, -1)
@@ -388,6 +389,13 @@ def _padded(values: Sequence[Sequence[int]], length: int = 0) -> Tensor:
     """int64 [B, n], zeros on the right, as long as the longest, or `length`; on the host."""
     longest = max(length, *map(len, values))
     return torch.tensor([[*v, *[0] * (longest - len(v))] for v in values], dtype=torch.int64, device="cpu")
+
+
+def _part(whole: Tensor, b: int, length: int, rows: Tensor | None) -> Tensor:
+    """[B, n, d] -> the first rows of sequence b, or those listed; nothing is copied of one that is alone."""
+    if rows is not None:
+        return whole[b, rows]
+    return whole[b, :length] if len(whole) == 1 else whole[b, :length].clone()
 
 
 def _tiles(pixels: Tensor) -> int:

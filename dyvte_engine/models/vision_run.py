@@ -18,10 +18,6 @@ _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 _locks_guard = threading.Lock()
 
 
-def _drop(attributes: dict[str, Any]) -> None:
-    del attributes["forward"]
-
-
 class _AtEntry(Exception):
     """Carries what reached the decoder."""
 
@@ -76,18 +72,18 @@ class VisionRun:
 
         self.finally_(module.register_forward_hook(post_hook).remove)
 
-    def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """`forward` instead of `module.forward`."""
-        before, own = module.forward, "forward" in module.__dict__
+    def replace(self, module: nn.Module, method: Callable[..., Any], name: str = "forward") -> None:
+        """`method` instead of the module's own of that name."""
+        before, own = getattr(module, name), name in module.__dict__
         ident, thread = threading.get_ident, self._thread  # `here`, written out: this runs for every product
 
         def either(*args: Any, **kwargs: Any) -> Any:
-            return forward(*args, **kwargs) if ident() == thread else before(*args, **kwargs)
+            return method(*args, **kwargs) if ident() == thread else before(*args, **kwargs)
 
         either.__wrapped__ = before  # type: ignore[attr-defined]  # HF's code looks at signatures
         attributes = module.__dict__  # a module's own setattr takes longer than all of this
-        attributes["forward"] = either
-        self.finally_(partial(operator.setitem, attributes, "forward", before) if own else partial(_drop, attributes))
+        attributes[name] = either
+        self.finally_(partial(operator.setitem, attributes, name, before) if own else partial(attributes.pop, name))
 
     def finally_(self, undo: Callable[[], object]) -> None:
         """`undo()` at the end, the latest first."""

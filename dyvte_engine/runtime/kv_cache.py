@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import DecoderShape
 from ..errors import CacheError, first_line
 from ..kernels import ops
-from ..kernels.transfer import to_device
+from ..kernels.transfer import copy_into, to_device
 
 
 class PagePool:
@@ -181,7 +181,7 @@ class KVCache:
         self._host_table[place][:, :n] = pages
         self._held[place] = self._shared[place] = n
         numbers = torch.from_numpy(np.ascontiguousarray(pages, dtype=np.int32))
-        self.block_table[place][:, :n].copy_(to_device(numbers, self.lens.device, torch.int32))
+        copy_into(self.block_table[place][:, :n], numbers)
 
     def donate(self, layer: int, sequence: int, n: int) -> None:
         """Its first n pages of this layer, which are full, belong to its lease from here on."""
@@ -202,8 +202,26 @@ class KVCache:
         Raises:
             CacheError: beyond what was claimed, and the pool is out of pages.
         """
+        self._take(layers, self._missing(layers, rows))
+
+    def reserve_claimed(self, layers: range, rows: Sequence[int]) -> bool:
+        """As `reserve`, if that is within what was claimed. Returns whether it is."""
+        missing = self._missing(layers, rows)
+        for b, n in enumerate(missing.sum(axis=0).tolist()):
+            if self.held(b) + n > self.claims[b]:
+                return False
+        self._take(layers, missing)
+        return True
+
+    def trim(self, layers: range, rows: Sequence[int]) -> None:
+        """Give back what these layers have beyond `rows[b]` rows of sequence b."""
+        for b, n in enumerate(rows):
+            self._free(b, layers, 0 if b in self.given_up else self.pool.pages(n))
+
+    def _missing(self, layers: range, rows: Sequence[int]) -> np.ndarray:
+        """int64 [layers, B], pages that each sequence needs more for so many rows."""
         wanted = np.array([0 if b in self.given_up else self.pool.pages(n) for b, n in enumerate(rows)])
-        self._take(layers, (wanted - self._held[layers.start : layers.stop, : len(rows)]).clip(0))
+        return (wanted - self._held[layers.start : layers.stop, : len(rows)]).clip(0)
 
     def reserve_next(self) -> None:
         """Room for one more row everywhere; touches the device only when a page is full."""
@@ -227,13 +245,12 @@ class KVCache:
         new = (places >= held[..., None]) & (places < after[..., None])
         table[:, : len(counts)][new] = self.pool.allocator.alloc(sum(counts))
         held[:] = after
-        numbers = to_device(torch.from_numpy(table), self.lens.device, torch.int32)
-        self.block_table[layers.start : layers.stop].copy_(numbers)
+        copy_into(self.block_table[layers.start : layers.stop], torch.from_numpy(table))
 
     def set_lens(self, rows: Sequence[Sequence[int]], next_positions: Tensor) -> None:
         """Layer l now holds `rows[l][b]` rows of sequence b. next_positions: int32 [L, B]."""
         self.host_lens[:] = rows
-        self.lens.copy_(to_device(torch.from_numpy(self.host_lens), self.lens.device, torch.int32))
+        copy_into(self.lens, torch.from_numpy(self.host_lens.astype(np.int32)))
         self.positions.copy_(next_positions)
 
     def compact(self, layers: int, keep: Tensor, keep_cu: Tensor, kept: Sequence[int]) -> None:
@@ -243,13 +260,12 @@ class KVCache:
         """
         ops.kv_compact_(self.pool.k, self.pool.v, self.block_table[:layers], self.lens[:layers], keep, keep_cu)
         self.host_lens[:layers] = kept
-        for b, n in enumerate(kept):
-            self._free(b, layers, 0 if b in self.given_up else self.pool.pages(n))
+        self.trim(range(layers), kept)
 
-    def _free(self, sequence: int, layers: int, keep: int = 0) -> None:
-        """The first `layers` give back all but `keep` pages of the sequence."""
-        held, shared = self._held[:layers, sequence], self._shared[:layers, sequence]
-        pages = self._host_table[:layers, sequence]
+    def _free(self, sequence: int, layers: range, keep: int = 0) -> None:
+        """These layers give back all but `keep` pages of the sequence."""
+        these = slice(layers.start, layers.stop), sequence
+        held, shared, pages = self._held[these], self._shared[these], self._host_table[these]
         places = np.arange(pages.shape[1])
         own = (places >= np.maximum(shared, keep)[:, None]) & (places < held[:, None])
         self.pool.allocator.free(pages[own].tolist())
@@ -258,7 +274,7 @@ class KVCache:
 
     def _leave(self, sequence: int) -> None:
         """It gives back all it has."""
-        self._free(sequence, len(self._held))
+        self._free(sequence, range(len(self._held)))
         self.claim(sequence, 0)
         lease, self.leases[sequence] = self.leases[sequence], None
         if lease is not None:

@@ -106,7 +106,8 @@ class LayerGraphs:
         self._replays: dict[tuple[int, int, int], Replay[Layer]] = {}
         self._memory: list[Any] = []  # the handle of the pool that all graphs share
         self._tenant: weakref.ref[Any] | None = None
-        self._bucket = 0
+        self._bucket = self._loaded = 0  # loaded: layers up to this one have the tenant's pages
+        self._ends = torch.tensor(BUCKETS, dtype=torch.int32, device=decoder.norm.device)
 
     def take(self, tenant: Any, layer: int, rows: Rows) -> bool:
         """Whether this layer can run here for `tenant`, who has these rows."""
@@ -130,21 +131,21 @@ class LayerGraphs:
 
         Returns where both are.
         """
-        self._tenant = weakref.ref(tenant)
+        self._tenant, self._loaded = weakref.ref(tenant), 0
         total, self._bucket = len(hidden), bucket_of(len(hidden))
         self._fill(self._hidden, hidden)
         if x is not None:
             self._fill(self._x, x)
         cos_sin, numbers = rows.rotation_table(self.decoder.cos_sin)
         torch.index_select(cos_sin, 0, numbers, out=self.cos_sin[:total])
-        home = self._home(len(rows.n_visual))
-        home.cu[:-1].copy_(rows.lengths.cu)
-        home.cu[-1:].fill_(self._bucket)
+        place = BUCKETS.index(self._bucket)
+        torch.cat((rows.lengths.cu, self._ends[place : place + 1]), out=self._home(len(rows.n_visual)).cu)
         return self._hidden[:total], self._x[:total]
 
     def _fill(self, here: Tensor, given: Tensor) -> None:
         here[: len(given)].copy_(given)
-        here[len(given) : self._bucket].zero_()
+        if len(given) < self._bucket:
+            here[len(given) : self._bucket].zero_()
 
     def project(self, layer: int, total: int) -> Tensor:
         """q, k and v [total, n] of x, side by side, not rotated yet; for `run`."""
@@ -156,12 +157,22 @@ class LayerGraphs:
         """Instead of `project`."""
         self._fill(self._qkv[layer % 2], qkv)
 
-    def run(self, layer: int, block_table: Tensor) -> Layer:
-        """The rest of a layer; block_table: int32 [B, M], its pages."""
-        batch = len(block_table)
-        table = self._home(batch).table[layer, :-1]
-        pages = block_table[:, : table.shape[1]]
-        table[:, : pages.shape[1]].copy_(pages)
+    def load(self, layers: range, block_table: Tensor) -> None:
+        """The tenant's pages in these layers, unless they are here; block_table: int32 [L, B, M], of all layers."""
+        if layers.stop > self._loaded:
+            pages = block_table[layers.start : layers.stop]
+            home = self._home(pages.shape[1])
+            most = min(pages.shape[2], home.table.shape[2])
+            home.table[layers.start : layers.stop, :-1, :most].copy_(pages[..., :most])
+            self._loaded = layers.stop
+
+    def unload(self, tenant: Any) -> None:
+        """Its pages are others now."""
+        if self.holds(tenant):
+            self._loaded = 0
+
+    def run(self, layer: int, batch: int) -> Layer:
+        """The rest of a layer of so many sequences."""
         return self._replay(layer, batch, self._bucket)
 
     def warm_up(self, batch: int, bucket: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..kernels.transfer import to_device_together
 from ..models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
 from ..models.rows import runs
 from ..policies import VisualTokenPolicy
@@ -198,7 +199,7 @@ def _units(model: VisionLanguageModel, prompt: TokenizedPrompt) -> list[_Unit]:
     if not given:
         return []
     ids = torch.tensor(prompt.input_ids, device="cpu")
-    visual = model.visual(ids.to(model.device)).cpu()
+    visual = model.visual(ids)
     n, sizes = prompt.n_images, runs(visual)
     if model.family.same_rows and n:
         sizes = [int(visual.sum()) // n] * n
@@ -222,21 +223,23 @@ def _trimmed(tensor: Tensor) -> Tensor:
 
 def _assembled(model: VisionLanguageModel, prompt: TokenizedPrompt, units: Sequence[Tensor]) -> PreparedPrompt:
     """The prompt at the decoder's entry; `units`: rows [n, d] of its pictures, perhaps fewer than placeholders."""
-    ids = torch.tensor(prompt.input_ids, device=model.device)
-    visual = model.visual(ids).cpu()
+    ids = torch.tensor(prompt.input_ids, device="cpu")
+    visual = model.visual(ids)
     places = visual.nonzero()[:, 0]
     if sum(map(len, units)) < len(places):  # in the tower, which leaves equally many of each picture
         kept = places.view(len(units), -1)[:, : len(units[0])].flatten()
         stays = ~visual
         stays[kept] = True
-        ids, visual = ids[stays.to(ids.device)], visual[stays]
-    text = visual.logical_not().to(ids.device)
-    embeds = model.decoder.embed(torch.where(text, ids, 0))
+        ids, visual = ids[stays], visual[stays]
+        places = visual.nonzero()[:, 0]
+    integers = (ids.masked_fill(visual, 0), torch.int64), (places, torch.int64)
+    words, places = to_device_together(integers, model.device)
+    embeds = model.decoder.embed(words)
     if units:
-        embeds[~text] = torch.cat(list(units))
+        embeds.index_copy_(0, places, torch.cat(list(units)))
     return PreparedPrompt(
         inputs_embeds=embeds,
         visual=visual,
-        positions=torch.arange(len(visual), dtype=torch.int32, device=ids.device),
+        positions=torch.arange(len(visual), dtype=torch.int32, device=model.device),
         pictures=[len(rows) for rows in units] if model.family.same_rows and units else runs(visual),
     )

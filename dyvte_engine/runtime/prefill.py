@@ -141,6 +141,8 @@ class Prefill:
             self._hidden, self._x = graphs.admit(self, self.rows, self._hidden, self._x)
         hidden, qkv = self._hidden, graphs.project(layer, len(self._hidden))
         if self._pending is not None:
+            if self._reserve_ahead(layer):
+                graphs.load(range(layer, self._reserved), self.cache.block_table)
             stay = self._settle()
             if not isinstance(stay, slice):
                 hidden, qkv = hidden[stay], qkv[stay]
@@ -151,7 +153,8 @@ class Prefill:
                 graphs.projected(layer, qkv)
         self._enter(layer)
         total = len(hidden)
-        done = graphs.run(layer, self.cache.block_table[layer])
+        graphs.load(range(layer, self._reserved), self.cache.block_table)
+        done = graphs.run(layer, len(self.rows.n_visual))
         self._queries_keys = done.q[:total], done.k[:total]
         if done.x is None:
             return hidden, self._x
@@ -183,6 +186,7 @@ class Prefill:
     def attend(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `LayerRows`. A decision is read only here, behind the projections: the device computes them meanwhile."""
         if self._pending is not None:
+            self._reserve_ahead(layer)
             stay = self._settle()
             hidden, q, k, v = (rows[stay] for rows in (hidden, q, k, v))
         self._enter(layer)
@@ -223,10 +227,22 @@ class Prefill:
         if self._known is not None:
             self._known.enter(layer)
         elif layer >= self._reserved:
-            # Up to where tokens may leave again, layers see these rows: they take pages together.
-            may_leave = [later for later in self._ask if later >= layer] if any(self.rows.n_visual) else []
-            self._reserved = 1 + min(may_leave, default=self._layers - 1)
-            self.cache.reserve(range(layer, self._reserved), self.rows.lengths.host)
+            layers = self._alike(layer)
+            self.cache.reserve(layers, self.rows.lengths.host)
+            self._reserved = layers.stop
+
+    def _alike(self, layer: int) -> range:
+        """From this layer to where tokens may leave again: these see the same rows, and take pages together."""
+        may_leave = [later for later in self._ask if later >= layer] if any(self.rows.n_visual) else []
+        return range(layer, 1 + min(may_leave, default=self._layers - 1))
+
+    def _reserve_ahead(self, layer: int) -> bool:
+        """Pages as if all rows stayed, taken while a decision on them is under way, if so many were claimed."""
+        layers = self._alike(layer)
+        ahead = layer >= self._reserved and self.cache.reserve_claimed(layers, self.rows.lengths.host)
+        if ahead:
+            self._reserved = layers.stop
+        return ahead
 
     def _decide(self, layer: int) -> None:
         if self._known is not None:
@@ -251,6 +267,9 @@ class Prefill:
         if dropped is None:
             return slice(None)
         self.rows, stay = dropped
+        if self._reserved > self.next:  # ahead
+            self.cache.trim(range(self.next, self._reserved), self.rows.lengths.host)
+            self._reserved = self.next
         lost = [old != new for old, new in zip(before.n_visual, self.rows.n_visual, strict=True)]
         for b, left in enumerate(self.rows.n_visual):
             if lost[b] and not left:
@@ -280,6 +299,8 @@ class Prefill:
         if self._known is not None:
             self._known.keep()
         self.cache.give_up(sequence)
+        if self._graphs is not None:
+            self._graphs.unload(self)
 
     def close(self) -> None:
         """Prefixes stay as deep as they are. It holds nothing else but its cache."""

@@ -100,7 +100,8 @@ class Runner:
         share prefixes where nothing speaks against it.
         """
         decoder, prompts = self.model.decoder, reduce_pictures(policy, prompts)
-        embeds, rows = torch.cat([p.inputs_embeds for p in prompts]), _rows(prompts, decoder.cos_sin)
+        rows = _rows(prompts, decoder.cos_sin)
+        embeds = prompts[0].inputs_embeds if len(prompts) == 1 else torch.cat([p.inputs_embeds for p in prompts])
         early = self.config.drop_early_kv if drop_early_kv is None else drop_early_kv
         known = None
         if keys and self.unshared(policy) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from ..errors import InvalidArgumentError, first_line
-from ..kernels.transfer import to_device
+from ..kernels.transfer import copy_later, to_device
 from ..requests import TokenLogprobs
 from .options import check_seed, merge_config, sequence_seeds
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_seed",
     "end_tokens",
     "merge_config",
+    "most_likely",
     "sequence_seeds",
     "token_logprobs",
 ]
@@ -113,6 +115,27 @@ class Sampler:
             return self._chain(self._ids[None], logits[None].clone())[0]
         except OverflowError as e:  # of a penalty that grows with the answer
             raise InvalidArgumentError(f"the options overflow after {len(ids)} tokens: {first_line(e)}") from e
+
+
+def most_likely(logits: Tensor) -> tuple[Tensor, Callable[[], list[int]]]:
+    """f32 [B, vocab] -> int64 [B] on its device, which may be written to, and a function that reads them by then.
+
+    It gives -1 where the logits are not finite. One kernel and one copy.
+    """
+    n = len(logits)
+    memory = torch.empty(12 * n, dtype=torch.uint8, device=logits.device)
+
+    def views(of: Tensor) -> tuple[Tensor, Tensor]:
+        return of[8 * n :].view(torch.float32), of[: 8 * n].view(torch.int64)
+
+    best, tokens = views(memory)
+    torch.max(logits, -1, out=(best, tokens))  # NaN is above all
+
+    def read() -> list[int]:
+        values, numbers = (there.tolist() for there in views(copy_later(memory)()))
+        return [token if math.isfinite(value) else -1 for value, token in zip(values, numbers, strict=True)]
+
+    return tokens, read
 
 
 def token_logprobs(logits: Tensor, token: Tensor, top: int) -> TokenLogprobs:

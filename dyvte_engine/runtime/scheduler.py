@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ from .prefill import Prefill
 from .prefix import Prefix
 from .runner import Runner
 from .running import picked
-from .sampling import token_logprobs
+from .sampling import most_likely, token_logprobs
 from .sequence import Sequence
 
 
@@ -327,8 +327,8 @@ class Scheduler:
         came = self._sequences
         if not came:
             return
-        tokens = self._sample(self._running.logits)
-        for s, token in zip(came, tokens.tolist(), strict=True):
+        tokens, read = self._sample(self._running.logits)
+        for s, token in zip(came, read(), strict=True):
             if token < 0:
                 s.fail(ModelError("the logits are not finite: the numbers of this dtype do not reach far enough"))
             elif not s.done:
@@ -344,19 +344,18 @@ class Scheduler:
         for s in came:
             self._emit(s)
 
-    def _sample(self, logits: Tensor) -> Tensor:
-        """f32 [B, vocab] -> int64 [B]; -1 where the logits are not finite."""
-        best, tokens = logits.max(-1)  # NaN is above all
-        tokens = torch.where(best.isfinite(), tokens, -1)
+    def _sample(self, logits: Tensor) -> tuple[Tensor, Callable[[], list[int]]]:
+        """f32 [B, vocab] -> int64 [B], and what reads them; see `most_likely`."""
+        tokens, read = most_likely(logits)
         for i, s in enumerate(self._sequences):
             try:
                 if not s.sampler.plain:
-                    tokens[i] = torch.where(tokens[i] < 0, -1, s.sampler(logits[i].nan_to_num(), s.ids))
+                    tokens[i] = s.sampler(logits[i].nan_to_num(), s.ids)
                 if s.logprobs is not None:
-                    s.newest_logprobs = token_logprobs(logits[i], tokens[i].clamp(0), s.logprobs)
+                    s.newest_logprobs = token_logprobs(logits[i], tokens[i], s.logprobs)
             except Exception as error:
                 s.fail(error)
-        return tokens
+        return tokens, read
 
     def _emit(self, sequence: Sequence) -> None:
         if sequence.done:

@@ -81,6 +81,24 @@ def test_neither_prefill_nor_decoding_waits_for_the_device(name, drop_early_kv, 
         running.close()
 
 
+@pytest.mark.parametrize("picture_cache", [0, "auto"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_request_waits_for_nothing_but_decisions_and_tokens(name, picture_cache):
+    """From its pictures to its last token: the vision side, what is kept of pictures, joining, sampling. Both are read
+    by events, which torch does not count. The second time all pictures are known, the third time none is."""
+    options = dict(device="cuda", dtype=torch.bfloat16, policy=POLICIES[name], page_size=4)
+    engine, _ = build(**options, picture_cache=picture_cache)
+    for mode, seed in (("default", 84), ("error", 84), ("error", 85)):
+        texts, images = tiny.prompts(seed=seed, n=8, images=(1, 2))
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            results = engine.generate(texts, images, chat=False, max_new_tokens=4)
+            alone = engine.generate(texts[0], images[0], chat=False, max_new_tokens=4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(r.token_ids for r in (*results, alone))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", ["keep-all", "dyvte+fastv"])
 def test_a_device_that_is_not_the_current_one(name):

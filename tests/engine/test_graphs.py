@@ -30,9 +30,10 @@ from dyvte_engine import (
 )
 from dyvte_engine.kernels import graphs
 from dyvte_engine.kernels.graphs import capture_cuda
-from dyvte_engine.models import VisionLanguageModel
+from dyvte_engine.models import PreparedPrompt, VisionLanguageModel
 from dyvte_engine.models.tower_graphs import TowerGraphs
 from dyvte_engine.runtime.decode import DecodeGraphs
+from dyvte_engine.runtime.kv_cache import KVCache
 from dyvte_engine.runtime.layer_graphs import LayerGraphs, bucket_of
 from dyvte_engine.runtime.running import Running
 from tests import tiny
@@ -448,6 +449,72 @@ def test_prefills_that_are_under_way_together(name, device):
     assert graphs._replays
     assert not any(graphs.holds(prefill) for prefill in prefills)
     assert engine.pool.bytes_held == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("policy", [FixedExit(1), FastV(1, 0.5), DynamicExit(random_heads(4), 0.7), OneByOne()])
+def test_pages_taken_ahead_of_a_decision_go_back_where_rows_leave(policy, graphs, device, monkeypatch):
+    """Of requests, which have claimed them; those of a layer beyond what stays are free before it runs."""
+    engine, plain = with_graphs(device)
+    if graphs:
+        add_layer_graphs(engine, device)
+    ahead, reserve, trimmed, trim = [], KVCache.reserve_claimed, [], KVCache.trim
+
+    def reserving(cache, layers, rows):
+        ahead.append(reserve(cache, layers, rows))
+        return ahead[-1]
+
+    def trimming(cache, layers, rows):
+        before = cache._held.sum()
+        trim(cache, layers, rows)
+        trimmed.append(int(before - cache._held.sum()))
+
+    texts, images = tiny.prompts(seed=97, n=12)
+    options = {"chat": False, "max_new_tokens": 4}
+    want = plain.generate(texts, images, policy=policy, **options)
+    monkeypatch.setattr(KVCache, "reserve_claimed", reserving)
+    monkeypatch.setattr(KVCache, "trim", trimming)
+    got = engine.generate(texts, images, policy=Later(policy), **options)
+    for a, b in zip(got, want, strict=True):
+        assert (a.token_ids, a.stats.tokens_per_layer) == (b.token_ids, b.stats.tokens_per_layer)
+        assert a.stats.kv_bytes == b.stats.kv_bytes
+    assert ahead and all(ahead) and any(trimmed)
+    assert engine.pool.bytes_held == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_given_up_between_layers_that_are_captured_writes_no_page_of_others(device):
+    """Its pages are free, and were copied to the graphs for all layers together."""
+    engine, plain, graphs, _ = with_layer_graphs(device)
+    entry = text_prompts(engine, [9, 7])
+    with plain.prefill(*entry) as want:
+        states = [t.clone() for t in state(want)[3:]]  # K and V of each layer, of both sequences
+    runner = engine.runner
+    prompts = [
+        PreparedPrompt(e.to(device), v, torch.arange(len(e), dtype=torch.int32, device=device), [])
+        for e, v in zip(*entry)
+    ]
+    with torch.inference_mode():
+        cache = runner.cache(2, 2)
+        prefill = runner.prefill(cache, prompts, engine.policy)
+        prefill.advance(1)
+        assert graphs.holds(prefill)
+        prefill.give_up(0)
+        free = runner.cache(1, 1)  # gets what was given up
+        free.reserve(range(LAYERS), [9])
+        pages = sorted(set(free.pages_held()))
+        for pool in (engine.pool.k, engine.pool.v):
+            pool[pages] = 7.0
+        prefill.advance()
+        prefill.finish()
+        assert all((pool[pages] == 7.0).all() for pool in (engine.pool.k, engine.pool.v))
+        table, n = cache.block_table.long(), 7
+        for layer in range(LAYERS):
+            for pool, kept in zip((engine.pool.k, engine.pool.v), states[4 * layer + 2 : 4 * layer + 4]):
+                close(pool[table[layer, 1]].flatten(0, 1)[:n], kept)
+        cache.close()
+        free.close()
 
 
 @pytest.mark.parametrize("device", DEVICES)

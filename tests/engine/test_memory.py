@@ -114,6 +114,21 @@ def test_a_pool_without_pages_says_so():
     assert engine.pool.bytes_held == 0
 
 
+def test_pages_ahead_of_a_decision_are_taken_of_what_is_claimed_alone():
+    engine, _ = build(page_size=16, max_batch=1, max_len=64, prefix_cache=0)
+    cache = KVCache(engine.pool, 1, 64, 1)
+    assert not cache.reserve_claimed(range(2), [40])
+    assert engine.pool.claimed == engine.pool.bytes_held == 0
+    cache.claim(0, 6)
+    assert cache.reserve_claimed(range(2), [40])
+    assert not cache.reserve_claimed(range(2, 3), [1])
+    assert (engine.pool.claimed, cache.held(0)) == (6, 6)
+    cache.trim(range(1, 2), [17])
+    assert (engine.pool.claimed, cache.held(0), engine.pool.allocator.used_count) == (6, 5, 5)
+    cache.close()
+    assert engine.pool.claimed == engine.pool.bytes_held == 0
+
+
 def test_the_time_in_the_queue_is_not_the_time_of_reading_pictures():
     engine, _ = build()
     (sequence,) = engine._prepare_request(Request("w1 w2", chat=False, options=dict(max_new_tokens=2)))

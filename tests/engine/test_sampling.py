@@ -1,6 +1,7 @@
 """Generation options mean what transformers means by them; a sequence's draws depend on its seed alone."""
 
 import copy
+import math
 import random
 
 import numpy
@@ -22,6 +23,7 @@ from dyvte_engine.runtime.sampling import (
     check_seed,
     end_tokens,
     merge_config,
+    most_likely,
     sequence_seeds,
 )
 from tests import tiny
@@ -646,3 +648,17 @@ def test_merged_options_are_kept_while_all_is_the_same():
     words.append([8])
     assert one.bad_words_ids == [[7]] and merged(base, None, {"bad_words_ids": words}, 90).bad_words_ids == [[7], [8]]
     assert merged(base, transformers.GenerationConfig(top_k=9), {}, 90).top_k == 9
+
+
+def test_the_most_likely_tokens_and_whether_logits_are_finite():
+    nan, inf = math.nan, math.inf
+    logits = torch.tensor(
+        [[1.0, 3.0, 2.0], [nan, 1.0, 2.0], [-inf, -inf, 0.5], [-inf] * 3, [1.0, inf, 0.0], [4.0, 4.0, 1.0]]
+    )
+    tokens, read = most_likely(logits)
+    assert tokens.dtype == torch.int64 and torch.equal(tokens[[0, 2, 5]], logits.argmax(1)[[0, 2, 5]])
+    assert read() == [1, -1, 2, -1, -1, 0]
+    tokens[0] = 2  # sampled
+    tokens[1] = 0
+    assert read() == [2, -1, 2, -1, -1, 0]
+    assert most_likely(logits[:0])[1]() == []

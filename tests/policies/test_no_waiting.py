@@ -3,12 +3,14 @@
 An operation whose result's size depends on values has no meta kernel and raises; `Waits` sees the copies that wait.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyvte_engine import DivPrune, Downsample, DynamicExit, FastV, FixedExit, PyramidDrop, Random, compose
-from dyvte_engine.kernels.transfer import on, read_later, to_device
+from dyvte_engine.kernels.transfer import on, read_later, to_device, to_device_together
 from dyvte_engine.models import Decoder
 from dyvte_engine.models.rows import Rows
 from dyvte_engine.policies import composed
@@ -94,6 +96,44 @@ def test_rows_leave_without_waiting(decoder, name, monkeypatch):
     assert len(stay) == sum(fewer.lengths.host) < len(hidden)
     assert again.positions.shape == fewer.positions.shape == stay.shape
     assert [len(counts) for counts in reads] == ([3] if name == "fastv and random" else []), "one read for all"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_leave_whole_are_those_that_the_device_finds(seed):
+    """Sequences lose all visual rows one after another, known on the host, and as from a decision of the device's."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 14, (5,), generator=generator).tolist()
+    visual = [torch.rand(n, generator=generator) < 0.6 for n in lengths]
+    host = Rows.from_sequences(visual, [torch.arange(n, dtype=torch.int32) for n in lengths])
+    device, nothing = replace(host, marks=None), torch.empty(0, dtype=torch.int64)
+    for b in torch.randperm(5, generator=generator).tolist():
+        decision = [nothing if b == i else None for i in range(5)]
+        fewer, again = host.drop(decision), device.drop(decision)
+        assert (fewer is None) == (again is None) == (host.n_visual[b] == 0)
+        if fewer is None or again is None:
+            continue
+        assert torch.equal(fewer[1], again[1])
+        (host, _), (device, _) = fewer, again
+        assert device.marks is None and torch.equal(host.marks, host.visual)
+        for name in ("positions", "visual", "source", "text_ranges"):
+            ours, theirs = getattr(host, name), getattr(device, name)
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        assert host.lengths.host == device.lengths.host and torch.equal(host.lengths.cu, device.lengths.cu)
+        ends = torch.tensor(host.lengths.host).cumsum(0)
+        assert host.text_ranges.tolist() == torch.stack((ends - torch.tensor(host.n_tail), ends), 1).tolist()
+    assert not host.visual.any()
+
+
+@pytest.mark.parametrize("device", [META, torch.device("cpu")])
+def test_several_values_go_to_the_device_in_one_copy(device):
+    parts = [(torch.arange(3), torch.int64), ([], torch.int32), ([[1, 2], [3, 4]], torch.int32), ([True], torch.bool)]
+    with Waits():
+        made = to_device_together(parts, device)
+    assert [(t.dtype, t.device.type) for t in made] == [(dtype, device.type) for _, dtype in parts]
+    assert len({t.untyped_storage()._cdata for t in made}) == 1
+    for (values, dtype), tensor in zip(parts, made, strict=True):
+        want = torch.as_tensor(values, dtype=dtype)
+        assert tensor.shape == want.shape and (device == META or torch.equal(tensor, want))
 
 
 @pytest.mark.parametrize("policy", [DivPrune(0.5), Downsample(2), Random(0, 0.5)])
