@@ -17,6 +17,9 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor kv_lens, float scale, "
       "Tensor(a!)? arrived=None) -> Tensor");
+  m.def(
+      "rope_append_attention_(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor(a!) k_pool, "
+      "Tensor(b!) v_pool, Tensor block_table, Tensor lens, float scale, Tensor(c!) arrived) -> Tensor");
   m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal=True) -> Tensor");
   m.def(
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor before, Tensor cu_seqlens, "
@@ -47,6 +50,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("rope_append_", TORCH_BOX(&rope_append_));
   m.impl("token_score", TORCH_BOX(&token_score));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("rope_append_attention_", TORCH_BOX(&rope_append_attention_));
   m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));

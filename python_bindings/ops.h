@@ -22,6 +22,9 @@ void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const Tensor& cu_k, double scale);
 Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
                         const Tensor& kv_lens, double scale, const std::optional<Tensor>& arrived);
+Tensor rope_append_attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
+                              const Tensor& positions, const Tensor& k_pool, const Tensor& v_pool,
+                              const Tensor& block_table, const Tensor& lens, double scale, const Tensor& arrived);
 Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                         bool causal);
 Tensor paged_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
