@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor before, Tensor cu_seqlens, "
       "float scale) -> Tensor");
   m.def("add_rms_norm_(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm_into_(Tensor(a!) residual, Tensor x, Tensor weight, float eps, Tensor(b!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
@@ -54,6 +55,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
+  m.impl("add_rms_norm_into_", TORCH_BOX(&add_rms_norm_into_));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("silu_mul", TORCH_BOX(&silu_mul));
   m.impl("linear", TORCH_BOX(&linear));

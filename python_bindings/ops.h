@@ -30,6 +30,7 @@ Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
 Tensor paged_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
                        const Tensor& before, const Tensor& cu_seqlens, double scale);
 Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps);
+void add_rms_norm_into_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps, const Tensor& out);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor silu_mul(const Tensor& gate_up);
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);

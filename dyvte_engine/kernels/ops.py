@@ -124,6 +124,7 @@ _rope_append_attention = torch.ops.dyvte.rope_append_attention_.default
 _varlen_attention = torch.ops.dyvte.varlen_attention.default
 _paged_attention = torch.ops.dyvte.paged_attention.default
 _add_rms_norm = torch.ops.dyvte.add_rms_norm_.default
+_add_rms_norm_into = torch.ops.dyvte.add_rms_norm_into_.default
 _rms_norm = torch.ops.dyvte.rms_norm.default
 _linear = torch.ops.dyvte.linear.default
 _silu_mul = torch.ops.dyvte.silu_mul.default
@@ -327,9 +328,12 @@ def paged_attention(
     return _paged_attention(q, k_pool, v_pool, block_table, before, cu_seqlens, scale)
 
 
-def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x, both [..., d]; returns `rms_norm(residual, weight, eps)`."""
-    return _add_rms_norm(residual, x, weight, eps)
+def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """residual += x, both [..., d]; returns `rms_norm(residual, weight, eps)`, in `out` if given, contiguous."""
+    if out is None:
+        return _add_rms_norm(residual, x, weight, eps)
+    _add_rms_norm_into(residual, x, weight, eps, out)
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -449,6 +453,7 @@ def _(hidden: Tensor, text_ranges: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("dyvte::kv_compact_")
 @torch.library.register_fake("dyvte::add_linear_")
+@torch.library.register_fake("dyvte::add_rms_norm_into_")
 @torch.library.register_fake("dyvte::rope_append_")
 def _(*_: Any) -> None:
     return None
