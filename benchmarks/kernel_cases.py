@@ -202,8 +202,7 @@ def decode_attention(i: Inputs) -> Case:
     return Case(lambda: ops.decode_attention(q, k_pool, v_pool, table[0], lens, scale), torch_form, k.nbytes + v.nbytes)
 
 
-def add_rms_norm(i: Inputs) -> Case:
-    n = i.batch * i.s.rows
+def _add_rms_norm(i: Inputs, n: int) -> Case:
     x, residual, weight = i.randn(n, i.s.hidden), i.randn(n, i.s.hidden), i.randn(i.s.hidden)
 
     def torch_form() -> Tensor:
@@ -211,6 +210,15 @@ def add_rms_norm(i: Inputs) -> Case:
         return F.rms_norm(residual, (i.s.hidden,), weight, 1e-6)
 
     return Case(lambda: ops.add_rms_norm_(residual, x, weight, 1e-6), torch_form, 4 * x.nbytes)
+
+
+def add_rms_norm(i: Inputs) -> Case:
+    return _add_rms_norm(i, i.batch * i.s.rows)
+
+
+def add_rms_norm_decode(i: Inputs) -> Case:
+    """One row of each sequence."""
+    return _add_rms_norm(i, i.batch)
 
 
 def silu_mul(i: Inputs) -> Case:
@@ -264,6 +272,25 @@ def decode_attention_in_one(i: Inputs) -> Case:
     arrived = i.ints([0] * (i.batch * s.heads))
     moved = 2 * i.batch * s.rows * s.kv_heads * s.head_dim * q.itemsize
     return Case(lambda: ops.decode_attention(*args, arrived), lambda: ops.decode_attention(*args), moved, plain=False)
+
+
+def rope_append_attention(i: Inputs) -> Case:
+    """A decoding step's rotation, appending and attention, against two launches, or three."""
+    s = i.s
+    q, k, v = i.randn(i.batch, s.heads + 2 * s.kv_heads, s.head_dim).split((s.heads, s.kv_heads, s.kv_heads), 1)
+    k_pool, v_pool, table = _cache(i, s.rows)
+    lens, kv_lens, scale = i.ints([s.rows - 1] * i.batch), i.ints([s.rows] * i.batch), s.head_dim**-0.5
+    cos_sin, cu = torch.randn(4096, s.head_dim, device=i.device), i.ints(torch.arange(i.batch + 1))
+    cache, arrived = (k_pool, v_pool, table[0]), i.ints([0] * (i.batch * s.heads))
+
+    def usual() -> Tensor:
+        ops.rope_append_(q, k, v, cos_sin, lens, cu, *cache, lens)
+        return ops.decode_attention(q, *cache, kv_lens, scale)
+
+    def ours() -> Tensor:
+        return ops.rope_append_attention_(q, k, v, cos_sin, lens, *cache, lens, scale, arrived)
+
+    return Case(ours, usual, 2 * i.batch * s.rows * s.kv_heads * s.head_dim * q.itemsize, plain=False)
 
 
 def _few(i: Inputs) -> int:
@@ -349,7 +376,16 @@ CASES = (
     silu_mul,
 )
 CPU_CASES = (linear_decode, linear_text, varlen_attention)  # on CUDA torch's own products and FlashAttention serve
-CUDA_CASES = (decode_attention_in_one, norm_qkv_append, add_linear_out, norm_gate_up, add_linear_down, norm_linear)
+CUDA_CASES = (
+    add_rms_norm_decode,
+    rope_append_attention,
+    decode_attention_in_one,
+    norm_qkv_append,
+    add_linear_out,
+    norm_gate_up,
+    add_linear_down,
+    norm_linear,
+)
 
 
 def cases(device: torch.device) -> tuple[Callable[[Inputs], Case], ...]:

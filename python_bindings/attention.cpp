@@ -46,51 +46,59 @@ Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const T
   return score;
 }
 
+namespace {
+
+// What both forms of attention to one row per sequence take.
+DecodeAttentionParams check_decode(const View& q, const View& k, const View& v, const View& table, const View& lens,
+                                   double scale) {
+  DecodeAttentionParams p{};
+  p.dtype = data_type(q);
+  p.pool = check_pool(k, v);
+  check_like(k, q);
+  check_shape(q, {-1, -1, p.pool.dim}, "[B, Hq, D]");
+  check_dense(q, 1);
+  p.batch = q.size[0];
+  p.heads_q = q.size[1];
+  check_head_dim(q, p.pool.dim);
+  check_groups(q, p.heads_q, k, p.pool.heads);
+  check_int32(table);
+  check_shape(table, {p.batch, -1}, "[B, M]");
+  check_dense(table, 1);
+  check_index(lens, {p.batch}, "[B]");
+  check_device(q, {&k, &table, &lens});
+  p.max_pages = table.size[1];
+  p.table_stride = table.row_stride();
+  p.max_len = p.max_pages * p.pool.page;
+  p.q = q.data;
+  p.q_stride = q.row_stride();
+  p.block_table = table.as<int32_t>();
+  p.kv_lens = lens.as<int32_t>();
+  p.scale = static_cast<float>(scale);
+  return p;
+}
+
+uint32_t* check_arrived(const View& q, const View& counts, const DecodeAttentionParams& p) {
+  check_index(counts, {-1}, "[n]");
+  check_device(q, {&counts});
+  if (counts.size[0] >= p.batch * p.heads_q) return counts.as<uint32_t>();
+  fail(q.op, ": arrived must have at least B * Hq = ", p.batch * p.heads_q, " counts, got ", counts.shape());
+}
+
+}  // namespace
+
 Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
                         const Tensor& kv_lens, double scale, const std::optional<Tensor>& arrived) {
   constexpr const char* op = "decode_attention";
   const View vq(op, "q", q), k(op, "k_pool", k_pool), v(op, "v_pool", v_pool), table(op, "block_table", block_table),
       lens(op, "kv_lens", kv_lens);
-  DecodeAttentionParams p{};
-  p.dtype = data_type(vq);
-  p.pool = check_pool(k, v);
-  check_like(k, vq);
-  check_shape(vq, {-1, -1, p.pool.dim}, "[B, Hq, D]");
-  check_dense(vq, 1);
-  p.batch = vq.size[0];
-  p.heads_q = vq.size[1];
-  check_head_dim(vq, p.pool.dim);
-  check_groups(vq, p.heads_q, k, p.pool.heads);
-  check_int32(table);
-  check_shape(table, {p.batch, -1}, "[B, M]");
-  check_dense(table, 1);
-  check_index(lens, {p.batch}, "[B]");
-  check_device(vq, {&k, &table, &lens});
-  p.max_pages = table.size[1];
-  p.table_stride = table.row_stride();
-  if (vq.on_cuda()) {
-    p.max_len = p.max_pages * p.pool.page;
-  } else {
+  DecodeAttentionParams p = check_decode(vq, k, v, table, lens, scale);
+  if (!vq.on_cuda()) {
     for (int64_t b = 0; b < p.batch; ++b) {
-      const int64_t len = lens.as<int32_t>()[b];
-      check_value(lens, b, 0, p.max_pages * p.pool.page);
-      check_pages(table, b * p.table_stride, 0, len, p.pool);
+      check_value(lens, b, 0, p.max_len);
+      check_pages(table, b * p.table_stride, 0, p.kv_lens[b], p.pool);
     }
   }
-  if (arrived) {
-    const View counts(op, "arrived", *arrived);
-    check_index(counts, {-1}, "[n]");
-    check_device(vq, {&counts});
-    if (counts.size[0] < p.batch * p.heads_q) {
-      fail(op, ": arrived must have at least B * Hq = ", p.batch * p.heads_q, " counts, got ", counts.shape());
-    }
-    p.arrived = counts.as<uint32_t>();
-  }
-  p.q = vq.data;
-  p.q_stride = vq.row_stride();
-  p.block_table = table.as<int32_t>();
-  p.kv_lens = lens.as<int32_t>();
-  p.scale = static_cast<float>(scale);
+  if (arrived) p.arrived = check_arrived(vq, View(op, "arrived", *arrived), p);
   Tensor out = empty({p.batch, p.heads_q, p.pool.dim}, vq.dtype, vq);
   if (p.batch * p.heads_q == 0) return out;
   p.out = out.data_ptr();
@@ -100,6 +108,38 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_p
     p.scratch = scratch.get();
     return decode_attention_cpu(p, torch_parallel_for);
   };
+  DYVTE_LAUNCH_WITH_SCRATCH(vq, p, decode_attention, cpu);
+  return out;
+}
+
+Tensor rope_append_attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
+                              const Tensor& positions, const Tensor& k_pool, const Tensor& v_pool,
+                              const Tensor& block_table, const Tensor& lens, double scale, const Tensor& arrived) {
+  constexpr const char* op = "rope_append_attention_";
+  const View vq(op, "q", q), vk(op, "k", k), vv(op, "v", v), cs(op, "cos_sin", cos_sin),
+      pos(op, "positions", positions), kp(op, "k_pool", k_pool), vp(op, "v_pool", v_pool),
+      table(op, "block_table", block_table), len(op, "lens", lens), counts(op, "arrived", arrived);
+  if (!vq.on_cuda()) fail(op, ": q must be on CUDA; a CPU has rope_append_ and decode_attention");
+  DecodeAttentionParams p = check_decode(vq, kp, vp, table, len, scale);
+  for (const View* t : {&vk, &vv}) {
+    check_shape(*t, {p.batch, p.pool.heads, p.pool.dim}, "[B, Hkv, D]");
+    check_dense(*t, 1);
+    check_like(*t, vq);
+  }
+  p.fresh.rot_dim = check_rotations(cs, p.pool.dim);
+  check_index(pos, {p.batch}, "[B]");
+  check_device(vq, {&vk, &vv, &cs, &pos});
+  p.fresh.k = vk.data;
+  p.fresh.v = vv.data;
+  p.fresh.k_stride = vk.row_stride();
+  p.fresh.v_stride = vv.row_stride();
+  p.fresh.cos_sin = cs.as<float>();
+  p.fresh.positions = pos.as<int32_t>();
+  p.arrived = check_arrived(vq, counts, p);
+  Tensor out = empty({p.batch, p.heads_q, p.pool.dim}, vq.dtype, vq);
+  if (p.batch * p.heads_q == 0) return out;
+  p.out = out.data_ptr();
+  const auto cpu = [] { return Status("no CPU kernel"); };  // never reached
   DYVTE_LAUNCH_WITH_SCRATCH(vq, p, decode_attention, cpu);
   return out;
 }

@@ -21,6 +21,16 @@ inline void check_head_dim(const View& v, int64_t dim) {
     fail(v.op, ": ", v.name, " must have a head size in 1..", kMaxHeadDim, ", got ", v.shape());
 }
 
+// The table of rotations. Returns how many channels of a head of `dim` are rotated.
+inline int64_t check_rotations(const View& cos_sin, int64_t dim) {
+  check_shape(cos_sin, {-1, -1}, "[max_pos, rot_dim]");
+  check_float32(cos_sin);
+  check_dense(cos_sin);
+  const int64_t rot_dim = cos_sin.size[1];
+  if (rot_dim % 2 == 0 && rot_dim <= dim) return rot_dim;
+  fail(cos_sin.op, ": cos_sin must have an even rot_dim of at most the head size ", dim, ", got ", cos_sin.shape());
+}
+
 // Heads of q must be a multiple of the K/V heads.
 inline void check_groups(const View& q, int64_t heads_q, const View& kv, int64_t heads_kv) {
   if (heads_kv > 0 && heads_q % heads_kv == 0) return;

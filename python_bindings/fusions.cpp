@@ -38,7 +38,7 @@ Rows fold_rows(const View& x, const View& other) {
   return r;
 }
 
-Tensor run_norm(const View& x, const View* residual, const View& weight, double eps) {
+RmsNormParams check_norm(const View& x, const View* residual, const View& weight, double eps) {
   if (x.dim < 1 || x.dim > kMaxDims)
     fail(x.op, ": x must have shape [..., d] with at most 8 dimensions, got ", x.shape());
   RmsNormParams p{};
@@ -62,28 +62,51 @@ Tensor run_norm(const View& x, const View* residual, const View& weight, double 
     p.res_inner = rows.inner_stride[1];
   }
   p.eps = static_cast<float>(eps);
+  return p;
+}
+
+Tensor run_norm(RmsNormParams p, const View& x) {
   Tensor out = empty(x.size, x.dim, x.dtype, x);
   p.out = out.data_ptr();
   if (x.numel() > 0) DYVTE_LAUNCH(x, p, rms_norm);
   return out;
 }
 
+void check_same(const View& other, const View& x) {
+  bool same = other.dim == x.dim;
+  for (int64_t i = 0; same && i < other.dim; ++i) same = other.size[i] == x.size[i];
+  if (!same) fail(x.op, ": ", other.name, " must have the shape of x, ", x.shape(), ", got ", other.shape());
+  check_like(other, x);
+  check_device(x, {&other});
+}
+
+RmsNormParams check_add_norm(const View& residual, const View& x, const View& weight, double eps) {
+  check_same(residual, x);
+  if (residual.dim > 0) check_dense(residual, residual.dim - 1);
+  return check_norm(x, &residual, weight, eps);
+}
+
 }  // namespace
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  return run_norm(View("rms_norm", "x", x), nullptr, View("rms_norm", "weight", weight), eps);
+  const View vx("rms_norm", "x", x);
+  return run_norm(check_norm(vx, nullptr, View("rms_norm", "weight", weight), eps), vx);
 }
 
 Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps) {
   constexpr const char* op = "add_rms_norm_";
   const View r(op, "residual", residual), vx(op, "x", x);
-  bool same = r.dim == vx.dim;
-  for (int64_t i = 0; same && i < r.dim; ++i) same = r.size[i] == vx.size[i];
-  if (!same) fail(op, ": residual must have the shape of x, ", vx.shape(), ", got ", r.shape());
-  check_like(r, vx);
-  check_device(vx, {&r});
-  if (r.dim > 0) check_dense(r, r.dim - 1);
-  return run_norm(vx, &r, View(op, "weight", weight), eps);
+  return run_norm(check_add_norm(r, vx, View(op, "weight", weight), eps), vx);
+}
+
+void add_rms_norm_into_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
+  constexpr const char* op = "add_rms_norm_into_";
+  const View r(op, "residual", residual), vx(op, "x", x), to(op, "out", out);
+  RmsNormParams p = check_add_norm(r, vx, View(op, "weight", weight), eps);
+  check_same(to, vx);
+  check_dense(to);
+  p.out = to.data;
+  if (vx.numel() > 0) DYVTE_LAUNCH(vx, p, rms_norm);
 }
 
 Tensor silu_mul(const Tensor& gate_up) {

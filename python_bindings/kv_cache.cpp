@@ -80,13 +80,7 @@ void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   for (const View* t : {&vk, &vv}) check_shape(*t, {p.rows, p.pool.heads, p.pool.dim}, "[N, Hkv, D]");
   for (const View* t : {&vq, &vk, &vv}) check_dense(*t, 1);
   for (const View* t : {&vk, &vv, &kp}) check_like(*t, vq);
-  check_shape(cs, {-1, -1}, "[max_pos, rot_dim]");
-  check_float32(cs);
-  check_dense(cs);
-  p.rot_dim = cs.size[1];
-  if (p.rot_dim % 2 || p.rot_dim > p.pool.dim) {
-    fail(op, ": cos_sin must have an even rot_dim of at most the head size ", p.pool.dim, ", got ", cs.shape());
-  }
+  p.rot_dim = check_rotations(cs, p.pool.dim);
   check_index(pos, {p.rows}, "[N]");
   p.batch = check_offsets(cu);
   check_int32(table);

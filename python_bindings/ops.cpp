@@ -17,11 +17,15 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor kv_lens, float scale, "
       "Tensor(a!)? arrived=None) -> Tensor");
+  m.def(
+      "rope_append_attention_(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor(a!) k_pool, "
+      "Tensor(b!) v_pool, Tensor block_table, Tensor lens, float scale, Tensor(c!) arrived) -> Tensor");
   m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal=True) -> Tensor");
   m.def(
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor before, Tensor cu_seqlens, "
       "float scale) -> Tensor");
   m.def("add_rms_norm_(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm_into_(Tensor(a!) residual, Tensor x, Tensor weight, float eps, Tensor(b!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
@@ -47,9 +51,11 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("rope_append_", TORCH_BOX(&rope_append_));
   m.impl("token_score", TORCH_BOX(&token_score));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("rope_append_attention_", TORCH_BOX(&rope_append_attention_));
   m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
+  m.impl("add_rms_norm_into_", TORCH_BOX(&add_rms_norm_into_));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("silu_mul", TORCH_BOX(&silu_mul));
   m.impl("linear", TORCH_BOX(&linear));

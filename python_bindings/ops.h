@@ -22,11 +22,15 @@ void rope_append_(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 Tensor token_score(const Tensor& q, const Tensor& k, const Tensor& cu_q, const Tensor& cu_k, double scale);
 Tensor decode_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
                         const Tensor& kv_lens, double scale, const std::optional<Tensor>& arrived);
+Tensor rope_append_attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
+                              const Tensor& positions, const Tensor& k_pool, const Tensor& v_pool,
+                              const Tensor& block_table, const Tensor& lens, double scale, const Tensor& arrived);
 Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                         bool causal);
 Tensor paged_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
                        const Tensor& before, const Tensor& cu_seqlens, double scale);
 Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps);
+void add_rms_norm_into_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps, const Tensor& out);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor silu_mul(const Tensor& gate_up);
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);

@@ -128,6 +128,12 @@ __device__ __forceinline__ bool last_to_arrive(unsigned* arrived, unsigned block
   return last;
 }
 
+// Channel `x` turned together with `other`, half the rotated channels away: sin is negative for the first half. With an
+// fmaf, so that all kernels round it alike.
+__device__ __forceinline__ float turned(float x, float other, float cos, float sin) {
+  return fmaf(x, cos, other * sin);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -1,6 +1,7 @@
 // Flash-decoding: every (sequence, K/V head, group of query heads, split of the cached rows) is one block with its own
 // online softmax; the last of these blocks, or a second launch, combines the splits. The number of splits follows from
-// the cache's capacity, never from the lengths on the device, so that a graph can capture it.
+// the cache's capacity, never from the lengths on the device, so that a graph can capture it. A decoding step's new
+// rows are in no page yet: each block that reads one has it in registers, and one of them writes it.
 #include <type_traits>
 
 #include "common.cuh"
@@ -14,22 +15,35 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kPerLane = 8;    // channels of a head one lane holds
-constexpr int kMinBlocks = 2;  // per multiprocessor; left to itself, ptxas spills some registers to fit more
-constexpr int kMinSplit = 64;
+constexpr int kMinSplit = 32;  // rows
 constexpr int kMaxSplits = 64;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Query heads of one block: all that share a K/V head, up to eight.
+// Whether head sizes and addresses allow 16-byte accesses.
+bool wide(const DecodeAttentionParams& p) {
+  const NewRows& fresh = p.fresh;
+  const bool sizes = p.pool.dim % kPerLane == 0 && fresh.rot_dim / 2 % kPerLane == 0;
+  const bool strides = p.q_stride % kPerLane == 0 && fresh.k_stride % kPerLane == 0 && fresh.v_stride % kPerLane == 0;
+  return sizes && strides && aligned(p.q) && aligned(p.pool.k) && aligned(p.pool.v) && aligned(fresh.k) &&
+         aligned(fresh.v) && aligned(fresh.cos_sin);
+}
+
+// Query heads of one block: all that share a K/V head, as far as there are registers for them.
 int heads_per_block(const DecodeAttentionParams& p) {
   const int64_t group = p.heads_q / p.pool.heads;
-  return group == 1 ? 1 : group == 2 ? 2 : group <= 4 ? 4 : 8;
+  return group == 1 ? 1 : group == 2 ? 2 : group <= 4 || !wide(p) ? 4 : 8;
 }
 
 int64_t head_groups(const DecodeAttentionParams& p) { return ceil_div(p.heads_q / p.pool.heads, heads_per_block(p)); }
 
+// Blocks of G heads that a multiprocessor has registers for; left to itself, ptxas spills some to fit more.
+constexpr int resident(int g) { return g == 1 ? 4 : g == 2 ? 3 : 2; }
+
+// As many as are at work at the same time: with one more, all would wait for what the last ones do alone.
 int64_t split_count(const DecodeAttentionParams& p) {
   const int64_t blocks = p.batch * p.pool.heads * head_groups(p);
-  const int64_t wanted = ceil_div(2 * multiprocessors(), blocks), most = ceil_div(p.max_len, kMinSplit);
+  const int64_t wanted = resident(heads_per_block(p)) * multiprocessors() / blocks;
+  const int64_t most = ceil_div(p.max_len, kMinSplit);
   const int64_t splits = wanted < most ? wanted : most;
   return splits < 1 ? 1 : splits > kMaxSplits ? kMaxSplits : splits;
 }
@@ -50,18 +64,81 @@ __device__ __forceinline__ int64_t cache_row(const int32_t* table, int row, cons
   return (static_cast<int64_t>(table[row >> shift]) << shift) + (row & ((1 << shift) - 1));
 }
 
+// A lane's channels as they are in memory: two of 16 bits would take two registers as numbers.
+template <class T>
+struct Channels {
+  uint4 raw[kPerLane * sizeof(T) / 16];
+};
+
+template <class T>
+__device__ __forceinline__ Pack<T, kPerLane> numbers(const Channels<T>& of) {
+  Pack<T, kPerLane> pack;
+  memcpy(&pack, of.raw, sizeof(pack));
+  return pack;
+}
+
+template <class T>
+__device__ __forceinline__ Channels<T> packed(const Pack<T, kPerLane>& pack) {
+  Channels<T> to;
+  memcpy(to.raw, &pack, sizeof(pack));
+  return to;
+}
+
+// Channels first.. of a head at x; zeros behind its end.
 template <class T, bool WIDE>
-__device__ __forceinline__ Pack<T, kPerLane> load_channels(const T* from, int first, int dim) {
+__device__ __forceinline__ Channels<T> load_channels(const T* x, int first, int dim) {
   if (WIDE) {
-    if (first < dim) return load_pack<T, kPerLane>(from + first);
+    if (first < dim) return packed(load_pack<T, kPerLane>(x + first));
     return {};
   }
   Pack<T, kPerLane> pack = {};
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    if (first + i < dim) pack.at[i] = from[first + i];
+    if (first + i < dim) pack.at[i] = x[first + i];
   }
-  return pack;
+  return packed(pack);
+}
+
+template <class T, bool WIDE>
+__device__ __forceinline__ void store_channels(T* to, const Channels<T>& channels, int first, int dim) {
+  const Pack<T, kPerLane> pack = numbers(channels);
+  if (WIDE) {
+    if (first < dim) store_pack(to + first, pack);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (first + i < dim) to[first + i] = pack.at[i];
+  }
+}
+
+// The same as load_channels, of a head whose first 2 half channels are rotated in pairs, rounded as rope_append leaves
+// them. cos: half numbers, then the sines.
+template <class T, bool WIDE>
+__device__ __forceinline__ Channels<T> load_rotated(const T* x, const float* cos, int half, int first, int dim) {
+  Pack<T, kPerLane> pack = numbers(load_channels<T, WIDE>(x, first, dim));
+  if (WIDE) {
+    if (first >= 2 * half) return packed(pack);
+    const bool low = first < half;
+    const int angle = low ? first : first - half;
+    float other[kPerLane], cs[kPerLane], sn[kPerLane];
+    load(x + (low ? first + half : angle), other);
+    load(cos + angle, cs);
+    load(cos + half + angle, sn);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      from_float(turned(to_float(pack.at[i]), other[i], cs[i], low ? -sn[i] : sn[i]), &pack.at[i]);
+    }
+    return packed(pack);
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int c = first + i, angle = c < half ? c : c - half;
+    if (c >= 2 * half) continue;
+    const float other = to_float(x[c < half ? c + half : angle]), sn = cos[half + angle];
+    from_float(turned(to_float(pack.at[i]), other, cos[angle], c < half ? -sn : sn), &pack.at[i]);
+  }
+  return packed(pack);
 }
 
 // What one group of LANES lanes has seen so far for G query heads.
@@ -71,16 +148,17 @@ struct Online {
 };
 
 template <class T, int LANES, int G, int U>
-__device__ __forceinline__ void absorb(Online<G>& state, const float (&q)[G][kPerLane], const Pack<T, kPerLane> (&k)[U],
-                                       const Pack<T, kPerLane> (&v)[U], const bool (&valid)[U]) {
+__device__ __forceinline__ void absorb(Online<G>& state, const float (&q)[G][kPerLane], const Channels<T> (&k)[U],
+                                       const Channels<T> (&v)[U], const bool (&valid)[U]) {
 #pragma unroll
   for (int g = 0; g < G; ++g) {
     float score[U], top = state.largest[g];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
+      const Pack<T, kPerLane> key = numbers(k[u]);
       float dot = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) dot += q[g][i] * to_float(k[u].at[i]);
+      for (int i = 0; i < kPerLane; ++i) dot += q[g][i] * to_float(key.at[i]);
 #pragma unroll
       for (int offset = LANES / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(kAllLanes, dot, offset);
       score[u] = valid[u] ? dot : -INFINITY;
@@ -94,10 +172,11 @@ __device__ __forceinline__ void absorb(Online<G>& state, const float (&q)[G][kPe
     for (int i = 0; i < kPerLane; ++i) state.out[g][i] *= old;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
+      const Pack<T, kPerLane> value = numbers(v[u]);
       const float e = exp2f(score[u] - shift);
       state.weight[g] += e;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) state.out[g][i] += e * to_float(v[u].at[i]);
+      for (int i = 0; i < kPerLane; ++i) state.out[g][i] += e * to_float(value.at[i]);
     }
   }
 }
@@ -117,27 +196,43 @@ __device__ void write_part(const DecodeAttentionParams& p, int64_t head, int spl
 }
 
 // One channel of a head, of what all splits found. They may have been written by this kernel: read past the first
-// cache.
+// cache, and several at once, for nothing is left to do meanwhile.
 template <class T>
 __device__ void combine(const DecodeAttentionParams& p, int64_t head, int splits, int channel) {
+  constexpr int kAtOnce = 8;
   const Parts parts = split_scratch(p, splits);
   const float2* stats = parts.stats + head * splits;
   const float* out = parts.out + head * splits * p.pool.dim + channel;
   float top = -INFINITY, total = 0.0f, sum = 0.0f;
-  for (int s = 0; s < splits; ++s) top = fmaxf(top, __ldcg(stats + s).x);
-  for (int s = 0; s < splits; ++s) {
-    const float2 part = __ldcg(stats + s);
-    if (part.x == -INFINITY) continue;
-    const float scale = exp2f(part.x - top);
-    total += scale * part.y;
-    sum += scale * __ldcg(out + s * p.pool.dim);
+  for (int begin = 0; begin < splits; begin += kAtOnce) {
+    float2 stat[kAtOnce];
+    float value[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int s = min(begin + i, splits - 1);  // no branch: all loads are on the way
+      stat[i] = __ldcg(stats + s);
+      value[i] = __ldcg(out + s * p.pool.dim);
+    }
+    const float before = top;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) top = fmaxf(top, stat[i].x);
+    const float old = before == -INFINITY ? 0.0f : exp2f(before - top);
+    total *= old;
+    sum *= old;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (begin + i >= splits || stat[i].x == -INFINITY) continue;
+      const float scale = exp2f(stat[i].x - top);
+      total += scale * stat[i].y;
+      sum += scale * value[i];
+    }
   }
   from_float(total > 0.0f ? sum / total : total, static_cast<T*>(p.out) + head * p.pool.dim + channel);
 }
 
 // `shift`: the page size is 2 to this power; negative: it is none.
 template <class T, int LANES, int G, int U, bool WIDE>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, resident(G))
     split_kernel(DecodeAttentionParams p, int groups, int splits, int shift) {
   constexpr int kRows = kWarp / LANES,
                 kSeen = kWarps * kRows;  // rows a warp reads at once; partial states of the block
@@ -148,22 +243,55 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int n_heads = min(G, shared_by - group * G);
   const int64_t head = static_cast<int64_t>(kv_head) * shared_by + group * G;  // first query head of the block
   const int lane = threadIdx.x % kWarp, sub = lane / LANES, first = lane % LANES * kPerLane;
-  const int seen = threadIdx.x / kWarp * kRows + sub;
+  const int warp = threadIdx.x / kWarp, seen = warp * kRows + sub;
+  const int32_t* table = p.block_table + seq * p.table_stride;
+  constexpr int kLine = 128 / sizeof(int32_t);
+  for (int i = threadIdx.x * kLine; i < p.max_pages; i += kThreads * kLine) prefetch(table + i);
 
   wait_for_earlier_kernels();
   let_next_begin();
-  const int len = p.kv_lens[seq], per_split = (len + splits * 16 - 1) / (splits * 16) * 16;
+  const int cached = p.kv_lens[seq], len = cached + (p.fresh.k != nullptr), per_split = (len + splits - 1) / splits;
   const int begin = split * per_split, end = min(len, begin + per_split);
-  const int32_t* table = p.block_table + seq * p.table_stride;
   const int64_t row = p.pool.heads * p.pool.dim;
-  const T* k_pool = static_cast<const T*>(p.pool.k) + static_cast<int64_t>(kv_head) * dim;
-  const T* v_pool = static_cast<const T*>(p.pool.v) + static_cast<int64_t>(kv_head) * dim;
+  T* k_pool = static_cast<T*>(p.pool.k) + static_cast<int64_t>(kv_head) * dim;
+  T* v_pool = static_cast<T*>(p.pool.v) + static_cast<int64_t>(kv_head) * dim;
 
+  Channels<T> k[U] = {}, v[U] = {};
+  const auto fetch = [&](int base) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {  // no branch: all loads are on the way; a new row's come from elsewhere
+      const int r = max(min(min(base + u * kRows + sub, end - 1), cached - 1), 0);
+      const int64_t at = cache_row(table, r, p, shift) * row;
+      k[u] = load_channels<T, WIDE>(k_pool + at, first, dim);
+      v[u] = load_channels<T, WIDE>(v_pool + at, first, dim);
+    }
+  };
+  int base = begin + warp * kRows * U;
+  if (base < end) fetch(base);
+
+  const float* cos = nullptr;
+  int half = 0;
+  Channels<T> new_k = {}, new_v = {};
+  if (p.fresh.k) {
+    cos = p.fresh.cos_sin + p.fresh.positions[seq] * p.fresh.rot_dim;
+    half = static_cast<int>(p.fresh.rot_dim / 2);
+    if (begin <= cached && cached < end) {
+      const T* from = static_cast<const T*>(p.fresh.k) + seq * p.fresh.k_stride + static_cast<int64_t>(kv_head) * dim;
+      new_k = load_rotated<T, WIDE>(from, cos, half, first, dim);
+      from = static_cast<const T*>(p.fresh.v) + seq * p.fresh.v_stride + static_cast<int64_t>(kv_head) * dim;
+      new_v = load_channels<T, WIDE>(from, first, dim);
+      if (group == 0 && seen == 0) {  // nobody reads it in this kernel
+        const int64_t at = cache_row(table, cached, p, shift) * row;
+        store_channels<T, WIDE>(k_pool + at, new_k, first, dim);
+        store_channels<T, WIDE>(v_pool + at, new_v, first, dim);
+      }
+    }
+  }
   float q[G][kPerLane];
 #pragma unroll
   for (int g = 0; g < G; ++g) {
     const T* from = static_cast<const T*>(p.q) + seq * p.q_stride + (head + min(g, n_heads - 1)) * dim;
-    const Pack<T, kPerLane> pack = load_channels<T, WIDE>(from, first, dim);
+    const Pack<T, kPerLane> pack = numbers(load_rotated<T, WIDE>(from, cos, half, first, dim));
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) q[g][i] = to_float(pack.at[i]) * (p.scale * kLog2e);
   }
@@ -171,18 +299,20 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
   for (int g = 0; g < G; ++g) state.largest[g] = -INFINITY;
 
-  for (int base = begin + threadIdx.x / kWarp * kRows * U; base < end; base += kWarps * kRows * U) {
-    Pack<T, kPerLane> k[U], v[U];
+  while (base < end) {
     bool valid[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int r = base + u * kRows + sub;
       valid[u] = r < end;
-      const int64_t at = cache_row(table, min(r, end - 1), p, shift) * row;  // no branch: all loads are on the way
-      k[u] = load_channels<T, WIDE>(k_pool + at, first, dim);
-      v[u] = load_channels<T, WIDE>(v_pool + at, first, dim);
+      if (min(r, end - 1) == cached) {
+        k[u] = new_k;
+        v[u] = new_v;
+      }
     }
     absorb<T, LANES, G, U>(state, q, k, v, valid);
+    base += kWarps * kRows * U;
+    if (base < end) fetch(base);
   }
 
 #pragma unroll
@@ -220,7 +350,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DecodeAttentionParams
 
 template <class T, int LANES, int G, bool WIDE>
 void launch_split(const DecodeAttentionParams& p, int splits, void* stream) {
-  constexpr int U = G == 8 ? 2 : 4;  // cached rows in flight per lane
+  constexpr int U = (G == 8 ? 4 : 8) / sizeof(T);  // cached rows in flight per lane
   const int64_t groups = head_groups(p), blocks = p.batch * p.pool.heads * groups * splits;
   int shift = 0;
   while (shift < 30 && (int64_t{1} << shift) < p.pool.page) ++shift;
@@ -244,7 +374,6 @@ void run_wide(const DecodeAttentionParams& p, int splits, void* stream) {
   }
 }
 
-// Head sizes or addresses that do not allow 16-byte accesses.
 template <class T>
 void run_narrow(const DecodeAttentionParams& p, int splits, void* stream) {
   switch (heads_per_block(p)) {
@@ -252,19 +381,15 @@ void run_narrow(const DecodeAttentionParams& p, int splits, void* stream) {
       return launch_split<T, kWarp, 1, false>(p, splits, stream);
     case 2:
       return launch_split<T, kWarp, 2, false>(p, splits, stream);
-    case 4:
-      return launch_split<T, kWarp, 4, false>(p, splits, stream);
     default:
-      return launch_split<T, kWarp, 8, false>(p, splits, stream);
+      return launch_split<T, kWarp, 4, false>(p, splits, stream);
   }
 }
 
 template <class T>
 void run(const DecodeAttentionParams& p, void* stream) {
   const int splits = static_cast<int>(split_count(p));
-  const bool wide = p.pool.dim % kPerLane == 0 && p.q_stride % kPerLane == 0 && aligned(p.q) && aligned(p.pool.k) &&
-                    aligned(p.pool.v);
-  if (!wide) {
+  if (!wide(p)) {
     run_narrow<T>(p, splits, stream);
   } else if (p.pool.dim <= 8 * kPerLane) {
     run_wide<T, 8>(p, splits, stream);

@@ -32,8 +32,8 @@ __device__ void rotate(T* x, T* cache, const float* cos, int c, int half) {
   load(cos + half + c, sn);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    low[i] = a[i] * cs[i] - b[i] * sn[i];
-    high[i] = b[i] * cs[i] + a[i] * sn[i];
+    low[i] = turned(a[i], b[i], cs[i], -sn[i]);
+    high[i] = turned(b[i], a[i], cs[i], sn[i]);
   }
   store(x + c, low);
   store(x + half + c, high);

@@ -382,6 +382,96 @@ void decode_attention(DType dtype, const std::vector<int64_t>& lens, int64_t hea
           });
 }
 
+// A decoding step's rotation, appending and attention in one kernel, and in one and a half: the bits of all by
+// themselves.
+void attend_to_new_rows(DType dtype, const std::vector<int64_t>& lens, int64_t heads_q, int64_t heads, int64_t dim,
+                        int64_t rot_dim, int64_t page, int64_t shift) {
+  const int64_t batch = static_cast<int64_t>(lens.size()), longest = *std::max_element(lens.begin(), lens.end());
+  const int64_t width = (heads_q + 2 * heads) * dim + 8 + shift, max_pos = 50, size = element_size(dtype);
+  const Values qkv(dtype, batch * width, shift), turned = qkv;
+  const Cache cache(dtype, batch, longest / page + 2, page, heads, dim, shift), appended = cache;
+  Array<float> cos_sin(max_pos * rot_dim);
+  for (int64_t i = 0; i < cos_sin.size(); ++i) cos_sin[i] = std::cos(0.1f * static_cast<float>(i));
+  Ints positions(batch), before(batch), after(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    positions[b] = static_cast<int32_t>(pick(0, max_pos - 1));
+    before[b] = static_cast<int32_t>(lens[b]);
+    after[b] = before[b] + 1;
+  }
+  const Ints cu = cumulative(std::vector<int64_t>(batch, 1));
+  const auto part = [&](const Values& of, int64_t head) { return static_cast<char*>(of.data()) + head * dim * size; };
+  const RopeAppendParams append{part(turned, 0),
+                                part(turned, heads_q),
+                                part(turned, heads_q + heads),
+                                width,
+                                width,
+                                width,
+                                cos_sin.data(),
+                                positions.data(),
+                                cu.data(),
+                                appended.pool(),
+                                cache.table.data(),
+                                before.data(),
+                                batch,
+                                batch,
+                                heads_q,
+                                rot_dim,
+                                cache.max_pages,
+                                cache.max_pages,
+                                dtype};
+  check(rope_append_cuda(append, nullptr), "rope_append");
+
+  DecodeAttentionParams p{};
+  p.block_table = cache.table.data();
+  p.q_stride = width;
+  p.batch = batch;
+  p.heads_q = heads_q;
+  p.max_pages = p.table_stride = cache.max_pages;
+  p.max_len = cache.max_pages * page;
+  p.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  p.dtype = dtype;
+  const Array<uint32_t> arrived(batch * heads_q);
+  const auto run = [&](const Values& rows, const Cache& in, const Ints& kv_lens, bool fresh, uint32_t* counts) {
+    p.q = part(rows, 0);
+    p.pool = in.pool();
+    p.kv_lens = kv_lens.data();
+    p.arrived = counts;
+    p.fresh = {};
+    if (fresh) {
+      p.fresh = {
+          part(rows, heads_q), part(rows, heads_q + heads), width, width, cos_sin.data(), positions.data(), rot_dim};
+    }
+    const Array<float> scratch(decode_attention_cuda_scratch(p));
+    std::fill(scratch.data(), scratch.data() + scratch.size(), NAN);
+    const Values out(dtype, batch * heads_q * dim, shift);
+    out.fill(NAN);
+    p.out = out.data();
+    p.scratch = scratch.data();
+    check(decode_attention_cuda(p, nullptr), "decode_attention");
+    std::vector<float> result;
+    out.append_to(result);
+    in.k.append_to(result);
+    in.v.append_to(result);
+    return result;
+  };
+  const std::vector<float> expected = run(turned, appended, after, false, nullptr);
+  const std::string what =
+      label("attend_to_new_rows", dtype, {batch, longest, heads_q, heads, dim, rot_dim, page, shift});
+  for (int64_t b = 0; b < batch; ++b) {  // what is there before is no number, and of no meaning
+    const int64_t at = cache.table[b * cache.max_pages + before[b] / page] * page + before[b] % page;
+    for (int64_t i = 0; i < heads * dim; ++i) {
+      cache.k.set(at * heads * dim + i, NAN);
+      cache.v.set(at * heads * dim + i, NAN);
+    }
+  }
+  for (uint32_t* counts : {arrived.data(), static_cast<uint32_t*>(nullptr)}) {
+    const Cache here = cache;
+    if (run(qkv, here, before, true, counts) != expected) check("other bits than those of two kernels", what.c_str());
+  }
+  if (std::any_of(arrived.data(), arrived.data() + arrived.size(), [](uint32_t n) { return n; }))
+    check("a count was left", what.c_str());
+}
+
 void compare_varlen(const std::string& what, VarlenAttentionParams& p, int64_t rows, int64_t shift) {
   compare(what, rounding(p.dtype), [&](const Implementation& with) {
     const Values out(p.dtype, rows * p.heads_q * p.dim, shift);
@@ -508,7 +598,7 @@ void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t sta
 
 void movement_and_fusions(DType dtype, int64_t shift) {
   for (int64_t m : {1, 7, 83, 64, 769, 4104}) silu_mul(dtype, pick(0, 5), m, shift ? 1 : 8, shift);
-  for (int64_t d : {1, 7, 83, 64, 769, 1032, 4104}) {
+  for (int64_t d : {1, 7, 83, 64, 769, 1032, 4104, 5120, 8192, 16392}) {
     rms_norm(dtype, pick(1, 5), 1, d, shift, true);
     rms_norm(dtype, pick(1, 9), 3, d, shift, false);
   }
@@ -531,6 +621,14 @@ void attention(DType dtype, int64_t shift) {
   decode_attention(dtype, {40, 513}, 9, 1, 83, 64, shift);
   decode_attention(dtype, {64, 130}, 2, 1, 256, 32, shift);
   decode_attention(dtype, {37, 2}, 3, 1, 7, 8, shift);
+  attend_to_new_rows(dtype, {0}, 2, 2, 64, 64, 16, shift);
+  attend_to_new_rows(dtype, {0, 83, 7, 170, 31, 32, 15, 16}, 8, 2, 64, 64, 16, shift);
+  attend_to_new_rows(dtype, {263, 1}, 7, 1, 128, 128, 256, shift);
+  attend_to_new_rows(dtype, {640}, 5, 5, 128, 128, 64, shift);
+  attend_to_new_rows(dtype, {40, 513, 0}, 18, 2, 80, 32, 7, shift);
+  attend_to_new_rows(dtype, {64, 130}, 2, 1, 256, 256, 32, shift);
+  attend_to_new_rows(dtype, {37, 2}, 9, 1, 83, 82, 8, shift);
+  attend_to_new_rows(dtype, {5, 0}, 3, 1, 7, 0, 1, shift);
   for (bool causal : {false, true}) {
     varlen_attention(dtype, {1}, 1, 1, 1, causal, shift);
     varlen_attention(dtype, {0, 83, 7, 130, 1}, 6, 2, 64, causal, shift);

@@ -33,6 +33,7 @@ from .ref import (
     norm_qkv_append_ref,
     paged_attention_ref,
     rms_norm_ref,
+    rope_append_attention_ref,
     rope_append_ref,
     silu_mul_ref,
     token_score_ref,
@@ -73,6 +74,8 @@ __all__ = [
     "rms_norm",
     "rms_norm_ref",
     "rope_append_",
+    "rope_append_attention_",
+    "rope_append_attention_ref",
     "rope_append_ref",
     "silu_mul",
     "silu_mul_ref",
@@ -117,9 +120,11 @@ _kv_compact = torch.ops.dyvte.kv_compact_.default
 _rope_append = torch.ops.dyvte.rope_append_.default
 _token_score = torch.ops.dyvte.token_score.default
 _decode_attention = torch.ops.dyvte.decode_attention.default
+_rope_append_attention = torch.ops.dyvte.rope_append_attention_.default
 _varlen_attention = torch.ops.dyvte.varlen_attention.default
 _paged_attention = torch.ops.dyvte.paged_attention.default
 _add_rms_norm = torch.ops.dyvte.add_rms_norm_.default
+_add_rms_norm_into = torch.ops.dyvte.add_rms_norm_into_.default
 _rms_norm = torch.ops.dyvte.rms_norm.default
 _linear = torch.ops.dyvte.linear.default
 _silu_mul = torch.ops.dyvte.silu_mul.default
@@ -255,6 +260,35 @@ def decode_attention(
     return _decode_attention(q, k_pool, v_pool, block_table, kv_lens, scale, arrived)
 
 
+def rope_append_attention_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+    scale: float,
+    arrived: Tensor,
+) -> Tensor:
+    """`rope_append_` of one row of each sequence and `decode_attention` to all rows, in one kernel. CUDA only.
+
+    Rounded where these round one after the other; q and k are left as they are.
+
+    Args:
+        q: [B, Hq, D]; k, v: [B, Hkv, D]; cos_sin: float32 [max_pos, rot_dim].
+        positions: int32 [B]; lens: int32 [B], rows in the cache before this one, not changed.
+        k_pool, v_pool: [P, page, Hkv, D]; block_table: int32 [B, M].
+        scale, arrived: as in `decode_attention`.
+
+    Returns:
+        [B, Hq, D].
+    """
+    return _rope_append_attention(q, k, v, cos_sin, positions, k_pool, v_pool, block_table, lens, scale, arrived)
+
+
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool = True) -> Tensor:
     """Attention of packed sequences over themselves, without an attention map. CPU only; FlashAttention serves CUDA.
 
@@ -294,9 +328,12 @@ def paged_attention(
     return _paged_attention(q, k_pool, v_pool, block_table, before, cu_seqlens, scale)
 
 
-def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x, both [..., d]; returns `rms_norm(residual, weight, eps)`."""
-    return _add_rms_norm(residual, x, weight, eps)
+def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """residual += x, both [..., d]; returns `rms_norm(residual, weight, eps)`, in `out` if given, contiguous."""
+    if out is None:
+        return _add_rms_norm(residual, x, weight, eps)
+    _add_rms_norm_into(residual, x, weight, eps, out)
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -416,6 +453,7 @@ def _(hidden: Tensor, text_ranges: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("dyvte::kv_compact_")
 @torch.library.register_fake("dyvte::add_linear_")
+@torch.library.register_fake("dyvte::add_rms_norm_into_")
 @torch.library.register_fake("dyvte::rope_append_")
 def _(*_: Any) -> None:
     return None
@@ -428,6 +466,7 @@ def _(q: Tensor, k: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("dyvte::varlen_attention")
 @torch.library.register_fake("dyvte::decode_attention")
+@torch.library.register_fake("dyvte::rope_append_attention_")
 @torch.library.register_fake("dyvte::paged_attention")
 def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)

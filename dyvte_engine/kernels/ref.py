@@ -138,6 +138,24 @@ def decode_attention_ref(
     return out
 
 
+def rope_append_attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+    scale: float,
+    arrived: Tensor,
+) -> Tensor:
+    q, k, cu = q.clone(), k.clone(), torch.arange(len(q) + 1)
+    rope_append_ref(q, k, v, cos_sin, positions, cu, k_pool, v_pool, block_table, lens)
+    return decode_attention_ref(q, k_pool, v_pool, block_table, lens + 1, scale)
+
+
 def varlen_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool = True
 ) -> Tensor:

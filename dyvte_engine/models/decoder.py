@@ -171,8 +171,10 @@ class Decoder:
         """
         return self.behind_projections(layer, hidden, self.layers[layer].qkv(x), rows)
 
-    def behind_projections(self, layer: int, hidden: Tensor, qkv: Tensor, rows: LayerRows) -> tuple[Tensor, Tensor]:
-        """`layer` without its beginning: qkv [N, n] is what the projection gave."""
+    def behind_projections(
+        self, layer: int, hidden: Tensor, qkv: Tensor, rows: LayerRows, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`layer` without its beginning: qkv [N, n] is what the projection gave. into: [n, d], where x is to be."""
         this, last = self.layers[layer], layer == len(self.layers) - 1
         hidden, attended = rows.attend(layer, hidden, *this.heads(qkv))
         x = ops.add_rms_norm_(hidden, this.project_out(attended), this.post_norm, this.eps)
@@ -182,7 +184,7 @@ class Decoder:
             hidden += out
             out = added
         following = self.norm if last else self.layers[layer + 1].input_norm
-        return hidden, ops.add_rms_norm_(hidden, out, following, self.eps)
+        return hidden, ops.add_rms_norm_(hidden, out, following, self.eps, into)
 
     def rotate(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         """x [n, H, D] turned as keys and queries are, cos_sin f32 [n, rot_dim]; in plain torch, for scores only."""

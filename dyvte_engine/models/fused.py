@@ -1,6 +1,6 @@
 """A decoding step in five kernels a layer, on CUDA: its products with what comes before and after them, and attention.
 
-The usual way needs ten launches, each of which drains and refills the device, and a product whose library is
+The usual way needs eight launches, each of which drains and refills the device, and a product whose library is
 made for more rows.
 """
 

@@ -32,10 +32,16 @@ class _OneEach:
         self.decoder, self.pool = decoder, pool
         self.cu = torch.arange(lens.shape[1] + 1, dtype=torch.int32, device=lens.device)
         self.of_layer = list(zip(*(t.unbind() for t in (positions, block_table, lens, lens + 1)), strict=True))
+        self._arrived: Tensor | None = None  # on CUDA, of one layer after another
+        if lens.is_cuda:
+            self._arrived = lens.new_zeros(lens.shape[1] * decoder.shape.num_heads)
 
     def attend(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         pool, decoder = self.pool, self.decoder
         positions, table, lens, kv_lens = self.of_layer[layer]
+        if self._arrived is not None:
+            row, place = (q, k, v, decoder.cos_sin, positions), (pool.k, pool.v, table, lens)
+            return hidden, ops.rope_append_attention_(*row, *place, decoder.scale, self._arrived)
         ops.rope_append_(q, k, v, decoder.cos_sin, positions, self.cu, pool.k, pool.v, table, lens)
         return hidden, ops.decode_attention(q, pool.k, pool.v, table, kv_lens, decoder.scale)
 

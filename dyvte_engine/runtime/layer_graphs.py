@@ -202,14 +202,13 @@ class LayerGraphs:
             """Leaves hidden and x in the graphs' memory."""
             rows = _Captured(self, self._home(batch), bucket)
             qkv = self._qkv[layer % 2, :bucket]
-            _, x = decoder.behind_projections(layer, self._hidden[:bucket], qkv, rows)
+            into = self._x[:bucket] if layer < last else None
+            _, x = decoder.behind_projections(layer, self._hidden[:bucket], qkv, rows, into)
             q, k, _ = decoder.layers[layer].split_heads(qkv)
             if decoder.layers[layer].qk_norm is not None:  # these are elsewhere: not to be kept by every graph
                 assert rows.queries_keys is not None
                 q.copy_(rows.queries_keys[0])
                 k.copy_(rows.queries_keys[1])
-            if layer < last:
-                self._x[:bucket].copy_(x)
             return Layer(x if layer == last else None, q, k)
 
         out = step()  # libraries set themselves up

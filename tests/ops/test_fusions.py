@@ -61,6 +61,25 @@ def test_add_rms_norm(device: str, dtype: torch.dtype, rows: int, d: int) -> Non
     assert_as_good_as_torch(out, own, exact)
 
 
+def test_a_norm_of_a_sum_into_given_memory(device: str, dtype: torch.dtype) -> None:
+    x, residual, weight = (torch.randn(s, device=device).to(dtype) for s in ((5, 4096), (5, 4096), (4096,)))
+    twin, memory = residual.clone(), torch.zeros(7, 4096, device=device, dtype=dtype)
+    out = ops.add_rms_norm_(residual, x, weight, 1e-5, memory[1:6])
+    assert out.data_ptr() == memory[1].data_ptr()
+    assert torch.equal(out, ops.add_rms_norm_(twin, x, weight, 1e-5)) and torch.equal(residual, twin)
+    assert memory[0].count_nonzero() == 0 and memory[6].count_nonzero() == 0
+    torch.library.opcheck(
+        torch.ops.dyvte.add_rms_norm_into_.default, (residual, x, weight, 1e-5, memory[1:6]), test_utils=OPCHECK
+    )
+    good = {"residual": residual, "x": x, "weight": weight, "eps": 1e-5, "out": memory[1:6]}
+    bad = [
+        ("out", memory, ""),
+        ("out", memory[1:6].double(), ""),
+        ("out", torch.cat((memory, memory), 1)[1:6, :4096], ""),
+    ]
+    check_errors(ops.add_rms_norm_, good, bad)
+
+
 def test_the_norm_is_of_the_rounded_sum(device: str) -> None:
     """As transformers has it: 256 + 0.9 is 256 in bfloat16, and its norm is exactly 1 in rows of equal numbers."""
     for dtype, large in ((torch.bfloat16, 256.0), (torch.float16, 2048.0)):

@@ -14,6 +14,7 @@ from . import (
     test_exit_head,
     test_kv_compact,
     test_rope_append,
+    test_rope_append_attention,
     test_token_score,
 )
 
@@ -60,6 +61,20 @@ DECODING = {
         lambda t: test_decode_linear.entry("cpu", t, 1, 4999, 264, False),
     ),
     "add_linear": (ops.add_linear_, ops.add_linear_ref, lambda t: added(t, 8, 83, 520)),
+    "rms_norm": (
+        ops.add_rms_norm_,
+        ops.add_rms_norm_ref,
+        lambda t: {
+            **{n: torch.randn(3, 5160).to(t) for n in ("residual", "x")},
+            "weight": torch.ones(5160).to(t),
+            "eps": 1e-5,
+        },
+    ),
+    "rope_append_attention": (
+        ops.rope_append_attention_,
+        ops.rope_append_attention_ref,
+        lambda t: test_rope_append_attention.make("cpu", t, [0, 83, 769], (9, 1), 128, 128, 16),
+    ),
     "norm_qkv_append": (
         ops.norm_qkv_append_,
         ops.norm_qkv_append_ref,
