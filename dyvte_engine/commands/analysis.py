@@ -131,7 +131,7 @@ def reproduce(
         str, typer.Option(help="Whose published figures are shown: LLaVA-1.5-7B, VILA-7B, ...")
     ] = "LLaVA-1.5-7B",
     heads: Annotated[
-        str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE]; auto: those in the model's folder.")
+        str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE] or none; auto: those in the model's folder.")
     ] = "auto",
     ablation: Annotated[Path | None, typer.Option(help="Folder that `ablate-heads` wrote.")] = None,
     transfer: Annotated[list[str] | None, typer.Option(help="NAME=HEADS_FILE of another model; repeat it.")] = None,
@@ -150,15 +150,11 @@ def reproduce(
     from ..analysis.benchmarks import DrawnTasks
     from ..analysis.data import load_data
     from ..analysis.tables import BENCHMARKS, check_paper_model
-    from ..errors import HeadsError
     from ..eval.run import AnswerFile
     from .evaluation import identity_of
 
     check_paper_model(paper_model)
-    notation = _heads(heads, model)
-    if notation is None:
-        raise HeadsError(f"no exit heads in {model}; accepted: --heads FILE")
-    methods = paper.methods(notation, model, ablation, transfer or [])
+    methods = paper.methods(_heads(heads, model), model, ablation, transfer or [])
     tasks = load_data(",".join(BENCHMARKS), limit, seed, None, source)
     engine = _engine(model, dtype, device, max_batch=batch, max_len=max_len, trust_remote_code=trust_remote_code)
     tasks = within_range(engine, tasks, all_forms)

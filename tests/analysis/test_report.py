@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from dyvte_engine import NANO_HEADS
 from dyvte_engine.analysis.page import Page
 from dyvte_engine.analysis.report import in_turn, rounded
 from dyvte_engine.commands.main import app
-from dyvte_engine.errors import HeadsError, InvalidArgumentError, SourceError
+from dyvte_engine.errors import InvalidArgumentError, SourceError
 
 FIGURES = ("stages", "entropy", "manual_exit", "exit_layers", "timelines")
 
@@ -75,13 +76,21 @@ def test_reproduce_prints_the_tables(tmp_path):
     assert {"tables.md", "tables.html", "tables.json", "answers.jsonl"} <= {p.name for p in tmp_path.iterdir()}
 
 
+def test_reproduce_without_heads_says_what_is_not_measured(tmp_path):
+    options = ("--limit", 4, "--device", "cpu", "--max-len", 256, "--out", tmp_path)
+    said = invoke("reproduce", "nano", "--heads", "none", "--transfer", f"other={NANO_HEADS}", *options)
+    assert "Ours with DyVTE: not measured" in said and "its own" not in said
+    record = json.loads((tmp_path / "tables.json").read_text())
+    assert {m["method"] for m in record["measured"]} >= {"without", "FastV", "other", "16 of 32"}
+    assert not {"with", "DyVTE+FastV"} & {m["method"] for m in record["measured"]}
+
+
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
         (("analyze", "nano", "--exits", "x"), InvalidArgumentError, "exits is 'x'; accepted: layer numbers"),
         (("analyze", "nano", "--data", "sqa"), InvalidArgumentError, "data holds no prompt in a form"),
         (("analyze", "nano", "--data", "nothing"), InvalidArgumentError, "data is 'nothing'; accepted"),
-        (("reproduce", "nano", "--heads", "none"), HeadsError, "no exit heads in nano; accepted: --heads FILE"),
         (("reproduce", "nano", "--paper-model", "x"), InvalidArgumentError, "paper-model is 'x'; accepted"),
     ],
 )
