@@ -166,8 +166,9 @@ findings: build ## the paper's figures and tables for nano, after `make heads` (
 
 NINE := pope,gqa,vqav2,textvqa,sqa,mmb,seed,mme,mmvet
 FINDINGS_SMOL ?= --limit 60 --batch 12 --dtype bfloat16
+FINDINGS_SMOL_ATTENTION ?= 24
 findings-smol: build ## the same for smol, on emoji scenes, less the token states; continues what was killed; into docs/findings/smol
-	$(VENV)/bin/dyvte-engine analyze smol --source emoji --data $(NINE) $(FINDINGS_SMOL) --out outputs/findings-smol
+	$(VENV)/bin/dyvte-engine analyze smol --source emoji --data $(NINE) $(FINDINGS_SMOL) --attention $(FINDINGS_SMOL_ATTENTION) --out outputs/findings-smol
 	$(VENV)/bin/dyvte-engine reproduce smol --source emoji $(FINDINGS_SMOL) --out outputs/findings-smol
 	mkdir -p docs/findings/smol && cp outputs/findings-smol/*.md outputs/findings-smol/*.png docs/findings/smol/
 

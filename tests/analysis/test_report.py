@@ -64,8 +64,11 @@ def test_a_second_run_computes_nothing_and_says_the_same(folder, monkeypatch):
     assert before == {name: (folder / f"{name}.json").read_text() for name in FIGURES[:4]}
 
 
-def test_without_heads_the_report_says_so(tmp_path):
-    said = invoke(*ANALYZE[:3], "gqa", *ANALYZE[4:], "--heads", "none", "--exits", "3", "--out", tmp_path)
+def test_without_heads_the_report_says_so_and_attention_may_be_of_fewer_prompts(tmp_path):
+    options = ("--heads", "none", "--exits", "3", "--attention", 2, "--out", tmp_path)
+    said = invoke(*ANALYZE[:3], "gqa,pope", *ANALYZE[4:], *options)
+    samples = [json.loads((tmp_path / f"{name}.json").read_text())["samples"] for name in FIGURES[:3]]
+    assert samples == [4, 4, {"gqa": 4, "pope": 4}] and said.count("Of 4 prompts.") == 2
     assert "No exit heads were given" in said and not (tmp_path / "exit_layers.png").exists()
 
 
