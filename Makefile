@@ -18,7 +18,7 @@ DYVTE_CUDA ?= AUTO
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 NATIVE_ENV := PATH="$(abspath $(VENV))/bin:$$PATH" DYVTE_CUDA='$(DYVTE_CUDA)' $(if $(NVCC),CUDACXX='$(NVCC)')
 
-.PHONY: help demo docs serve serve-compat serve-faults serve-load serve-ray test build lint fuzz mutants format audit sanitize wheel wheel-test compat heads nano-results findings smol bench bench-docs gpu-bench gpu-check gpu-prebuild gpu-rehearsal doctor clean distclean FORCE
+.PHONY: help demo docs serve serve-compat serve-faults serve-load serve-ray test build lint fuzz mutants format audit sanitize wheel wheel-test compat heads nano-results findings findings-smol smol bench bench-docs gpu-bench gpu-check gpu-prebuild gpu-rehearsal doctor clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -163,6 +163,14 @@ findings: build ## the paper's figures and tables for nano, after `make heads` (
 	$(VENV)/bin/dyvte-engine ablate-heads $(HEADS)/labels --kind light --out $(HEADS)/ablation
 	$(VENV)/bin/dyvte-engine reproduce nano --batch 32 --ablation $(HEADS)/ablation --out outputs/findings
 	mkdir -p docs/findings && cp outputs/findings/*.md outputs/findings/*.png docs/findings/
+
+NINE := pope,gqa,vqav2,textvqa,sqa,mmb,seed,mme,mmvet
+FINDINGS_SMOL ?= --limit 60 --batch 12 --dtype bfloat16
+FINDINGS_SMOL_ATTENTION ?= 24
+findings-smol: build ## the same for smol, on emoji scenes, less the token states; continues what was killed; into docs/findings/smol
+	$(VENV)/bin/dyvte-engine analyze smol --source emoji --data $(NINE) $(FINDINGS_SMOL) --attention $(FINDINGS_SMOL_ATTENTION) --out outputs/findings-smol
+	$(VENV)/bin/dyvte-engine reproduce smol --source emoji $(FINDINGS_SMOL) --out outputs/findings-smol
+	mkdir -p docs/findings/smol && cp outputs/findings-smol/*.md outputs/findings-smol/*.png docs/findings/smol/
 
 SMOL ?= --workers 2
 SMOL_STEPS ?= 100 1500 500

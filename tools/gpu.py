@@ -124,6 +124,15 @@ def smol_heads() -> list[Step]:
     return [Step(f"smol {n}", [*command, *c.split()], [*command, c.split()[0], "--help"]) for n, c in calls.items()]
 
 
+def smol_findings() -> list[Step]:
+    """The paper's figures and tables of the smol that ships (docs/findings.md), in outputs/findings-smol."""
+    common = f"smol --source emoji --limit 100 --batch 64 --out {ROOT / 'outputs' / 'findings-smol'}"
+    tasks = "pope,gqa,vqav2,textvqa,sqa,mmb,seed,mme,mmvet"
+    calls = {"analyze": f"analyze {common} --data {tasks} --attention 24", "reproduce": f"reproduce {common}"}
+    command = ["-m", "dyvte_engine.commands.main"]
+    return [Step(f"smol {n}", [*command, *c.split()], [*command, n, "--help"]) for n, c in calls.items()]
+
+
 @dataclass(frozen=True)
 class Part:
     what: str
@@ -164,6 +173,7 @@ PARTS = {
         [smol(5)],
     ),
     "g": Part("exit heads of smol (needs smol's parts)", smol_heads()),
+    "h": Part("the paper's figures and tables of smol (needs smol's parts)", smol_findings()),
     "full": Part(
         "every size at every batch size, longer answers, growth; about an hour",
         [

@@ -43,9 +43,13 @@ class Analysis:
     timelines: Timelines | None
 
 
-def units(num_layers: int, samples: int, exits: Sequence[int] | None, heads: bool) -> int:
+def units(
+    num_layers: int, tasks: Sequence[Task], exits: Sequence[int] | None, heads: bool, attention: int | None = None
+) -> int:
     """Prompts that `analyse` runs, for a progress bar."""
-    return samples * (2 + len(checked_exits(num_layers, exits)) + num_layers + 1 + heads)
+    watched = sum(len(task.samples[:attention]) for task in tasks)
+    answered = sum(len(task.samples) for task in tasks)
+    return watched * (2 + len(checked_exits(num_layers, exits))) + answered * (num_layers + 1 + heads)
 
 
 def analyse(
@@ -57,11 +61,12 @@ def analyse(
     examples: int = 5,
     seed: int = 0,
     progress: Progress = lambda what, done: None,
+    attention: int | None = None,
 ) -> Analysis:
     """Runs everything; what was computed is kept in `folder`, and a killed run continues from it.
 
     heads: a policy and what tells it apart in the answers file. examples: prompts shown one by one, of the tasks in
-    turn. exits: layers of the entropy figure.
+    turn. exits: layers of the entropy figure. attention: prompts of each task for stages and entropy, default all.
 
     Raises:
         InvalidArgumentError: a seed, exits or a model of too few layers, before anything is written.
@@ -69,8 +74,8 @@ def analyse(
     check_layers(engine.model.shape.num_layers, STAGES)
     check_seed(seed)
     checked_exits(engine.model.shape.num_layers, exits)
-    samples = [s for task in tasks for s in task.samples]
-    names = [task.name for task in tasks for _ in task.samples]
+    samples = [s for task in tasks for s in task.samples[:attention]]
+    names = [task.name for task in tasks for _ in task.samples[:attention]]
     dtype = str(engine.config.dtype).removeprefix("torch.")
     header = {"model_fingerprint": engine.model.fingerprint, "dtype": dtype}
     answers = AnswerFile(folder / "answers.jsonl", engine.model.fingerprint)
@@ -160,6 +165,7 @@ def _stages_part(page: Page, stages: AttentionStages) -> None:
     page.heading("Attention stages (the paper's Fig 2)")
     page.picture("stages.png", "attention weights by layer")
     page.paragraph(
+        f"Of {len(stages.weights)} prompts. "
         "A is the maximum over heads of the attention map; the weights are its row sums over the keys named, averaged "
         "over the query rows: visual tokens, or the text after the last picture. The system prompt is left out. The "
         "boundaries are the two cuts that minimise the squared error within three segments of the logarithms of the "
@@ -198,9 +204,10 @@ def _entropy_part(page: Page, entropy: AttentionEntropy) -> None:
     page.heading("Entropy of the text's attention (the paper's Fig 4 and 5)")
     page.picture("entropy.png", "entropy by layer, with and without exits")
     page.paragraph(
-        "In nats, averaged over text rows. The paper's reading: of the head-maximum map as it is, which is no "
-        "distribution; normalised: of each head's own attention over the keys named, averaged over heads. After an "
-        "exit the keys are the text alone, so that attention moves from visual tokens to text."
+        f"Of {entropy.tables.shape[1]} prompts. In nats, averaged over text rows. The paper's reading: of the "
+        "head-maximum map as it is, which is no distribution; normalised: of each head's own attention over the keys "
+        "named, averaged over heads. After an exit the keys are the text alone, so that attention moves from visual "
+        "tokens to text."
     )
     changes = [entropy.later_change(reading) for reading in ("paper", "head")]
     body = [

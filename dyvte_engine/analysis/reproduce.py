@@ -35,19 +35,21 @@ class Method(NamedTuple):
         return ABLATED if self.group in ("states", "depths") else tuple(BENCHMARKS)
 
 
-def methods(heads: str, model: str, ablation: Path | None, transfer: Sequence[str]) -> list[Method]:
+def methods(heads: str | None, model: str, ablation: Path | None, transfer: Sequence[str]) -> list[Method]:
     """All that is to be measured.
 
-    heads: in the notation of policies, without "dynamic:". ablation: a folder with the 15 sets of heads. transfer:
-    NAME=HEADS_FILE each.
+    heads: in the notation of policies, without "dynamic:"; None: the model has none of its own. ablation: a folder with
+    the 15 sets of heads. transfer: NAME=HEADS_FILE each.
 
     Raises:
         HeadsError: a file of the 15 is missing; InvalidArgumentError: an entry of transfer is not understood, or has
             the name of another method.
     """
-    chosen = [Method("without", KeepAll(), KEEP_ALL, "main"), Method("with", *heads_policy(heads, model), "main")]
+    chosen = [Method("without", KeepAll(), KEEP_ALL, "main")]
     chosen += [_method(name, notation, model, "peers") for name, notation in PEERS.items()]
-    chosen.append(_method("DyVTE+FastV", f"{PEERS['FastV']}+dynamic:{heads}", model, "peers"))
+    if heads is not None:
+        chosen.insert(1, Method("with", *heads_policy(heads, model), "main"))
+        chosen.append(_method("DyVTE+FastV", f"{PEERS['FastV']}+dynamic:{heads}", model, "peers"))
     if ablation is not None:
         for states in tables.paper()["token_states"]["rows"]:
             file = ablation / f"{states}.safetensors"

@@ -114,6 +114,8 @@ def accuracy(figures: Figures, paper_model: str, layers: int) -> Table:
     note = (
         f"Paper: {paper_model}, the benchmark itself. Ours: the generated task after it. FLOPs: of those without exit."
     )
+    if "with" not in figures.methods:
+        note += " Ours with DyVTE: not measured; give `--heads FILE`."
     return Table("Accuracy with and without DyVTE, FLOPs and exit layers (tables 1, 2, 4, 6)", note, head, rows)
 
 
@@ -180,6 +182,8 @@ def transfer(figures: Figures, own: str, others: Sequence[str]) -> Table:
             rows.append([f"paper: {model}", heads, *shown])
     labels = {"without": "none", "with": f"{own} (its own)"} | {name: name for name in others}
     for method, label in labels.items():
+        if method not in figures.methods:
+            continue
         shown = [_pair(figures, method, task) for task in BENCHMARKS]
         rows.append([f"ours: {own}", label, *shown])
     note = "Score, or score / mean exit layer."

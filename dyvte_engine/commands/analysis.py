@@ -40,6 +40,9 @@ def analyze(
     ] = "auto",
     limit: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 100,
     exits: Annotated[str | None, typer.Option(help="Layers joined by ',' for the exits of the entropy figure.")] = None,
+    attention: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of each task for stages and entropy; default --limit.")
+    ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Prompts shown one by one.")] = 5,
     images: Annotated[Path | None, typer.Option(help="Folder of a file's pictures; default its own.")] = None,
     source: Annotated[str, typer.Option(help="Pictures of the tasks: shapes or emoji.")] = "shapes",
@@ -71,14 +74,14 @@ def analyze(
     tasks = load_data(data, limit, seed, images, source)
     engine = _engine(model, dtype, device, max_batch=batch, max_len=max_len, trust_remote_code=trust_remote_code)
     tasks = within_range(engine, tasks, all_forms)
-    total = report.units(engine.model.shape.num_layers, sum(len(t.samples) for t in tasks), layers, policy is not None)
+    total = report.units(engine.model.shape.num_layers, tasks, layers, policy is not None, attention)
     with progress() as shown:
         bar = shown.add_task("", total=total)
 
         def advance(what: str, done: int) -> None:
             shown.update(bar, description=what, advance=done)
 
-        found = report.analyse(engine, tasks, policy, out, layers, examples, seed, advance)
+        found = report.analyse(engine, tasks, policy, out, layers, examples, seed, advance, attention)
     page = report.write(found, out, identity_of(engine), " ".join(["dyvte-engine", *sys.argv[1:]]))
     print(page.markdown())
     err.print(f"written to {out}: report.md, report.html, and each figure as PNG, SVG and JSON")
@@ -131,7 +134,7 @@ def reproduce(
         str, typer.Option(help="Whose published figures are shown: LLaVA-1.5-7B, VILA-7B, ...")
     ] = "LLaVA-1.5-7B",
     heads: Annotated[
-        str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE]; auto: those in the model's folder.")
+        str, typer.Option(help="Exit heads: FILE[,THRESHOLD][,NAME=VALUE] or none; auto: those in the model's folder.")
     ] = "auto",
     ablation: Annotated[Path | None, typer.Option(help="Folder that `ablate-heads` wrote.")] = None,
     transfer: Annotated[list[str] | None, typer.Option(help="NAME=HEADS_FILE of another model; repeat it.")] = None,
@@ -150,15 +153,11 @@ def reproduce(
     from ..analysis.benchmarks import DrawnTasks
     from ..analysis.data import load_data
     from ..analysis.tables import BENCHMARKS, check_paper_model
-    from ..errors import HeadsError
     from ..eval.run import AnswerFile
     from .evaluation import identity_of
 
     check_paper_model(paper_model)
-    notation = _heads(heads, model)
-    if notation is None:
-        raise HeadsError(f"no exit heads in {model}; accepted: --heads FILE")
-    methods = paper.methods(notation, model, ablation, transfer or [])
+    methods = paper.methods(_heads(heads, model), model, ablation, transfer or [])
     tasks = load_data(",".join(BENCHMARKS), limit, seed, None, source)
     engine = _engine(model, dtype, device, max_batch=batch, max_len=max_len, trust_remote_code=trust_remote_code)
     tasks = within_range(engine, tasks, all_forms)

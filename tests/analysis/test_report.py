@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from dyvte_engine import NANO_HEADS
 from dyvte_engine.analysis.page import Page
 from dyvte_engine.analysis.report import in_turn, rounded
 from dyvte_engine.commands.main import app
-from dyvte_engine.errors import HeadsError, InvalidArgumentError, SourceError
+from dyvte_engine.errors import InvalidArgumentError, SourceError
 
 FIGURES = ("stages", "entropy", "manual_exit", "exit_layers", "timelines")
 
@@ -63,8 +64,11 @@ def test_a_second_run_computes_nothing_and_says_the_same(folder, monkeypatch):
     assert before == {name: (folder / f"{name}.json").read_text() for name in FIGURES[:4]}
 
 
-def test_without_heads_the_report_says_so(tmp_path):
-    said = invoke(*ANALYZE[:3], "gqa", *ANALYZE[4:], "--heads", "none", "--exits", "3", "--out", tmp_path)
+def test_without_heads_the_report_says_so_and_attention_may_be_of_fewer_prompts(tmp_path):
+    options = ("--heads", "none", "--exits", "3", "--attention", 2, "--out", tmp_path)
+    said = invoke(*ANALYZE[:3], "gqa,pope", *ANALYZE[4:], *options)
+    samples = [json.loads((tmp_path / f"{name}.json").read_text())["samples"] for name in FIGURES[:3]]
+    assert samples == [4, 4, {"gqa": 4, "pope": 4}] and said.count("Of 4 prompts.") == 2
     assert "No exit heads were given" in said and not (tmp_path / "exit_layers.png").exists()
 
 
@@ -75,13 +79,21 @@ def test_reproduce_prints_the_tables(tmp_path):
     assert {"tables.md", "tables.html", "tables.json", "answers.jsonl"} <= {p.name for p in tmp_path.iterdir()}
 
 
+def test_reproduce_without_heads_says_what_is_not_measured(tmp_path):
+    options = ("--limit", 4, "--device", "cpu", "--max-len", 256, "--out", tmp_path)
+    said = invoke("reproduce", "nano", "--heads", "none", "--transfer", f"other={NANO_HEADS}", *options)
+    assert "Ours with DyVTE: not measured" in said and "its own" not in said
+    record = json.loads((tmp_path / "tables.json").read_text())
+    assert {m["method"] for m in record["measured"]} >= {"without", "FastV", "other", "16 of 32"}
+    assert not {"with", "DyVTE+FastV"} & {m["method"] for m in record["measured"]}
+
+
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
         (("analyze", "nano", "--exits", "x"), InvalidArgumentError, "exits is 'x'; accepted: layer numbers"),
         (("analyze", "nano", "--data", "sqa"), InvalidArgumentError, "data holds no prompt in a form"),
         (("analyze", "nano", "--data", "nothing"), InvalidArgumentError, "data is 'nothing'; accepted"),
-        (("reproduce", "nano", "--heads", "none"), HeadsError, "no exit heads in nano; accepted: --heads FILE"),
         (("reproduce", "nano", "--paper-model", "x"), InvalidArgumentError, "paper-model is 'x'; accepted"),
     ],
 )
