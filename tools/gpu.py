@@ -128,7 +128,8 @@ def smol_findings() -> list[Step]:
     """The paper's figures and tables of the smol that ships (docs/findings.md), in outputs/findings-smol."""
     common = f"smol --source emoji --limit 100 --batch 64 --out {ROOT / 'outputs' / 'findings-smol'}"
     tasks = "pope,gqa,vqav2,textvqa,sqa,mmb,seed,mme,mmvet"
-    calls = {"analyze": f"analyze {common} --data {tasks} --attention 24", "reproduce": f"reproduce {common}"}
+    analyze = f"analyze {common} --data {tasks} --attention 24 --examples 0"
+    calls = {"analyze": analyze, "reproduce": f"reproduce {common}"}
     command = ["-m", "dyvte_engine.commands.main"]
     return [Step(f"smol {n}", [*command, *c.split()], [*command, n, "--help"]) for n, c in calls.items()]
 
