@@ -779,6 +779,15 @@ std::vector<float> use_last_pages(const Implementation& with, const Pages& pages
   check(with.decode_attention(attend, threaded_for), "decode_attention");
   std::vector<float> result;
   out.append_to(result);
+  if (!with.cuda) return result;
+  attend.fresh = {base + kRowBytes, base + 2 * kRowBytes, kWidth, kWidth,
+                  cos_sin.data(),   positions.data(),     kDim};  // one more row
+  check(decode_attention_cuda(attend, nullptr), "decode_attention with a new row");
+  out.append_to(result);
+  for (int64_t half : {int64_t{0}, pages.bytes / 2}) {
+    const char* row = pages.memory + half + (table[0] * Pages::kPage + lens[0]) * kRowBytes;
+    result.insert(result.end(), row, row + kRowBytes);
+  }
   return result;
 }
 
