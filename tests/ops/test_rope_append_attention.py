@@ -159,25 +159,39 @@ def test_counts_that_calls_of_other_sizes_share(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("before", ["copy", "event", "nothing"])
-def test_between_other_work_of_a_stream(before: str) -> None:
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_between_other_work_of_a_stream(captured: bool, elsewhere: bool) -> None:
     """It begins behind what is no kernel, too, and what follows writes over its arguments only when it has ended."""
     args, other = (make("cuda", torch.bfloat16, [700, 3, 64], (28, 4), 128, 128, 64) for _ in range(2))
-    want, stream, side = in_two(copied(args)), torch.cuda.current_stream(), torch.cuda.Stream()
-    host = {n: args[n].cpu().pin_memory() for n in ("q", "k", "v", "positions", "lens", "block_table")}
-    for _ in range(20):
-        side.wait_stream(stream)
-        with torch.cuda.stream(side if before == "event" else stream):
+    want, given, side = in_two(copied(args)), copied(args), torch.cuda.Stream()
+    names = ("q", "k", "v", "positions", "lens", "block_table")  # the last one by a copy, not a kernel
+
+    def step() -> Tensor:
+        stream = torch.cuda.current_stream()
+        if elsewhere:
+            side.wait_stream(stream)
+        with torch.cuda.stream(side if elsewhere else stream):
             torch.cuda._sleep(2_000_000)  # the host is ahead
-            for name, values in host.items():
-                args[name].copy_(values, non_blocking=True)
-        if before == "event":
+            for name in names:
+                args[name].copy_(given[name])
+        if elsewhere:
             stream.wait_stream(side)
-        if before == "nothing":
-            torch.cuda.synchronize()
         out = ops.rope_append_attention_(**args)
-        for name in host:
+        for name in names:
             args[name].copy_(other[name])
+        return out
+
+    if captured:
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+    for _ in range(20):
+        if captured:
+            graph.replay()
+        else:
+            out = step()
         assert torch.equal(out, want)
 
 
