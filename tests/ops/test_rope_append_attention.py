@@ -264,7 +264,7 @@ def test_steps_in_a_graph(batch: int, heads: tuple[int, int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 8, 300])
 def test_small_kernels_behind_each_other(dtype: torch.dtype, rows: int) -> None:
-    """Those that begin early read what the ones before them wrote, and write nothing that these still read."""
+    """Each reads what the ones before it wrote, and writes nothing that these still read; also captured."""
     torch.manual_seed(0)
     first, weight = torch.randn(rows, 5120, device="cuda").to(dtype), torch.randn(5120, device="cuda").to(dtype)
     product = (torch.randn(10240, 5120, device="cuda") / 72).to(dtype)
