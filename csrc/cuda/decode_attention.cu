@@ -221,8 +221,8 @@ __device__ void combine(const DecodeAttentionParams& p, int64_t head, int splits
     sum *= old;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (begin + i >= splits || stat[i].x == -INFINITY) continue;
-      const float scale = exp2f(stat[i].x - top);
+      if (begin + i >= splits) continue;
+      const float scale = stat[i].x == -INFINITY ? 0.0f : exp2f(stat[i].x - top);  // a NaN stays one
       total += scale * stat[i].y;
       sum += scale * value[i];
     }

@@ -472,6 +472,43 @@ void attend_to_new_rows(DType dtype, const std::vector<int64_t>& lens, int64_t h
     check("a count was left", what.c_str());
 }
 
+// A query, or a cached row, that is no number shows in every output that it reaches, also where the row has a split for
+// itself.
+void attend_to_nan(DType dtype, int64_t rows, bool in_query) {
+  constexpr int64_t kDim = 64, kPage = 16;
+  const Cache cache(dtype, 1, rows / kPage + 1, kPage, 1, kDim, 0);
+  const Values q(dtype, 2 * kDim), out(dtype, 2 * kDim);
+  const int64_t last = cache.table[(rows - 1) / kPage] * kPage + (rows - 1) % kPage;
+  (in_query ? q : cache.k).set(in_query ? kDim : last * kDim, NAN);
+  const Ints lens{static_cast<int32_t>(rows)};
+  const Array<uint32_t> arrived(2);
+  for (const Implementation& with : implementations()) {
+    for (uint32_t* counts : {static_cast<uint32_t*>(nullptr), arrived.data()}) {
+      DecodeAttentionParams p{};
+      p.q = q.data();
+      p.out = out.data();
+      p.pool = cache.pool();
+      p.block_table = cache.table.data();
+      p.kv_lens = lens.data();
+      p.q_stride = 2 * kDim;
+      p.heads_q = 2;
+      p.batch = 1;
+      p.max_pages = p.table_stride = cache.max_pages;
+      p.max_len = with.cuda ? cache.max_pages * kPage : rows;
+      p.scale = 0.1f;
+      p.dtype = dtype;
+      p.arrived = counts;
+      const Array<float> scratch(with.cuda ? decode_attention_cuda_scratch(p) : decode_attention_cpu_scratch(p));
+      p.scratch = scratch.data();
+      check(with.decode_attention(p, threaded_for), "decode_attention");
+      for (int64_t i = 0; i < 2 * kDim; ++i) {
+        const bool reached = !in_query || i >= kDim;
+        if (std::isnan(out.get(i)) != reached) check("a NaN is lost, or too far", with.name.c_str());
+      }
+    }
+  }
+}
+
 void compare_varlen(const std::string& what, VarlenAttentionParams& p, int64_t rows, int64_t shift) {
   compare(what, rounding(p.dtype), [&](const Implementation& with) {
     const Values out(p.dtype, rows * p.heads_q * p.dim, shift);
@@ -621,6 +658,10 @@ void attention(DType dtype, int64_t shift) {
   decode_attention(dtype, {40, 513}, 9, 1, 83, 64, shift);
   decode_attention(dtype, {64, 130}, 2, 1, 256, 32, shift);
   decode_attention(dtype, {37, 2}, 3, 1, 7, 8, shift);
+  for (int64_t rows : {1, 3, 40}) {
+    attend_to_nan(dtype, rows, false);
+    attend_to_nan(dtype, rows, true);
+  }
   attend_to_new_rows(dtype, {0}, 2, 2, 64, 64, 16, shift);
   attend_to_new_rows(dtype, {0, 83, 7, 170, 31, 32, 15, 16}, 8, 2, 64, 64, 16, shift);
   attend_to_new_rows(dtype, {263, 1}, 7, 1, 128, 128, 256, shift);
@@ -738,6 +779,15 @@ std::vector<float> use_last_pages(const Implementation& with, const Pages& pages
   check(with.decode_attention(attend, threaded_for), "decode_attention");
   std::vector<float> result;
   out.append_to(result);
+  if (!with.cuda) return result;
+  attend.fresh = {base + kRowBytes, base + 2 * kRowBytes, kWidth, kWidth,
+                  cos_sin.data(),   positions.data(),     kDim};  // one more row
+  check(decode_attention_cuda(attend, nullptr), "decode_attention with a new row");
+  out.append_to(result);
+  for (int64_t half : {int64_t{0}, pages.bytes / 2}) {
+    const char* row = pages.memory + half + (table[0] * Pages::kPage + lens[0]) * kRowBytes;
+    result.insert(result.end(), row, row + kRowBytes);
+  }
   return result;
 }
 

@@ -92,6 +92,21 @@ def test_large_scores_and_nan(device: str) -> None:
     assert ops.decode_attention(**args).isnan().all()
 
 
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("counts", [False, True])
+def test_nan_in_few_rows(device: str, rows: int, counts: bool) -> None:
+    """Also where a row, or a query, is all that a block sees."""
+    args = make(device, torch.float32, [rows], (2, 1), 64, 64)
+    if counts:
+        args["arrived"] = int32([0, 0], device)
+    query = args["q"].clone()
+    query[0, 1, 7] = torch.nan
+    out = ops.decode_attention(**args | {"q": query})
+    assert out[0, 0].isfinite().all() and out[0, 1].isnan().all()
+    args["k_pool"][args["block_table"][0, 0], rows - 1, 0, 3] = torch.nan
+    assert ops.decode_attention(**args).isnan().all()
+
+
 @pytest.mark.gpu
 def test_graph_capture() -> None:
     """A captured call follows lengths that change on the device."""

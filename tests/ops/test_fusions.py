@@ -9,7 +9,7 @@ from dyvte_engine.kernels import ops
 
 from .common import OPCHECK, assert_as_good_as_torch, check_errors
 
-WIDTHS = [1, 7, 64, 83, 128, 769, 1032, 4096]
+WIDTHS = [1, 7, 64, 83, 128, 769, 1032, 4096, 8192, 16392]
 
 
 def llama_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -50,8 +50,10 @@ def test_rms_norm_of_heads(device: str, dtype: torch.dtype, rows: int, heads: in
 
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_add_rms_norm(device: str, dtype: torch.dtype, rows: int, d: int) -> None:
-    x = torch.randn(rows, d + 16, device=device).to(dtype)[:, :d]
+@pytest.mark.parametrize("shift", [0, 1])
+def test_add_rms_norm(device: str, dtype: torch.dtype, shift: int, rows: int, d: int) -> None:
+    """Shifted: no row of x begins at a multiple of 16 bytes."""
+    x = torch.randn(rows, d + 16, device=device).to(dtype)[:, shift:][:, :d]
     residual = torch.randn(rows, d + 8, device=device).to(dtype)[:, :d]
     weight = torch.randn(d, device=device).to(dtype)
     total = residual + x

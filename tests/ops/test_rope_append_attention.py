@@ -23,6 +23,13 @@ CASES = [  # rows in the cache, heads, their size, rotated channels, rows of a p
     ([40, 513, 5], (9, 1), 83, 82, 4096),
     ([37, 2], (3, 1), 7, 0, 8),
     ([5], (1, 1), 1, 0, 1),
+    ([63, 0, 700], (6, 2), 96, 96, 16),
+    ([300, 0], (10, 2), 64, 32, 64),
+    ([129], (16, 1), 128, 64, 3),
+]
+NARROW = [  # only the new rows keep these from 16-byte accesses: other blocks than those of two kernels
+    ([300, 0, 16], (10, 2), 64, 18, 16),
+    ([63, 700], (7, 1), 128, 2, 64),
 ]
 
 
@@ -59,11 +66,29 @@ def in_two(args: dict) -> Tensor:
     return ops.decode_attention(args["q"], *pools, args["lens"] + 1, args["scale"])
 
 
-@pytest.mark.parametrize("lens,heads,dim,rot_dim,page", CASES)
+def misaligned(rows: Tensor) -> Tensor:
+    """Equal rows, of which none begins at a multiple of 16 bytes."""
+    memory = rows.new_empty(len(rows), rows[0].numel() + 8)[:, 1:-7]
+    return memory.copy_(rows.flatten(1)).unflatten(1, rows.shape[1:])
+
+
+@pytest.mark.parametrize("lens,heads,dim,rot_dim,page", CASES + NARROW)
 def test_against_torch(device, dtype, lens, heads, dim, rot_dim, page) -> None:
+    check_against_torch(make(device, dtype, lens, heads, dim, rot_dim, page))
+
+
+@pytest.mark.parametrize("device", CUDA_ONLY)
+@pytest.mark.parametrize("odd", ["q", "k", "v"])
+@pytest.mark.parametrize("lens,heads,dim,rot_dim,page", CASES)
+def test_addresses_at_odd_places(device, dtype, lens, heads, dim, rot_dim, page, odd) -> None:
     args = make(device, dtype, lens, heads, dim, rot_dim, page)
-    given = copied(args)
-    out = (ops.rope_append_attention_ref if device == "cpu" else ops.rope_append_attention_)(**args)
+    check_against_torch(args | {odd: misaligned(args[odd])})
+
+
+def check_against_torch(args: dict) -> None:
+    given, lens, device, dtype = copied(args), args["lens"], args["q"].device, args["q"].dtype
+    page = args["k_pool"].shape[1]
+    out = (ops.rope_append_attention_ref if device.type == "cpu" else ops.rope_append_attention_)(**args)
     assert out.dtype == dtype and out.is_contiguous()
 
     def plain(inner: torch.dtype) -> Tensor:
@@ -94,6 +119,111 @@ def test_the_bits_of_two_kernels(device, dtype, lens, heads, dim, rot_dim, page)
             assert torch.equal(args[name], two[name])
         for name in ("q", "k", "v", "lens", "arrived"):
             assert torch.equal(args[name], before[name])
+
+
+@pytest.mark.parametrize("device", CUDA_ONLY)
+@pytest.mark.parametrize("heads", [(28, 4), (4, 4), (18, 2)])
+def test_pages_that_several_have(device: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """Full pages are only read. Slots that fill a batch up write one row of one page, and none reads another's."""
+    args = make(device, dtype, [130, 64, 191, 0, 0, 0, 0, 0], heads, 128, 128, 64)
+    table, page = args["block_table"], args["block_table"][3, 0].clone()
+    table[1, :1], table[2, :2] = table[0, :1], table[0, :2]
+    table[3:] = page
+    shared = table[0, :2].long()
+    two = copied(args)
+    want = in_two(two)
+    group = heads[0] // heads[1]
+    for _ in range(20):
+        for name in ("k_pool", "v_pool"):
+            args[name][page] = torch.nan
+        out = ops.rope_append_attention_(**args)
+        assert torch.equal(out[:3], want[:3])
+        assert torch.equal(out[3:], args["v"][3:].repeat_interleave(group, 1))
+        for name in ("k_pool", "v_pool"):
+            assert torch.equal(args[name][shared], two[name][shared])
+            assert args[name][page, 1:].isnan().all() and args[name][page, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("device", CUDA_ONLY)
+def test_counts_that_calls_of_other_sizes_share(device: str) -> None:
+    calls = [
+        make(device, torch.bfloat16, lens, heads, 128, 128, 64)
+        for lens, heads in (([600] * 8, (32, 32)), ([2000], (40, 40)), ([9, 800, 0], (28, 4)), ([0], (32, 8)))
+    ]
+    wants = [in_two(copied(args)) for args in calls]
+    arrived = int32([0] * 256, device)
+    for _ in range(10):
+        for args, want in zip(calls, wants, strict=True):
+            assert torch.equal(ops.rope_append_attention_(**args | {"arrived": arrived}), want)
+    assert arrived.count_nonzero() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_between_other_work_of_a_stream(captured: bool, elsewhere: bool) -> None:
+    """It begins behind what is no kernel, too, and what follows writes over its arguments only when it has ended."""
+    args, other = (make("cuda", torch.bfloat16, [700, 3, 64], (28, 4), 128, 128, 64) for _ in range(2))
+    want, given, side = in_two(copied(args)), copied(args), torch.cuda.Stream()
+    names = ("q", "k", "v", "positions", "lens", "block_table")  # the last one by a copy, not a kernel
+
+    def step() -> Tensor:
+        stream = torch.cuda.current_stream()
+        if elsewhere:
+            side.wait_stream(stream)
+        with torch.cuda.stream(side if elsewhere else stream):
+            torch.cuda._sleep(2_000_000)  # the host is ahead
+            for name in names:
+                args[name].copy_(given[name])
+        if elsewhere:
+            stream.wait_stream(side)
+        out = ops.rope_append_attention_(**args)
+        for name in names:
+            args[name].copy_(other[name])
+        return out
+
+    if captured:
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+    for _ in range(20):
+        if captured:
+            graph.replay()
+        else:
+            out = step()
+        assert torch.equal(out, want)
+
+
+@pytest.mark.gpu
+def test_layers_in_a_graph() -> None:
+    """As in a decoding step: products between the layers, other lengths in each, counts that all of them share."""
+    layers, batch, heads, dim = 12, 3, (28, 4), 128
+    sizes = [[(97 * layer + 211 * b) % 500 for b in range(batch)] for layer in range(layers)]
+    calls = [make("cuda", torch.bfloat16, lens, heads, dim, dim, 64) for lens in sizes]
+    weight = (torch.randn((heads[0] + 2 * heads[1]) * dim, heads[0] * dim, device="cuda") / 60).bfloat16()
+    start = torch.randn(batch, heads[0] * dim, device="cuda").bfloat16()
+
+    def step() -> list[tuple[Tensor, Tensor]]:
+        arrived, x, steps = calls[0]["lens"].new_zeros(batch * heads[0]), start, []
+        for args in calls:
+            qkv = torch.nn.functional.linear(x, weight)
+            q, k, v = qkv.view(batch, -1, dim).split((heads[0], heads[1], heads[1]), dim=1)
+            x = ops.rope_append_attention_(**args | {"q": q, "k": k, "v": v, "arrived": arrived}).flatten(1)
+            steps.append((qkv, x))
+        return steps
+
+    twins = [copied(args) for args in calls]
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steps = step()
+    for _ in range(10):
+        start.normal_()
+        graph.replay()
+        for args, (qkv, x) in zip(twins, steps, strict=True):
+            q, k, v = qkv.clone().view(batch, -1, dim).split((heads[0], heads[1], heads[1]), dim=1)
+            assert torch.equal(in_two(args | {"q": q, "k": k, "v": v}).flatten(1), x)
 
 
 @pytest.mark.gpu
@@ -134,7 +264,7 @@ def test_steps_in_a_graph(batch: int, heads: tuple[int, int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 8, 300])
 def test_small_kernels_behind_each_other(dtype: torch.dtype, rows: int) -> None:
-    """Those that begin early read what the ones before them wrote, and write nothing that these still read."""
+    """Each reads what the ones before it wrote, and writes nothing that these still read; also captured."""
     torch.manual_seed(0)
     first, weight = torch.randn(rows, 5120, device="cuda").to(dtype), torch.randn(5120, device="cuda").to(dtype)
     product = (torch.randn(10240, 5120, device="cuda") / 72).to(dtype)
