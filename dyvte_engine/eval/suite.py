@@ -194,7 +194,11 @@ def _mme_count(rng: random.Random, world: World, view: View) -> Question | None:
 
 def _mme_word(rng: random.Random, world: World, view: View) -> Question | None:
     assert view.word is not None
-    like = [w for w in world.words if w != view.word and len(w) == len(view.word)]
+    others, long = [w for w in world.words if w != view.word], len(view.word)
+    if not others:
+        return None
+    nearest = min(abs(len(w) - long) for w in others)
+    like = [w for w in others if abs(len(w) - long) == nearest]
     texts = [f'Does the text in the picture say "{w}"?' for w in (view.word, rng.choice(like))]
     return texts[0], texts[1]
 

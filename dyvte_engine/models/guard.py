@@ -46,10 +46,10 @@ def addresses(module: nn.Module) -> tuple[int, ...] | None:
         state = m.__dict__
         if ("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]) and _patch_of(m) is not None:
             return None
-        if state["_parameters"]:
-            tensors += state["_parameters"].values()
-        if state["_modules"]:
-            waiting += state["_modules"].values()
+        if m._parameters:  # not of `state`: a traced module keeps them elsewhere
+            tensors += m._parameters.values()
+        if m._modules:
+            waiting += m._modules.values()
     return tuple([t.data_ptr() for t in tensors if t is not None])
 
 
@@ -219,7 +219,8 @@ def _tree(module: nn.Module) -> Iterator[nn.Module]:
 def _patch_of(module: nn.Module) -> str | None:
     """What was put on a module that changes its forward, in words."""
     state = module.__dict__
-    if "forward" in state and getattr(state["forward"], "__func__", None) is not module.__class__.forward:
+    own = getattr(module.__class__, "forward", None)  # a scripted module's class has none
+    if "forward" in state and getattr(state["forward"], "__func__", False) is not own:
         return "a forward of its own"
     for name in _HOOKS:
         for hook in state[name].values():

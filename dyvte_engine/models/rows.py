@@ -74,7 +74,7 @@ class Rows:
         parts: list[Values] = [(numbers, torch.int64), *_ends(host, n_tail), (marks, torch.bool)]
         source, cu, text_ranges, on_device = to_device_together(parts, device)
         return cls(
-            positions=(positions[0] if len(positions) == 1 else torch.cat(list(positions))).to(torch.int32),
+            positions=(torch.cat(list(positions)) if len(positions) > 1 else positions[0].contiguous()).to(torch.int32),
             visual=on_device,
             source=source,
             lengths=Lengths(cu, host),

@@ -89,7 +89,7 @@ class Prefill:
         if known is not None:
             self._hidden = self._x = inputs_embeds[:0]
             return
-        self._hidden = self._x = inputs_embeds.clone()
+        self._hidden = self._x = inputs_embeds.clone(memory_format=torch.contiguous_format)
         if -1 in self._ask:
             self._decide(-1)
         self._x = decoder.enter(self._hidden)

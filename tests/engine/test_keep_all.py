@@ -90,6 +90,20 @@ def test_positions_with_gaps_are_used_as_given(tiny_engine):
         assert running.positions.tolist() == [positions[-1] + 1]
 
 
+@pytest.mark.parametrize("policy", [KeepAll(), FixedExit(1)])
+def test_a_single_sequence_may_have_any_strides(tiny_engine, policy):
+    """It is copied to no batch, where it would get those of the kernels."""
+    engine, oracle = tiny_engine
+    embeds, visual, _ = tiny.embed(oracle, engine.model.processor, "w5 <image> w6 w7", [tiny.picture(random.Random(4))])
+    positions = torch.arange(2 * len(embeds), dtype=torch.int32)[::2]
+    with engine.prefill([embeds] * 2, [visual] * 2, [positions.contiguous()] * 2, policy=policy) as running:
+        want = running.logits[:1]
+    turned = embeds.t().contiguous().t()
+    assert not turned.is_contiguous() and not positions.is_contiguous()
+    with engine.prefill(turned, visual, positions, policy=policy) as running:
+        torch.testing.assert_close(running.logits, want, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rotations_are_float32_in_every_dtype(dtype):
     """Angles of hundreds of radians: in the model's 16 bits neighbours of a position would turn alike."""

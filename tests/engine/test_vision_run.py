@@ -114,3 +114,17 @@ def test_graphs_follow_the_tower():
     assert not torch.allclose(equal(), first)
     equal()
     assert len(graphs._replays) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, torch.zeros(1, 17, 32))])
+def test_a_part_that_is_torchscript_runs(make):
+    """In the block whose rows nobody reads, which is looked at before each run, and in the one before it."""
+    engine, plain = (build(picture_cache=0)[0] for _ in range(2))
+    for name, mlp in engine.model.hf.model.vision_tower.named_modules():
+        if name.endswith(".mlp"):
+            mlp.fc1 = make(mlp.fc1)
+    texts, images = tiny.prompts(seed=96, n=2, images=(1,))
+    got, want = (e.model.prepare(e.model.tokenize(texts, images)) for e in (engine, plain))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.inputs_embeds, b.inputs_embeds)

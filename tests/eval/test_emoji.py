@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dyvte_engine.errors import InvalidArgumentError, SourceError
-from dyvte_engine.eval import compose, emoji, load_tasks, task
+from dyvte_engine.eval import compose, emoji, load_tasks, suite, task
 from dyvte_engine.eval import emoji_sets as sets
 from dyvte_engine.eval.suite import PLANS
 from dyvte_engine.training.nano.scenes import UNSEEN_WORDS
@@ -156,6 +156,26 @@ def test_the_kind_of_a_question_is_what_it_asks():
     for sample in samples:
         assert [kind for kind in task.KINDS if re.match(BEGINS[kind], sample.prompt)] == [sample.meta["kind"]]
     assert {s.meta["kind"] for s in samples} == set(task.KINDS)
+
+
+@pytest.mark.parametrize(
+    "words, others",
+    [
+        (["CAT", "OTTER"], [{"OTTER"}, {"CAT"}]),
+        (["CAT"], []),
+        (["CAT", "ZIP", "OTTER"], [{"ZIP"}, {"CAT"}, {"CAT", "ZIP"}]),
+    ],
+)
+def test_a_word_is_denied_where_no_other_has_its_length(words, others):
+    """Another of the next length; where there is no other word, nothing is asked."""
+    world, asked = emoji.Emoji(split="train", words=words), {}
+    for index in range(40):
+        view = world.view(0, index, printed=True)
+        question = suite._mme_word(random.Random(index), world, view)
+        if question:
+            asked.setdefault(view.word, set()).add(question[1].split('"')[1])
+            assert question[0].split('"')[1] == view.word
+    assert [asked[word] for word in words if asked] == others
 
 
 def tarball(files):
