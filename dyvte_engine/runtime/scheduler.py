@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import CacheError, InvalidArgumentError, ModelError, PromptError, RequestCancelledError
 from ..models import PreparedPrompt
+from ..models.vision_language import LookAhead
 from .kv_cache import KVCache
 from .picture_cache import Seen
 from .prefill import Prefill
@@ -41,6 +42,8 @@ class _Group:
         self.errors: dict[int, BaseException] = {}
         self._prepared: list[Seen] = []
         self._one_by_one = False
+        self._ahead: LookAhead | None = None  # of those who are prepared next
+        self._vision_s = 0.0  # that they have taken so far
         self._prefill: Prefill | None = None
         self.caches = [runner.cache(len(sequences), len(sequences))]
 
@@ -58,31 +61,70 @@ class _Group:
             self.cache.claim(b, self._runner.worst_pages(s.rows, s.policy, prefix))
             s.begin()
 
-    def advance(self, row_layers: float) -> bool:
-        """Prepare prompts, or run layers of at most so many rows in sum. Returns whether the prefill is done.
+    @property
+    def done(self) -> bool:
+        """Whether all layers have run."""
+        return self._prefill is not None and self._prefill.done
 
-        Pictures of a group pass the tower together: alone each takes twice as long as among eight.
+    def advance(self, row_layers: float, least: bool) -> float:
+        """Run what comes next while it costs at most `row_layers`; `least`: one piece, whatever it costs.
+
+        A piece is a block of the vision tower or a layer, or what is before and behind the tower. Returns the cost.
         """
-        if self._prefill is None:
-            self._prepare()
-            return False
-        return self._prefill.advance(row_layers)
+        used = 0.0
+        while not (self.done or self.empty):
+            cost = self._piece(row_layers - used, least and not used)
+            if cost is None:
+                break
+            used += cost
+        return used
 
-    def _prepare(self) -> None:
-        """Vision and embeddings of all prompts that are left; when there is none left, the prefill begins."""
+    def _piece(self, row_layers: float, least: bool) -> float | None:
+        """Returns what it cost; None: that would be more than `row_layers`, and it need not be run."""
+        if self._prefill is not None:
+            return self._prefill.advance(row_layers, least) or None
         done = len(self._prepared)
         if done == len(self.sequences):
-            return self._begin()
+            self._begin()
+            return 0.0
         now = self.sequences[done : done + 1] if self._one_by_one else self.sequences[done:]
         started = time.perf_counter()
         try:
-            prepared = self._runner.pictures.prepare([s.prompt for s in now], now[0].policy)
+            cost, prepared = self._see(now, row_layers, least)
         except Exception as error:
             if len(now) == 1:
                 self.lose(now[0], error)
-            self._one_by_one = True
+            self._one_by_one, self._ahead = True, None
+            return 0.0
+        self._vision_s += time.perf_counter() - started
+        self._enter(now, prepared)
+        return cost
+
+    def _see(self, now: list[Sequence], row_layers: float, least: bool) -> tuple[float | None, list[Seen]]:
+        """Of these, a piece: its cost as in `_piece`, and with the last one their prompts at the decoder's entry.
+
+        What is before the tower's blocks, and what is behind them, counts as a layer of the visual rows.
+        """
+        pictures, policy, prompts = self._runner.pictures, now[0].policy, [s.prompt for s in now]
+        visual: float = sum(s.visual_tokens for s in now)
+        if self._ahead is not None and not self._ahead.blocks.done:
+            return self._ahead.blocks.advance(row_layers, least) or None, []
+        if visual > row_layers and not least:
+            return None, []
+        if self._ahead is None and visual and row_layers < float("inf"):
+            self._ahead = pictures.look_ahead(prompts, policy)
+            if self._ahead is None and not least:
+                return None, []  # it can only run as a whole, in a slice of its own
+            if self._ahead is not None:
+                return visual, []
+            visual = max(visual, row_layers)
+        return visual, pictures.prepare(prompts, policy, self._ahead)
+
+    def _enter(self, now: list[Sequence], prepared: list[Seen]) -> None:
+        """Those that are prepared are at the decoder's entry."""
+        if not prepared:
             return
-        seconds = time.perf_counter() - started
+        seconds, self._vision_s, self._ahead = self._vision_s, 0.0, None
         for s, seen in zip(now, prepared, strict=True):
             s.saw_vision(seconds, seen.reused)
             self._prepared.append(seen)
@@ -122,6 +164,7 @@ class _Group:
             return
         self.cache.select([b for b in range(self.cache.count) if b != place])
         del self.sequences[place], self._prefixes[place], self._prepared[place : place + 1]
+        self._ahead = None  # which was for him too
 
     @property
     def empty(self) -> bool:
@@ -162,7 +205,7 @@ class Scheduler:
     def __init__(self, runner: Runner):
         self.runner = runner
         config = runner.config
-        self._slots, self._max_stall = config.max_batch, config.max_stall
+        self._slots = config.max_batch
         self._queued = config.device.type == "cuda"  # a step is launched before the last one's text is made
         # Of `_waiting`. Reentrant: garbage that is collected here may be a stream nobody reads, which cancels.
         self._mutex = threading.RLock()
@@ -174,6 +217,10 @@ class Scheduler:
         self._begun: list[Sequence] = []  # those that left `_waiting` and may not be done
         self._changing = False  # somebody is at work on all of these
         self._late: list[Sequence] = []  # cancelled meanwhile
+
+    @property
+    def _stall(self) -> int:
+        return self.runner.config.stall(sum(self.counts.values()))
 
     @property
     def has_work(self) -> bool:
@@ -248,16 +295,23 @@ class Scheduler:
             self._fail_running(error)
 
     def _prefill(self) -> None:
-        if self._group is None:
-            self._admit()
-        group, alone = self._group, not self._sequences
-        if group is None:
-            return
+        """One group to its end, or where somebody waits for it, of one after the other what fits into a slice."""
+        alone, used, least = not self._sequences, 0.0, True
+        row_layers = float("inf") if alone else self._stall
+        while least or not (alone or self._group):
+            if self._group is None:
+                self._admit()
+            if self._group is None:
+                return
+            used += self._advance(self._group, row_layers - used, least)
+            least = False
+
+    def _advance(self, group: _Group, row_layers: float, least: bool) -> float:
+        """The group joins those who run when it is done; what goes wrong ends it. Returns what it cost."""
+        cost = 0.0
         try:
-            done = group.advance(float("inf") if alone else self._max_stall)
-            while alone and not done and not group.empty:
-                done = group.advance(float("inf"))
-            if done:
+            cost = group.advance(row_layers, least)
+            if group.done and not group.empty:
                 sequences, cache, logits = group.finish()
                 self._running.join(cache, logits)
                 self._sequences += sequences
@@ -265,11 +319,13 @@ class Scheduler:
             for s in group.sequences:
                 s.fail(error)
             group.close()
-            done = True
+            self._group = None
+            return cost
         if group.empty:
             group.close()
-        if done or group.empty:
+        if group.done or group.empty:
             self._group = None
+        return cost
 
     def _admit(self) -> None:
         """Begin with the first that waits, if it fits, and others of its policy; nobody overtakes who lacks memory.
@@ -296,7 +352,7 @@ class Scheduler:
         """Those to begin with, and what is known of their beginnings."""
         chosen: dict[Sequence, Prefix | None] = {}
         room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
-        rows, policy = self._max_stall if self._sequences else float("inf"), None
+        rows, policy = self._stall if self._sequences else float("inf"), None
         for s in waiting:
             if chosen and s.policy is not policy:
                 continue

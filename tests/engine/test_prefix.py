@@ -11,6 +11,7 @@ from dyvte_engine import (
     DivPrune,
     Downsample,
     DynamicExit,
+    EngineConfig,
     FastV,
     FixedExit,
     InvalidArgumentError,
@@ -207,8 +208,8 @@ def logits(engine, text, pictures, policy):
         (seen,) = runner.pictures.prepare([prompt], policy)
         cache = runner.cache(1, 1)
         prefill = runner.prefill(cache, [seen.prompt], policy, keys=[(prompt.input_ids, seen.digest, None)])
-        while not prefill.advance(1):
-            pass
+        while not prefill.done:
+            prefill.advance(1)
         out = engine.model.decoder.logits(prefill.finish().hidden)[0]
         cache.close()
     return out
@@ -332,6 +333,13 @@ def test_a_layer_that_fails_half_way_leaves_no_broken_prefix(monkeypatch):
     assert ask(engine, 2, 1, "keep-all").prefix == "miss"
 
 
+def step_to_layer(scheduler, layers):
+    """Until the group under way has passed so many."""
+    while scheduler._group is None or scheduler._group._prefill is None or scheduler._group._prefill.next < layers:
+        scheduler.step()
+    assert scheduler._group._prefill.next == layers
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_who_is_cancelled_half_way_leaves_what_was_computed(layers):
     engine, _ = build(max_len=192, max_stall=1)
@@ -341,9 +349,7 @@ def test_who_is_cancelled_half_way_leaves_what_was_computed(layers):
         scheduler.step()
     text, pictures = BEGINNINGS[2]
     half = begin(engine, f"{text} w9", pictures, 4)
-    for _ in range(2 + layers):
-        scheduler.step()
-    assert scheduler._group is not None
+    step_to_layer(scheduler, layers)
     half.cancel()
     stats = ask(engine, 2, 1, "fixed 2")
     assert stats.prefix_frontier == (layers - 1, 2)
@@ -353,7 +359,7 @@ def test_who_is_cancelled_half_way_leaves_what_was_computed(layers):
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize(("known", "page_size"), [(False, 4), (False, 5), (True, 4), (True, 5)])
-def test_who_computes_for_others_is_cancelled(layers, known, page_size):
+def test_who_computes_for_others_is_cancelled(layers, known, page_size, monkeypatch):
     """The first of three that extend one prefix together, in whose pages it is, then the second, between two layers."""
     engine, _ = build(max_len=192, max_stall=1, page_size=page_size)
     if known:
@@ -361,12 +367,11 @@ def test_who_computes_for_others_is_cancelled(layers, known, page_size):
     running, (text, pictures) = begin(engine, "w1 w2 w3", None, 60), BEGINNINGS[2]
     for _ in range(4):
         engine._scheduler.step()
-    engine._scheduler._max_stall = 10**6
+    monkeypatch.setattr(EngineConfig, "stall", lambda config, requests: 10**6)
     handles = [begin(engine, f"{text} {q}", pictures, 5) for q in QUESTIONS[:3]]
     engine._scheduler._admit()
-    engine._scheduler._max_stall = 1
-    for _ in range(2 + layers):
-        engine._scheduler.step()
+    monkeypatch.undo()
+    step_to_layer(engine._scheduler, layers)
     assert len(engine._scheduler._group.sequences) == 3
     for handle in handles[:2]:
         handle.cancel()

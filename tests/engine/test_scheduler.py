@@ -7,6 +7,7 @@ import asyncio
 import functools
 import itertools
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -30,6 +31,8 @@ from dyvte_engine import (
     RequestCancelledError,
     compose,
 )
+from dyvte_engine.models.linear import packing_fault
+from dyvte_engine.models.tower_layers import BlocksAhead
 from dyvte_engine.runtime import sequence as sequence_module
 from dyvte_engine.runtime.prefill import Prefill
 from tests import tiny
@@ -82,10 +85,9 @@ def request_of(spec, priority=0):
 @functools.cache
 def engines():
     """One whose pool holds about two requests and whose slices are short, and one for each request alone."""
-    tight, _ = build(
-        page_size=4, max_batch=3, max_stall=40, max_len=192, kv_memory=4 * 48 * 2 * 4 * 2 * 2 * 16 * 4 // 2
-    )
-    alone, _ = build(page_size=4, max_batch=1, max_len=192)
+    memory, packed = 4 * 48 * 2 * 4 * 2 * 2 * 16 * 4 // 2, packing_fault(torch.float32) is None  # towers stop then
+    tight, _ = build(page_size=4, max_batch=3, max_stall=40, max_len=192, kv_memory=memory, pack_weights=packed)
+    alone, _ = build(page_size=4, max_batch=1, max_len=192, pack_weights=packed)
     return tight, alone
 
 
@@ -218,10 +220,10 @@ def test_one_failing_request_leaves_its_neighbours_alone(monkeypatch):
     want = [answer(spec) for spec in chosen]
     prepare = engine.model.prepare
 
-    def failing(prompts, policy=None):
+    def failing(prompts, *more):
         if any(torch.equal(p.inputs["pixel_values"], bad) for p in prompts if p.inputs):
             raise RuntimeError("the tower is out of memory")
-        return prepare(prompts, policy)
+        return prepare(prompts, *more)
 
     sequences = [engine._prepare_request(request_of(spec))[0] for spec in chosen]
     bad = sequences[1].prompt.inputs["pixel_values"]
@@ -364,6 +366,74 @@ def test_a_slice_is_as_many_layers_as_fit_into_it(prefix_cache, more, slices, mo
         assert set(seen) <= {rows}
     assert counts == slices and not first.done
     assert first.result().stats.new_tokens == 24
+
+
+def cut_tower():
+    """An engine with somebody who is answered, whose scheduler stops between the blocks of a tower.
+
+    Returns it, the handle and the right answer, and the numbers of two prompts with a picture.
+    """
+    if packing_fault(torch.float32):
+        pytest.skip("a tower whose weights are not packed runs as a whole")
+    engine, _ = build(page_size=4, max_batch=4, max_stall=1, pack_weights=True, picture_cache=0)
+    longest = max(((i, "keep-all", "greedy", 0, 24) for i in range(16)), key=lambda spec: len(answer(spec)[0]))
+    (first,) = queue(engine, longest)
+    while not engine._scheduler.counts["running"]:
+        engine._scheduler.step()
+    return engine, (first, answer(longest)), [i for i, pictures in enumerate(IMAGES) if len(pictures) == 1][:2]
+
+
+def test_a_picture_in_the_tower_does_not_stall_those_who_run(monkeypatch):
+    """A step computes at most one block of one picture, and a token; the answers are those of each alone."""
+    engine, (first, right), pictures = cut_tower()
+    step, ran, most = BlocksAhead._step, [], []
+    monkeypatch.setattr(BlocksAhead, "_step", lambda ahead: ran.append(step(ahead)))
+    monkeypatch.setattr(engine.runner.config.__class__, "stall", lambda config, requests: 10**6)
+    chosen = [(i, "fixed", "greedy", 0, 3) for i in pictures]
+    handles = queue(engine, *chosen)
+    engine._scheduler._admit()
+    monkeypatch.setattr(engine.runner.config.__class__, "stall", lambda config, requests: 1)
+    while not first.done and not all(h.done for h in handles):
+        before = len(ran), len(first._chunks)
+        engine._scheduler.step()
+        most.append(len(ran) - before[0])
+        assert first.done or len(first._chunks) == before[1] + 1
+    assert sum(most) == 2 * 1 and set(most) <= {0, 1}, "of two blocks LLaVA reads the first"
+    assert [told(handle.result()) for handle in handles] == [answer(spec) for spec in chosen]
+    assert told(first.result()) == right
+
+
+@pytest.mark.parametrize("what", ["cancel", "interrupt", "fail"])
+def test_who_ends_in_the_middle_of_a_tower_leaves_the_others(what, monkeypatch):
+    """One of two whose pictures are there is cancelled, or a block is interrupted, or fails for one of them."""
+    engine, (first, right), pictures = cut_tower()
+    chosen = [(i, "fixed", "greedy", 0, 3) for i in pictures]
+    monkeypatch.setattr(engine.runner.config.__class__, "stall", lambda config, requests: 10**6)
+    handles = queue(engine, *chosen)
+    engine._scheduler._admit()
+    monkeypatch.undo()
+    for _ in range(2):
+        engine._scheduler.step()
+    assert len(engine._scheduler._group._ahead.blocks._became[0]) == 1
+    if what == "cancel":
+        handles[0].cancel()
+    else:
+        error = KeyboardInterrupt if what == "interrupt" else ZeroDivisionError
+        monkeypatch.setattr(BlocksAhead, "_step", lambda ahead: (_ for _ in ()).throw(error()))
+        with pytest.raises(KeyboardInterrupt) if what == "interrupt" else nullcontext():
+            engine._scheduler.step()
+        monkeypatch.undo()
+    if what == "interrupt":
+        for handle in (first, *handles):
+            with pytest.raises(KeyboardInterrupt):
+                handle.result(0)
+    else:
+        assert told(first.result()) == right
+        assert [told(h.result()) for h in handles[what == "cancel" :]] == [
+            answer(s) for s in chosen[what == "cancel" :]
+        ]
+    engine.check_integrity()
+    assert engine.pool.claimed == 0 and not engine._scheduler.has_work
 
 
 def queue(engine, *chosen):
