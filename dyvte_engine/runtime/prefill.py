@@ -110,6 +110,13 @@ class Prefill:
             self._run_layer()
         return used
 
+    def most_rows(self) -> list[list[int]]:
+        """[B][L], rows of each prompt that the layers have or will have at most; nothing where prefixes are shared."""
+        if self._known is not None:
+            return []
+        layers = [*self._seen, *[self.rows] * (self._layers - len(self._seen))]
+        return list(map(list, zip(*(rows.lengths.host for rows in layers), strict=True)))
+
     def _run_layer(self) -> None:
         layer, graphs = self.next, self._graphs if self._known is None else None
         if graphs is not None and not self._asked_last(layer) and graphs.take(self, layer, self.rows):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import CacheError, InvalidArgumentError, ModelError, PromptError, RequestCancelledError
 from ..models import PreparedPrompt
+from ..models.rows import Rows
 from ..models.vision_language import LookAhead
 from .kv_cache import KVCache
 from .picture_cache import Seen
@@ -45,6 +46,7 @@ class _Group:
         self._ahead: LookAhead | None = None  # of those who are prepared next
         self._vision_s = 0.0  # that they have taken so far
         self._prefill: Prefill | None = None
+        self._shrunk: Rows | None = None  # the claims are for these
         self.caches = [runner.cache(len(sequences), len(sequences))]
 
     @property
@@ -58,7 +60,7 @@ class _Group:
             if prefix is not None:
                 self.cache.lease(b, prefix.pages)
         for b, (s, prefix) in enumerate(zip(self.sequences, self._prefixes, strict=True)):
-            self.cache.claim(b, self._runner.worst_pages(s.rows, s.policy, prefix))
+            self.cache.claim(b, self._runner.worst_pages(s.rows, s.visual_tokens, s.policy, prefix))
             s.begin()
 
     @property
@@ -82,7 +84,9 @@ class _Group:
     def _piece(self, row_layers: float, least: bool) -> float | None:
         """Returns what it cost; None: that would be more than `row_layers`, and it need not be run."""
         if self._prefill is not None:
-            return self._prefill.advance(row_layers, least) or None
+            used = self._prefill.advance(row_layers, least)
+            self._shrink(self._prefill)
+            return used or None
         done = len(self._prepared)
         if done == len(self.sequences):
             self._begin()
@@ -132,6 +136,16 @@ class _Group:
             if beyond is not None:
                 self.lose(s, beyond)
 
+    def _shrink(self, prefill: Prefill) -> None:
+        """Claims fall to what is held at most once visual tokens have left: others need not wait for the last layer."""
+        if prefill.rows is self._shrunk:
+            return
+        self._shrunk = prefill.rows
+        for b, rows in enumerate(prefill.most_rows()):
+            if b not in self.errors and self.cache.leases[b] is None:
+                later = self.sequences[b].max_new_tokens - 1
+                self.cache.claim(b, sum(self._runner.pool.pages(n + later) for n in rows))
+
     def _beyond(self, s: Sequence, prepared: PreparedPrompt) -> PromptError | None:
         """With several axes a position may be beyond the number of rows (slow videos)."""
         if prepared.rotations is None:
@@ -153,6 +167,7 @@ class _Group:
             for s, seen, prefix in zip(self.sequences, self._prepared, self._prefixes, strict=True)
         ]
         self._prefill = runner.prefill(self.cache, prompts, policy, keys=keys)
+        self._shrunk = self._prefill.rows
 
     def lose(self, sequence: Sequence, error: BaseException) -> None:
         """The sequence falls out and frees what it held; its rows are computed to the end if they are under way."""
@@ -371,11 +386,11 @@ class Scheduler:
         So one who is alone may fit without a prefix where it does not fit with it.
         """
         runner, prefix = self.runner, self.runner.known(s.prompt, s.policy)
-        alone = runner.worst_pages(s.rows, s.policy, None)
+        alone = runner.worst_pages(s.rows, s.visual_tokens, s.policy, None)
         if prefix is None:
             return alone, None
         shared = 0 if prefix.pages.users or prefix in counted else prefix.pages.count
-        needed = runner.worst_pages(s.rows, s.policy, prefix) + shared
+        needed = runner.worst_pages(s.rows, s.visual_tokens, s.policy, prefix) + shared
         return (needed, prefix) if needed <= free else (alone, None)
 
     def _choose(self) -> None:

@@ -41,6 +41,19 @@ from tests.engine.test_exit import random_heads
 from tests.engine.traces import Traces, settings_of, told
 
 TEXTS, IMAGES = tiny.prompts(seed=7, n=16)
+
+
+@dataclass(frozen=True)
+class Late(KeepAll):
+    """Leaves after layer 1, and nobody knows before."""
+
+    def layers(self, num_layers):
+        return {1}
+
+    def decide(self, state):
+        return [state.rows.source[:0]] * len(state.rows.n_visual)
+
+
 POLICIES = {
     "none": None,
     "keep-all": KeepAll(),
@@ -51,6 +64,7 @@ POLICIES = {
     "fastv+dynamic": compose(FastV(1, 0.5), DynamicExit(random_heads(4), 0.6, hysteresis=2)),
     "random": Random(0, 0.5),
     "pyramid": PyramidDrop(),
+    "late": Late(),
 }
 SAMPLING = {
     "greedy": {},
@@ -507,6 +521,49 @@ def test_a_policy_that_fails_ends_its_group_alone():
     assert told(first.result()) == answer(running) and told(later.result()) == answer((1, "fixed", "greedy", 0, 3))
     engine.check_integrity()
     assert engine.pool.claimed == 0 and not engine._scheduler.has_work
+
+
+@pytest.mark.parametrize(
+    ("policy", "visual"),
+    [
+        (KeepAll(), [9, 9, 9, 9]),
+        (FixedExit(-1), [0, 0, 0, 0]),
+        (FixedExit(1), [9, 9, 0, 0]),
+        (FastV(1, 0.5), [9, 5, 5, 5]),
+        (compose(FastV(1, 0.5), FixedExit(2)), [9, 5, 5, 0]),
+        (DynamicExit(random_heads(4), 0.7), [9, 9, 9, 9]),
+        (Stumbling(), [9, 9, 9, 9]),
+    ],
+)
+def test_what_a_policy_is_sure_to_take_out_is_not_reserved(policy, visual):
+    """And no request is promised less than it holds in any layer."""
+    engine, _ = build(page_size=4, max_batch=4, prefix_cache=0)
+    assert policy.most(9, 4) == visual
+    pages, bound = engine.pool.pages, engine.bind(policy)
+    assert engine.runner.worst_pages(30, 9, bound, None) == sum(pages(21 + n) for n in visual)
+
+
+def test_a_claim_falls_with_the_exit_while_the_prefill_is_under_way():
+    """Between two layers, by exactly the pages that the layers behind it will not need."""
+    engine, _ = build(page_size=4, max_batch=4, max_stall=1, prefix_cache=0)
+    scheduler, picture = engine._scheduler, next(i for i, pictures in enumerate(IMAGES) if pictures)
+    chosen = [(0, "keep-all", "greedy", 0, 24), (picture, "late", "greedy", 0, 3)]
+    right = [answer(spec) for spec in chosen]
+    (first,) = queue(engine, chosen[0])
+    scheduler.step()
+    (other,) = queue(engine, chosen[1])
+    claims = []
+    while not other.done:
+        scheduler.step()
+        if scheduler._group is not None and scheduler._group.sequences:
+            claims.append(
+                (scheduler._group._prefill and scheduler._group._prefill.next, scheduler._group.cache.claims[0])
+            )
+    (sequence,) = engine._prepare_request(request_of(chosen[1]))
+    n, visual, pages = sequence.rows, sequence.visual_tokens, engine.pool.pages
+    assert {claim for layer, claim in claims if not layer or layer < 2} == {4 * pages(n)}
+    assert {claim for layer, claim in claims if layer and layer >= 2} == {2 * pages(n) + 2 * pages(n - visual)}
+    assert [told(handle.result()) for handle in (first, other)] == right
 
 
 def test_policies_are_bound_once():
