@@ -98,7 +98,7 @@ class EngineOptions(TypedDict, total=False):
         max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens, at
             least one layer. A block of the vision tower counts by its share of a layer's weights where a tower can stop
             between blocks (CPU, packed weights, CLIP and SigLIP); elsewhere a tower runs as a whole. 0 is 8192 on CUDA,
-            on a CPU 60 for each request that waits or runs, at least 240: many together get more done, a few wait less.
+            on a CPU 60 for each request that runs or could, at least 240: many together get more done, a few wait less.
         picture_cache: bytes for the rows that vision tower and projector made of pictures; later requests take
             them from there (docs/again.md). "auto" is 256 MiB, 0 none.
         prefix_cache: bytes for what prompts are up to their last visual token, most of them in the K/V pool; another

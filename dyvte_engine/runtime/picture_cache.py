@@ -79,8 +79,10 @@ class PictureCache:
         """
         units, inside = self._keyed(prompts, policy)
         if inside is None:
-            prepared = self._model.prepare(prompts, policy, ahead)
-            return [Seen(p, None, _digest(own)) for p, own in zip(prepared, units, strict=True)]
+            shown = self._shown(prompts)
+            prepared = iter(self._model.prepare(shown, policy, ahead) if shown else [])
+            every = [next(prepared) if p in shown else _assembled(self._model, p, []) for p in prompts]
+            return [Seen(p, None, _digest(own)) for p, own in zip(every, units, strict=True)]
         found: dict[Hashable, Tensor] = {}
         new = self._new(units, inside)
         for unit in (u for own in units for u in own):
@@ -102,7 +104,12 @@ class PictureCache:
     def look_ahead(self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy) -> LookAhead | None:
         """As `VisionLanguageModel.look_ahead`, of the pictures that `prepare` is going to show the tower."""
         units, inside = self._keyed(prompts, policy)
-        return self._model.look_ahead(prompts if inside is None else [*self._new(units, inside).values()], policy)
+        shown = self._shown(prompts) if inside is None else [*self._new(units, inside).values()]
+        return self._model.look_ahead(shown, policy)
+
+    def _shown(self, prompts: Sequence[TokenizedPrompt]) -> list[TokenizedPrompt]:
+        """Where nothing is shared: all but texts with plain positions, which need no code of transformers'."""
+        return [p for p in prompts if p.inputs or self._model.family.axes > 1]
 
     def _keyed(
         self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy

@@ -1,9 +1,10 @@
 """Continuous batching: requests join and leave the running batch at every step.
 
-A step is some layers of one prefill group, then one token for everybody. A request is admitted when a slot is free and
-the pool can promise the pages that it needs at worst: all its rows in all layers, but for those of its prefix that are
-there already, and its whole answer. Once its exit is known the promise shrinks to what it will really hold, which
-admits others. So nothing is ever preempted, and no running sequence can find the pool empty.
+A step is some blocks of a tower or layers of a prefill, then one token for everybody. A request is admitted when a slot
+is free and the pool can promise the pages that it needs at worst: all its rows in all layers, but for those that its
+policy is sure to take out and those of its prefix that are there already, and its whole answer. Once its exit is known
+the promise shrinks to what it will really hold, which admits others. So nothing is ever preempted, and no running
+sequence can find the pool empty.
 """
 
 from __future__ import annotations
@@ -230,12 +231,15 @@ class Scheduler:
         self._sequences: list[Sequence] = []  # those in `_running`
         self._tokens: Tensor | None = None  # int64 [B], theirs, not fed yet
         self._begun: list[Sequence] = []  # those that left `_waiting` and may not be done
+        self._full = False  # the next that waits found no room
         self._changing = False  # somebody is at work on all of these
         self._late: list[Sequence] = []  # cancelled meanwhile
 
     @property
     def _stall(self) -> int:
-        return self.runner.config.stall(sum(self.counts.values()))
+        """Of row-layers. Who waits for memory or a slot does not count: larger slices would not help him."""
+        counts = self.counts
+        return self.runner.config.stall(sum(counts.values()) - (counts["waiting"] if self._full else 0))
 
     @property
     def has_work(self) -> bool:
@@ -368,14 +372,17 @@ class Scheduler:
         chosen: dict[Sequence, Prefix | None] = {}
         room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
         rows, policy = self._stall if self._sequences else float("inf"), None
+        self._full = False
         for s in waiting:
             if chosen and s.policy is not policy:
                 continue
             if len(chosen) == room:
+                self._full = True
                 break
             needed, prefix = self._needs(s, chosen.values(), pages)
             pages, rows, policy = pages - needed, rows - self.runner.worst_rows(s.prompt, s.policy, prefix), s.policy
             if pages < 0 or (chosen and rows < 0):
+                self._full = pages < 0
                 break
             chosen[s] = prefix
         return chosen
