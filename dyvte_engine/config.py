@@ -18,8 +18,7 @@ _SCALES = (  # of Granite, Gemma and kin
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
-_STALL_CUDA = 8192  # row-layers: some decoding steps
-_STALL_CPU, _STALL_CPU_LEAST = 60, 240  # for each request; one decoding step takes as long as some 200
+_MAX_STALL = {"cpu": 1024, "cuda": 8192}  # row-layers: some decoding steps
 _PICTURES = 1 << 28  # bytes: some thousand small pictures, or some fifty of a model of 7e9 weights
 _PREFIXES = {"cpu": 1 << 30, "cuda": 0}
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt's length
@@ -97,8 +96,8 @@ class EngineOptions(TypedDict, total=False):
             `prefix_cache`. With less, requests wait until it can promise them all they may need.
         max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens, at
             least one layer. A block of the vision tower counts by its share of a layer's weights where a tower can stop
-            between blocks (CPU, packed weights, CLIP and SigLIP); elsewhere a tower runs as a whole. 0 is 8192 on CUDA,
-            on a CPU 60 for each request that runs or could, at least 240: many together get more done, a few wait less.
+            between blocks (CPU, packed weights, CLIP and SigLIP); elsewhere it runs as a whole. 0 is 1024 on a CPU,
+            8192 on CUDA; with less the answers under way wait less, and fewer requests are answered in a second.
         picture_cache: bytes for the rows that vision tower and projector made of pictures; later requests take
             them from there (docs/again.md). "auto" is 256 MiB, 0 none.
         prefix_cache: bytes for what prompts are up to their last visual token, most of them in the K/V pool; another
@@ -152,18 +151,15 @@ class EngineConfig:
             raise InvalidArgumentError(f"pack_weights is True on {self.device}; accepted: False, it is for CPUs")
         if not isinstance(self.fused_decode, bool) and not _is_auto(self.fused_decode):
             raise InvalidArgumentError(f"fused_decode is {self.fused_decode!r}; accepted: True, False, 'auto'")
+        if self.max_stall == 0:
+            object.__setattr__(self, "max_stall", _MAX_STALL[self.device.type])
         _set_budget(self, "picture_cache", _PICTURES)
         _set_budget(self, "prefix_cache", _PREFIXES[self.device.type])
         for name in ("max_batch", "max_len", "page_size", "kv_memory", "max_stall"):
             value = getattr(self, name)
-            optional = (name in ("max_len", "kv_memory") and value is None) or (name == "max_stall" and value == 0)
+            optional = name in ("max_len", "kv_memory") and value is None
             if not optional and (type(value) is not int or not 1 <= value < 1 << 48):
                 raise InvalidArgumentError(f"{name} is {value!r}; accepted: an integer of at least 1")
-
-    def stall(self, requests: int) -> int:
-        """`max_stall` where so many requests wait or run."""
-        usual = _STALL_CUDA if self.device.type == "cuda" else max(_STALL_CPU * requests, _STALL_CPU_LEAST)
-        return self.max_stall or usual
 
 
 def _is_auto(value: object) -> bool:

@@ -221,7 +221,7 @@ class Scheduler:
     def __init__(self, runner: Runner):
         self.runner = runner
         config = runner.config
-        self._slots = config.max_batch
+        self._slots, self._max_stall = config.max_batch, config.max_stall
         self._queued = config.device.type == "cuda"  # a step is launched before the last one's text is made
         # Of `_waiting`. Reentrant: garbage that is collected here may be a stream nobody reads, which cancels.
         self._mutex = threading.RLock()
@@ -231,15 +231,8 @@ class Scheduler:
         self._sequences: list[Sequence] = []  # those in `_running`
         self._tokens: Tensor | None = None  # int64 [B], theirs, not fed yet
         self._begun: list[Sequence] = []  # those that left `_waiting` and may not be done
-        self._full = False  # the next that waits found no room
         self._changing = False  # somebody is at work on all of these
         self._late: list[Sequence] = []  # cancelled meanwhile
-
-    @property
-    def _stall(self) -> int:
-        """Of row-layers. Who waits for memory or a slot does not count: larger slices would not help him."""
-        counts = self.counts
-        return self.runner.config.stall(sum(counts.values()) - (counts["waiting"] if self._full else 0))
 
     @property
     def has_work(self) -> bool:
@@ -316,7 +309,7 @@ class Scheduler:
     def _prefill(self) -> None:
         """One group to its end, or where somebody waits for it, of one after the other what fits into a slice."""
         alone, used, least = not self._sequences, 0.0, True
-        row_layers = float("inf") if alone else self._stall
+        row_layers = float("inf") if alone else self._max_stall
         while least or not (alone or self._group):
             if self._group is None:
                 self._admit()
@@ -371,18 +364,15 @@ class Scheduler:
         """Those to begin with, and what is known of their beginnings."""
         chosen: dict[Sequence, Prefix | None] = {}
         room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
-        rows, policy = self._stall if self._sequences else float("inf"), None
-        self._full = False
+        rows, policy = self._max_stall if self._sequences else float("inf"), None
         for s in waiting:
             if chosen and s.policy is not policy:
                 continue
             if len(chosen) == room:
-                self._full = True
                 break
             needed, prefix = self._needs(s, chosen.values(), pages)
             pages, rows, policy = pages - needed, rows - self.runner.worst_rows(s.prompt, s.policy, prefix), s.policy
             if pages < 0 or (chosen and rows < 0):
-                self._full = pages < 0
                 break
             chosen[s] = prefix
         return chosen

@@ -11,7 +11,6 @@ from dyvte_engine import (
     DivPrune,
     Downsample,
     DynamicExit,
-    EngineConfig,
     FastV,
     FixedExit,
     InvalidArgumentError,
@@ -359,7 +358,7 @@ def test_who_is_cancelled_half_way_leaves_what_was_computed(layers):
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize(("known", "page_size"), [(False, 4), (False, 5), (True, 4), (True, 5)])
-def test_who_computes_for_others_is_cancelled(layers, known, page_size, monkeypatch):
+def test_who_computes_for_others_is_cancelled(layers, known, page_size):
     """The first of three that extend one prefix together, in whose pages it is, then the second, between two layers."""
     engine, _ = build(max_len=192, max_stall=1, page_size=page_size)
     if known:
@@ -367,10 +366,10 @@ def test_who_computes_for_others_is_cancelled(layers, known, page_size, monkeypa
     running, (text, pictures) = begin(engine, "w1 w2 w3", None, 60), BEGINNINGS[2]
     for _ in range(4):
         engine._scheduler.step()
-    monkeypatch.setattr(EngineConfig, "stall", lambda config, requests: 10**6)
+    engine._scheduler._max_stall = 10**6
     handles = [begin(engine, f"{text} {q}", pictures, 5) for q in QUESTIONS[:3]]
     engine._scheduler._admit()
-    monkeypatch.undo()
+    engine._scheduler._max_stall = 1
     step_to_layer(engine._scheduler, layers)
     assert len(engine._scheduler._group.sequences) == 3
     for handle in handles[:2]:

@@ -402,11 +402,11 @@ def test_a_picture_in_the_tower_does_not_stall_those_who_run(monkeypatch):
     engine, (first, right), pictures = cut_tower()
     step, ran, most = BlocksAhead._step, [], []
     monkeypatch.setattr(BlocksAhead, "_step", lambda ahead: ran.append(step(ahead)))
-    monkeypatch.setattr(engine.runner.config.__class__, "stall", lambda config, requests: 10**6)
+    engine._scheduler._max_stall = 10**6
     chosen = [(i, "fixed", "greedy", 0, 3) for i in pictures]
     handles = queue(engine, *chosen)
     engine._scheduler._admit()
-    monkeypatch.setattr(engine.runner.config.__class__, "stall", lambda config, requests: 1)
+    engine._scheduler._max_stall = 1
     while not first.done and not all(h.done for h in handles):
         before = len(ran), len(first._chunks)
         engine._scheduler.step()
@@ -422,10 +422,10 @@ def test_who_ends_in_the_middle_of_a_tower_leaves_the_others(what, monkeypatch):
     """One of two whose pictures are there is cancelled, or a block is interrupted, or fails for one of them."""
     engine, (first, right), pictures = cut_tower()
     chosen = [(i, "fixed", "greedy", 0, 3) for i in pictures]
-    monkeypatch.setattr(engine.runner.config.__class__, "stall", lambda config, requests: 10**6)
+    engine._scheduler._max_stall = 10**6
     handles = queue(engine, *chosen)
     engine._scheduler._admit()
-    monkeypatch.undo()
+    engine._scheduler._max_stall = 1
     for _ in range(2):
         engine._scheduler.step()
     assert len(engine._scheduler._group._ahead.blocks._became[0]) == 1
