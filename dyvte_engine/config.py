@@ -18,7 +18,7 @@ _SCALES = (  # of Granite, Gemma and kin
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
-_MAX_STALL = {"cpu": 1024, "cuda": 8192}  # row-layers: about a picture in the vision tower, some decoding steps
+_MAX_STALL = {"cpu": 1024, "cuda": 8192}  # row-layers: some decoding steps
 _PICTURES = 1 << 28  # bytes: some thousand small pictures, or some fifty of a model of 7e9 weights
 _PREFIXES = {"cpu": 1 << 30, "cuda": 0}
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the prompt's length
@@ -94,8 +94,10 @@ class EngineOptions(TypedDict, total=False):
             the request that needs it waits for. A tape takes one step more at its first use.
         kv_memory: bytes of the K/V pool; default: what `max_batch` sequences of `max_len` tokens need, and
             `prefix_cache`. With less, requests wait until it can promise them all they may need.
-        max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens
-            (at least one layer or one picture); 0 is 1024 on a CPU, 8192 on CUDA.
+        max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens, at
+            least one layer. A block of the vision tower counts by its share of a layer's weights where a tower can stop
+            between blocks (CPU, packed weights, CLIP and SigLIP); elsewhere it runs as a whole. 0 is 1024 on a CPU,
+            8192 on CUDA; with less the answers under way wait less, and fewer requests are answered in a second.
         picture_cache: bytes for the rows that vision tower and projector made of pictures; later requests take
             them from there (docs/again.md). "auto" is 256 MiB, 0 none.
         prefix_cache: bytes for what prompts are up to their last visual token, most of them in the K/V pool; another

@@ -147,6 +147,12 @@ class Decoder:
         """All its projections."""
         return [p for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [self.lm_head]
 
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the products of a layer."""
+        layer = self.layers[0]
+        return sum(p.weight.numel() for p in (layer.qkv, layer.out, layer.gate_up, layer.down))
+
     def workspace(self, rows: int) -> Tensor | None:
         """Memory [rows, 2 m] that the layers of a pass may share; none on CUDA, where torch keeps what was freed."""
         if self.norm.is_cuda:

@@ -7,7 +7,8 @@ out, and whatever is not as transformers made it, runs as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -54,15 +55,93 @@ class TowerLayers:
 
     def __init__(self, root: nn.Module):
         self._layers = [_Layer(m) for m in root.modules() if _is_known(type(m))]
+        self._arranged: set[_Layer] = set()
 
-    def arrange(self, run: VisionRun) -> set[nn.Module]:
-        """They are in this run. Returns their linear layers, which then compute nothing themselves."""
-        linears: set[nn.Module] = set()
-        for layer in self._layers:
-            if layer.ready():
-                run.replace(layer.module, layer)
-                linears.update(layer.linears)
-        return linears
+    def arrange(self, run: VisionRun, ahead: BlocksAhead | None = None) -> set[nn.Module]:
+        """They are in this run. Returns their linear layers, which then compute nothing themselves.
+
+        ahead: blocks that have run already; asked for the same rows, they give what these became.
+        """
+        self._arranged = {layer for layer in self._layers if layer.ready()}
+        for layer in self._arranged:
+            run.replace(layer.module, layer if ahead is None else ahead.recalling(layer))
+        return {linear for layer in self._arranged for linear in layer.linears}
+
+    def stop_before(self, run: VisionRun, but: Iterable[nn.Module], layer_weights: int) -> None:
+        """To be called when they are arranged: this run ends with `AtBlocks` where it asks for the first of them.
+
+        but: blocks that the run skips; layer_weights: as `BlocksAhead` takes them.
+        """
+        unused = set(but)
+        layers = [layer for layer in self._layers if layer.module not in unused]
+
+        def stop(hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> None:
+            raise AtBlocks(BlocksAhead(layers, hidden_states, attention_mask, options, layer_weights))
+
+        if layers and self._arranged.issuperset(layers):
+            run.replace(layers[0].module, stop)
+
+
+class AtBlocks(Exception):
+    """Carries what a run that stopped before the blocks of its tower would do next."""
+
+    def __init__(self, ahead: BlocksAhead):
+        self.ahead = ahead
+
+
+class BlocksAhead:
+    """Blocks of a tower that run before transformers' code asks for them: picture by picture, one block at a time.
+
+    layers: in their order; hidden [B, n, d] and the rest as the first one is called with. layer_weights: numbers in the
+    products of a layer of the decoder, in whose rows times layers the work here is counted.
+    """
+
+    def __init__(
+        self, layers: list[_Layer], hidden: Tensor, mask: Tensor | None, options: dict[str, Any], layer_weights: int
+    ):
+        self._layers, self._options, self._hidden = layers, options, hidden
+        own_masks = mask is not None and len(mask) == len(hidden)
+        self._masks = mask.split(1) if mask is not None and own_masks else [mask] * len(hidden)
+        self._pictures = hidden.split(1)
+        self._became = [list[Tensor]() for _ in layers]  # of each block, what it made of the first pictures
+        self._recalls: dict[_Layer, Callable[..., Tensor]] = {}
+        self._cost = hidden.shape[1] * layers[0].weights / layer_weights
+
+    @property
+    def done(self) -> bool:
+        return len(self._became[-1]) == len(self._pictures)
+
+    @torch.inference_mode()
+    def advance(self, row_layers: float = float("inf"), least: bool = True) -> float:
+        """Run blocks while they cost at most `row_layers`; `least`: one, whatever it costs. Returns the cost."""
+        used = 0.0
+        while not self.done and (used + self._cost <= row_layers or (least and not used)):
+            self._step()
+            used += self._cost
+        return used
+
+    def _step(self) -> None:
+        b = len(self._became[-1])
+        k = next(k for k, became in enumerate(self._became) if len(became) == b)
+        given = self._became[k - 1][b] if k else self._pictures[b]
+        self._became[k].append(self._layers[k](given, self._masks[b], **self._options))
+
+    def recalling(self, layer: _Layer) -> Callable[..., Tensor]:
+        """The block, which computes nothing where it is asked for what is known."""
+        if not self._recalls and self.done:
+            given = self._hidden
+            for each, became in zip(self._layers, map(torch.cat, self._became), strict=True):
+                self._recalls[each] = partial(_recalled, each, given, became)
+                given = became
+        return self._recalls.get(layer, layer)
+
+
+def _recalled(
+    layer: _Layer, given: Tensor, became: Tensor, hidden_states: Tensor, *args: Any, **options: Any
+) -> Tensor:
+    if hidden_states is given or torch.equal(hidden_states, given):
+        return became
+    return layer(hidden_states, *args, **options)
 
 
 def _is_known(cls: type) -> bool:
@@ -84,6 +163,11 @@ class _Layer:
     @property
     def linears(self) -> tuple[Any, ...]:
         return self._parts[5:]
+
+    @property
+    def weights(self) -> int:
+        """Numbers in its products."""
+        return sum(m.weight.numel() for m in self.linears)
 
     def ready(self) -> bool:
         """Whether the block still is what its class says; a weight that has changed is packed anew."""

@@ -25,7 +25,7 @@ from ..errors import ImageError, InvalidArgumentError, ModelError, PromptError, 
 from ..kernels.transfer import to_device, to_device_together
 from .decoder import Decoder
 from .families import Family, family_of, join, visual_ids
-from .guard import Guard
+from .guard import Guard, addresses
 from .intern_vit import tell_states
 from .linear import PackedLinears
 from .placeholders import count_on_host
@@ -34,7 +34,7 @@ from .rotary import rotations
 from .rows import runs
 from .tower_attention import arrange_attention, attention_configs
 from .tower_graphs import TowerGraphs
-from .tower_layers import TowerLayers, skip, unused_blocks
+from .tower_layers import AtBlocks, BlocksAhead, TowerLayers, skip, unused_blocks
 from .vision import VisionTower
 from .vision_run import VisionRun
 
@@ -76,6 +76,15 @@ class PreparedPrompt:
     pictures: list[int]
     rotations: Tensor | None = None
     additions: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class LookAhead:
+    """What `blocks` of a tower make of the pictures of these prompts, whose `inputs` are those of the model."""
+
+    prompts: Sequence[TokenizedPrompt]
+    inputs: dict[str, Tensor]
+    blocks: BlocksAhead
 
 
 class VisionLanguageModel:
@@ -249,18 +258,48 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def prepare(
-        self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy | None = None
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        policy: VisualTokenPolicy | None = None,
+        ahead: LookAhead | None = None,
     ) -> list[PreparedPrompt]:
         """Run vision tower, projector and embedding (all pictures as one batch) up to the decoder's entry.
 
-        A `policy` (bound to this model) that acts in the tower shortens the pictures and closes the gaps.
+        A `policy` (bound to this model) that acts in the tower shortens the pictures and closes the gaps. `ahead`: what
+        `look_ahead` gave for the prompts and has run since.
         """
-        clips = [p.inputs["pixel_values_videos"] for p in prompts if "pixel_values_videos" in p.inputs]
-        if len({c.shape[1:] for c in clips}) > 1:  # of several lengths, which no batch of theirs can hold
+        if _of_several_lengths(prompts):  # which no batch can hold
             return [one for p in prompts for one in self.prepare([p], policy)]
         n_images = sum(p.n_images for p in prompts)
         ids, lengths = _padded([p.input_ids for p in prompts]), [len(p.input_ids) for p in prompts]
-        return self.prepare_inputs(self._batch(prompts, ids), lengths, n_images, policy, self.visual(ids))
+        visual = self.visual(ids)
+        if ahead is None or list(ahead.prompts) != list(prompts):  # of others, or not of all of them
+            return self.prepare_inputs(self._batch(prompts, ids), lengths, n_images, policy, visual)
+        return self.prepare_inputs(ahead.inputs, lengths, n_images, policy, visual, ahead.blocks)
+
+    @torch.inference_mode()
+    def look_ahead(
+        self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy | None = None
+    ) -> LookAhead | None:
+        """The blocks that the pictures pass in the tower, to be run in slices before `prepare`.
+
+        None where there are no pictures, or the tower can only run as a whole: its blocks are none of `TowerLayers`, a
+        policy acts in it, or somebody hooked it, who would be called twice.
+        """
+        inside = policy is not None and policy.acts_in_tower
+        if self.tower_layers is None or inside or not any(p.inputs for p in prompts) or _of_several_lengths(prompts):
+            return None
+        if any(addresses(part) is None for part in self._vision_parts):
+            return None
+        inputs = self._batch(prompts, _padded([p.input_ids for p in prompts]))
+        with VisionRun(self.hf.model) as run:
+            self._arrange(run, None, 0)
+            self.tower_layers.stop_before(run, self._unused_blocks, self.decoder.layer_weights)
+            try:
+                run.to_entry(self.language_model, inputs)
+            except AtBlocks as stopped:
+                return LookAhead(prompts, inputs, stopped.ahead)
+        return None
 
     @torch.no_grad()  # not inference_mode: what the model's own code keeps must remain of use for its training
     def prepare_inputs(
@@ -270,6 +309,7 @@ class VisionLanguageModel:
         n_images: int,
         policy: VisualTokenPolicy | None = None,
         visual: Tensor | None = None,
+        ahead: BlocksAhead | None = None,
     ) -> list[PreparedPrompt]:
         """As `prepare`, of what transformers' forward takes: ids, mask and all by token padded on the right.
 
@@ -280,7 +320,7 @@ class VisionLanguageModel:
         full = int(visual.sum()) // max(n_images, 1)  # rows of a picture
         inside = policy if policy is not None and policy.acts_in_tower and n_images > 0 else None
         with VisionRun(self.hf.model) as run:
-            seen = self._arrange(run, inside, full)
+            seen = self._arrange(run, inside, full, ahead)
             if self.family.one_mask:
                 count_on_host(run, inputs["input_ids"], visual, self.visual_ids[0])
             entry = run.to_entry(self.language_model, inputs)
@@ -342,21 +382,28 @@ class VisionLanguageModel:
     def _unused_blocks(self) -> list[Any]:
         return unused_blocks(self.hf)
 
+    @property
+    def _vision_parts(self) -> list[Any]:
+        return [m for m in self.hf.model.children() if m is not self.language_model]
+
     @cached_property
     def _attention_configs(self) -> list[Any]:
-        return attention_configs(m for m in self.hf.model.children() if m is not self.language_model)
+        return attention_configs(self._vision_parts)
 
-    def _arrange(self, run: VisionRun, inside: VisualTokenPolicy | None, full: int) -> list[int]:
+    def _arrange(
+        self, run: VisionRun, inside: VisualTokenPolicy | None, full: int, ahead: BlocksAhead | None = None
+    ) -> list[int]:
         """All that changes what the vision side does; the list holds the rows of each picture after the run."""
         if self.tower_graphs is not None and (inside is None or inside.tower_key is not None):
             self.tower_graphs.arrange(run, None if inside is None else inside.tower_key)
         tell_states(run, getattr(self.hf.model, "vision_tower", None))
         if self.device.type == "cpu":
             arrange_attention(run, self._attention_configs)
-        if self.packed_vision is not None and self.tower_layers is not None:
-            self.packed_vision.arrange(run, set() if inside is not None else self.tower_layers.arrange(run))
-        if inside is None:
+        if inside is None:  # before the others are arranged: to `skip` those would look like somebody's own
             skip(run, self._unused_blocks)
+        if self.packed_vision is not None and self.tower_layers is not None:
+            self.packed_vision.arrange(run, set() if inside is not None else self.tower_layers.arrange(run, ahead))
+        if inside is None:
             return [full]
         inside.in_tower(self.vision, run)
         return run.pad(self.vision.projector, full)
@@ -396,6 +443,12 @@ def _part(whole: Tensor, b: int, length: int, rows: Tensor | None) -> Tensor:
     if rows is not None:
         return whole[b, rows]
     return whole[b, :length] if len(whole) == 1 else whole[b, :length].clone()
+
+
+def _of_several_lengths(prompts: Sequence[TokenizedPrompt]) -> bool:
+    """Whether their videos have different numbers of frames."""
+    clips = [p.inputs["pixel_values_videos"] for p in prompts if "pixel_values_videos" in p.inputs]
+    return len({c.shape[1:] for c in clips}) > 1
 
 
 def _tiles(pixels: Tensor) -> int:

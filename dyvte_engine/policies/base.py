@@ -131,6 +131,10 @@ class VisualTokenPolicy:
         """
         raise NotImplementedError
 
+    def most(self, visual: int, num_layers: int) -> list[int]:
+        """How many of a sequence's visual tokens each layer sees at most, whatever they are: what it has to reserve."""
+        return [visual] * num_layers
+
     def renumbers(self, layer: int, num_layers: int) -> bool:
         """Whether a sequence that loses tokens after `layer` is numbered anew, 0, 1, 2, ...; else rows keep theirs."""
         return False

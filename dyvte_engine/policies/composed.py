@@ -73,6 +73,9 @@ class Composed(VisualTokenPolicy):
             return lambda: _settled(_both([_settled(d) for d in decisions], state.rows.n_visual))
         return _both([_settled(d) for d in decisions], state.rows.n_visual)
 
+    def most(self, visual: int, num_layers: int) -> list[int]:
+        return [min(each) for each in zip(*(part.most(visual, num_layers) for part in self.parts), strict=True)]
+
     def renumbers(self, layer: int, num_layers: int) -> bool:
         return any(layer in p.layers(num_layers) and p.renumbers(layer, num_layers) for p in self.parts)
 

@@ -36,10 +36,18 @@ class FastV(VisualTokenPolicy):
     def layers(self, num_layers: int) -> set[int]:
         return {self.k - 1}
 
+    def most(self, visual: int, num_layers: int) -> list[int]:
+        if type(self).decide is not FastV.decide:
+            return super().most(visual, num_layers)
+        return [visual if layer < self.k else self._staying(visual) for layer in range(num_layers)]
+
+    def _staying(self, visual: int) -> int:
+        return visual - int(visual * self.r)
+
     def decide(self, state: LayerState) -> Decision:
         rows = state.rows
         if self.queries == "all":
             visual = visual_attention(rows, state.q, state.k, state.scale, rows.lengths.cu)
         else:
             visual = visual_attention(rows, state.q[rows.last_rows], state.k, state.scale)
-        return [highest(s, len(s) - int(len(s) * self.r)) for s in visual]
+        return [highest(s, self._staying(len(s))) for s in visual]

@@ -34,6 +34,11 @@ class FixedExit(VisualTokenPolicy):
     def layers(self, num_layers: int) -> set[int]:
         return {self.layer}
 
+    def most(self, visual: int, num_layers: int) -> list[int]:
+        if not self.all_or_none:
+            return super().most(visual, num_layers)
+        return [visual if layer <= self.layer else 0 for layer in range(num_layers)]
+
     def decide(self, state: LayerState) -> Decision:
         nothing = state.rows.source[:0]
         return [nothing] * len(state.rows.n_visual)

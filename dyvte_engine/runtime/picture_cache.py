@@ -22,6 +22,7 @@ from torch import Tensor
 from ..kernels.transfer import to_device_together
 from ..models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
 from ..models.rows import runs
+from ..models.vision_language import LookAhead
 from ..policies import VisualTokenPolicy
 
 
@@ -68,28 +69,28 @@ class PictureCache:
             self.processor.image_processor = _Remembering(images, budget // 4)
 
     @torch.inference_mode()
-    def prepare(self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy) -> list[Seen]:
+    def prepare(
+        self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy, ahead: LookAhead | None = None
+    ) -> list[Seen]:
         """As `VisionLanguageModel.prepare`.
 
         Nothing is shared where positions have several axes, which come from transformers' code with the whole prompt,
         and under a policy that needs Python inside the tower, which has no key.
         """
-        inside = policy.tower_key if policy.acts_in_tower else ()
-        units = [self._units_of(p) for p in prompts]
-        together = policy.acts_in_tower and any(len(own) < p.n_images for own, p in zip(units, prompts, strict=True))
-        if self.budget == 0 or self._model.family.axes > 1 or inside is None or together:
-            prepared = self._model.prepare(prompts, policy)
-            return [Seen(p, None, _digest(own)) for p, own in zip(prepared, units, strict=True)]
+        units, inside = self._keyed(prompts, policy)
+        if inside is None:
+            shown = self._shown(prompts)
+            prepared = iter(self._model.prepare(shown, policy, ahead) if shown else [])
+            every = [next(prepared) if p in shown else _assembled(self._model, p, []) for p in prompts]
+            return [Seen(p, None, _digest(own)) for p, own in zip(every, units, strict=True)]
         found: dict[Hashable, Tensor] = {}
-        new: dict[Hashable, TokenizedPrompt] = {}
+        new = self._new(units, inside)
         for unit in (u for own in units for u in own):
             key: Hashable = (unit.digest, inside)
-            if key in self._rows:
+            if key not in new:
                 self._rows.move_to_end(key)
                 found[key] = self._rows[key]
-            else:
-                new[key] = unit.prompt
-        seen = self._model.prepare(list(new.values()), policy) if new else []
+        seen = self._model.prepare(list(new.values()), policy, ahead) if new else []
         for key, rows in zip(new, (s.inputs_embeds for s in seen), strict=True):
             found[key] = rows
             self._keep(key, rows)
@@ -99,6 +100,31 @@ class PictureCache:
             assembled = _assembled(self._model, prompt, [found[u.digest, inside] for u in own])
             out.append(Seen(assembled, reused, _digest(own)))
         return out
+
+    def look_ahead(self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy) -> LookAhead | None:
+        """As `VisionLanguageModel.look_ahead`, of the pictures that `prepare` is going to show the tower."""
+        units, inside = self._keyed(prompts, policy)
+        shown = self._shown(prompts) if inside is None else [*self._new(units, inside).values()]
+        return self._model.look_ahead(shown, policy)
+
+    def _shown(self, prompts: Sequence[TokenizedPrompt]) -> list[TokenizedPrompt]:
+        """Where nothing is shared: all but texts with plain positions, which need no code of transformers'."""
+        return [p for p in prompts if p.inputs or self._model.family.axes > 1]
+
+    def _keyed(
+        self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy
+    ) -> tuple[list[list[_Unit]], Hashable]:
+        """Their units, and what the policy does inside the tower; None: nothing is shared."""
+        inside = policy.tower_key if policy.acts_in_tower else ()
+        units = [self._units_of(p) for p in prompts]
+        together = policy.acts_in_tower and any(len(own) < p.n_images for own, p in zip(units, prompts, strict=True))
+        off = self.budget == 0 or self._model.family.axes > 1 or together
+        return units, None if off else inside
+
+    def _new(self, units: Sequence[Sequence[_Unit]], inside: Hashable) -> dict[Hashable, TokenizedPrompt]:
+        """What the tower has to see: those whose rows are not here."""
+        keys = {(u.digest, inside): u.prompt for own in units for u in own}
+        return {key: prompt for key, prompt in keys.items() if key not in self._rows}
 
     def digest(self, prompt: TokenizedPrompt) -> bytes:
         """What its pictures are known by, in their order (`Seen.digest`)."""

@@ -98,17 +98,24 @@ class Prefill:
     def done(self) -> bool:
         return self.next == self._layers
 
-    def advance(self, row_layers: float = float("inf")) -> bool:
-        """Run at least one layer, and more while their rows sum to at most `row_layers`. Returns whether it is done."""
+    def advance(self, row_layers: float = float("inf"), least: bool = True) -> int:
+        """Run layers while their rows sum to at most `row_layers`; `least`: one, whatever it has. Returns the sum."""
         used = 0
         while not self.done:
             if self._known is not None:
                 self._hidden, self._x = self._known.arrange(self.next, self._hidden, self._x)
-            if used and used + len(self._hidden) > row_layers:
+            if used + len(self._hidden) > row_layers and (used or not least):
                 break
             used += len(self._hidden)
             self._run_layer()
-        return self.done
+        return used
+
+    def most_rows(self) -> list[list[int]]:
+        """[B][L], rows of each prompt that the layers have or will have at most; nothing where prefixes are shared."""
+        if self._known is not None:
+            return []
+        layers = [*self._seen, *[self.rows] * (self._layers - len(self._seen))]
+        return list(map(list, zip(*(rows.lengths.host for rows in layers), strict=True)))
 
     def _run_layer(self) -> None:
         layer, graphs = self.next, self._graphs if self._known is None else None

@@ -144,10 +144,10 @@ class Runner:
             return None
         return key_of(prompt.input_ids[: int(visual[-1]) + 1], self.pictures.digest(prompt))
 
-    def worst_pages(self, rows: int, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:
-        """Pages of its own that a sequence of so many rows needs at most, behind this prefix."""
+    def worst_pages(self, rows: int, visual: int, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:
+        """Pages of its own that a sequence of so many rows, `visual` of them, needs at most, behind this prefix."""
         if prefix is None:
-            return self.pool.num_layers * self.pool.pages(rows)
+            return sum(self.pool.pages(rows - visual + n) for n in policy.most(visual, self.pool.num_layers))
         return prefix.own_pages(rows, acts_after(policy, self.pool.num_layers))
 
     def worst_rows(self, prompt: TokenizedPrompt, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:

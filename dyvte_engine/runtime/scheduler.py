@@ -1,9 +1,10 @@
 """Continuous batching: requests join and leave the running batch at every step.
 
-A step is some layers of one prefill group, then one token for everybody. A request is admitted when a slot is free and
-the pool can promise the pages that it needs at worst: all its rows in all layers, but for those of its prefix that are
-there already, and its whole answer. Once its exit is known the promise shrinks to what it will really hold, which
-admits others. So nothing is ever preempted, and no running sequence can find the pool empty.
+A step is some blocks of a tower or layers of a prefill, then one token for everybody. A request is admitted when a slot
+is free and the pool can promise the pages that it needs at worst: all its rows in all layers, but for those that its
+policy is sure to take out and those of its prefix that are there already, and its whole answer. Once its exit is known
+the promise shrinks to what it will really hold, which admits others. So nothing is ever preempted, and no running
+sequence can find the pool empty.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from ..errors import CacheError, InvalidArgumentError, ModelError, PromptError, RequestCancelledError
 from ..models import PreparedPrompt
+from ..models.rows import Rows
+from ..models.vision_language import LookAhead
 from .kv_cache import KVCache
 from .picture_cache import Seen
 from .prefill import Prefill
@@ -41,7 +44,10 @@ class _Group:
         self.errors: dict[int, BaseException] = {}
         self._prepared: list[Seen] = []
         self._one_by_one = False
+        self._ahead: LookAhead | None = None  # of those who are prepared next
+        self._vision_s = 0.0  # that they have taken so far
         self._prefill: Prefill | None = None
+        self._shrunk: Rows | None = None  # the claims are for these
         self.caches = [runner.cache(len(sequences), len(sequences))]
 
     @property
@@ -55,40 +61,91 @@ class _Group:
             if prefix is not None:
                 self.cache.lease(b, prefix.pages)
         for b, (s, prefix) in enumerate(zip(self.sequences, self._prefixes, strict=True)):
-            self.cache.claim(b, self._runner.worst_pages(s.rows, s.policy, prefix))
+            self.cache.claim(b, self._runner.worst_pages(s.rows, s.visual_tokens, s.policy, prefix))
             s.begin()
 
-    def advance(self, row_layers: float) -> bool:
-        """Prepare prompts, or run layers of at most so many rows in sum. Returns whether the prefill is done.
+    @property
+    def done(self) -> bool:
+        """Whether all layers have run."""
+        return self._prefill is not None and self._prefill.done
 
-        Pictures of a group pass the tower together: alone each takes twice as long as among eight.
+    def advance(self, row_layers: float, least: bool) -> float:
+        """Run what comes next while it costs at most `row_layers`; `least`: one piece, whatever it costs.
+
+        A piece is a block of the vision tower or a layer, or what is before and behind the tower. Returns the cost.
         """
-        if self._prefill is None:
-            self._prepare()
-            return False
-        return self._prefill.advance(row_layers)
+        used = 0.0
+        while not (self.done or self.empty):
+            cost = self._piece(row_layers - used, least and not used)
+            if cost is None:
+                break
+            used += cost
+        return used
 
-    def _prepare(self) -> None:
-        """Vision and embeddings of all prompts that are left; when there is none left, the prefill begins."""
+    def _piece(self, row_layers: float, least: bool) -> float | None:
+        """Returns what it cost; None: that would be more than `row_layers`, and it need not be run."""
+        if self._prefill is not None:
+            used = self._prefill.advance(row_layers, least)
+            self._shrink(self._prefill)
+            return used or None
         done = len(self._prepared)
         if done == len(self.sequences):
-            return self._begin()
+            self._begin()
+            return 0.0
         now = self.sequences[done : done + 1] if self._one_by_one else self.sequences[done:]
         started = time.perf_counter()
         try:
-            prepared = self._runner.pictures.prepare([s.prompt for s in now], now[0].policy)
+            cost, prepared = self._see(now, row_layers, least)
         except Exception as error:
             if len(now) == 1:
                 self.lose(now[0], error)
-            self._one_by_one = True
+            self._one_by_one, self._ahead = True, None
+            return 0.0
+        self._vision_s += time.perf_counter() - started
+        self._enter(now, prepared)
+        return cost
+
+    def _see(self, now: list[Sequence], row_layers: float, least: bool) -> tuple[float | None, list[Seen]]:
+        """Of these, a piece: its cost as in `_piece`, and with the last one their prompts at the decoder's entry.
+
+        What is before the tower's blocks, and what is behind them, counts as a layer of the visual rows.
+        """
+        pictures, policy, prompts = self._runner.pictures, now[0].policy, [s.prompt for s in now]
+        visual: float = sum(s.visual_tokens for s in now)
+        if self._ahead is not None and not self._ahead.blocks.done:
+            return self._ahead.blocks.advance(row_layers, least) or None, []
+        if visual > row_layers and not least:
+            return None, []
+        if self._ahead is None and visual and row_layers < float("inf"):
+            self._ahead = pictures.look_ahead(prompts, policy)
+            if self._ahead is None and not least:
+                return None, []  # it can only run as a whole, in a slice of its own
+            if self._ahead is not None:
+                return visual, []
+            visual = max(visual, row_layers)
+        return visual, pictures.prepare(prompts, policy, self._ahead)
+
+    def _enter(self, now: list[Sequence], prepared: list[Seen]) -> None:
+        """Those that are prepared are at the decoder's entry."""
+        if not prepared:
             return
-        seconds = time.perf_counter() - started
+        seconds, self._vision_s, self._ahead = self._vision_s, 0.0, None
         for s, seen in zip(now, prepared, strict=True):
             s.saw_vision(seconds, seen.reused)
             self._prepared.append(seen)
             beyond = self._beyond(s, seen.prompt)
             if beyond is not None:
                 self.lose(s, beyond)
+
+    def _shrink(self, prefill: Prefill) -> None:
+        """Claims fall to what is held at most once visual tokens have left: others need not wait for the last layer."""
+        if prefill.rows is self._shrunk:
+            return
+        self._shrunk = prefill.rows
+        for b, rows in enumerate(prefill.most_rows()):
+            if b not in self.errors and self.cache.leases[b] is None:
+                later = self.sequences[b].max_new_tokens - 1
+                self.cache.claim(b, sum(self._runner.pool.pages(n + later) for n in rows))
 
     def _beyond(self, s: Sequence, prepared: PreparedPrompt) -> PromptError | None:
         """With several axes a position may be beyond the number of rows (slow videos)."""
@@ -111,6 +168,7 @@ class _Group:
             for s, seen, prefix in zip(self.sequences, self._prepared, self._prefixes, strict=True)
         ]
         self._prefill = runner.prefill(self.cache, prompts, policy, keys=keys)
+        self._shrunk = self._prefill.rows
 
     def lose(self, sequence: Sequence, error: BaseException) -> None:
         """The sequence falls out and frees what it held; its rows are computed to the end if they are under way."""
@@ -122,6 +180,7 @@ class _Group:
             return
         self.cache.select([b for b in range(self.cache.count) if b != place])
         del self.sequences[place], self._prefixes[place], self._prepared[place : place + 1]
+        self._ahead = None  # which was for him too
 
     @property
     def empty(self) -> bool:
@@ -248,16 +307,23 @@ class Scheduler:
             self._fail_running(error)
 
     def _prefill(self) -> None:
-        if self._group is None:
-            self._admit()
-        group, alone = self._group, not self._sequences
-        if group is None:
-            return
+        """One group to its end, or where somebody waits for it, of one after the other what fits into a slice."""
+        alone, used, least = not self._sequences, 0.0, True
+        row_layers = float("inf") if alone else self._max_stall
+        while least or not (alone or self._group):
+            if self._group is None:
+                self._admit()
+            if self._group is None:
+                return
+            used += self._advance(self._group, row_layers - used, least)
+            least = False
+
+    def _advance(self, group: _Group, row_layers: float, least: bool) -> float:
+        """The group joins those who run when it is done; what goes wrong ends it. Returns what it cost."""
+        cost = 0.0
         try:
-            done = group.advance(float("inf") if alone else self._max_stall)
-            while alone and not done and not group.empty:
-                done = group.advance(float("inf"))
-            if done:
+            cost = group.advance(row_layers, least)
+            if group.done and not group.empty:
                 sequences, cache, logits = group.finish()
                 self._running.join(cache, logits)
                 self._sequences += sequences
@@ -265,11 +331,13 @@ class Scheduler:
             for s in group.sequences:
                 s.fail(error)
             group.close()
-            done = True
+            self._group = None
+            return cost
         if group.empty:
             group.close()
-        if done or group.empty:
+        if group.done or group.empty:
             self._group = None
+        return cost
 
     def _admit(self) -> None:
         """Begin with the first that waits, if it fits, and others of its policy; nobody overtakes who lacks memory.
@@ -315,11 +383,11 @@ class Scheduler:
         So one who is alone may fit without a prefix where it does not fit with it.
         """
         runner, prefix = self.runner, self.runner.known(s.prompt, s.policy)
-        alone = runner.worst_pages(s.rows, s.policy, None)
+        alone = runner.worst_pages(s.rows, s.visual_tokens, s.policy, None)
         if prefix is None:
             return alone, None
         shared = 0 if prefix.pages.users or prefix in counted else prefix.pages.count
-        needed = runner.worst_pages(s.rows, s.policy, prefix) + shared
+        needed = runner.worst_pages(s.rows, s.visual_tokens, s.policy, prefix) + shared
         return (needed, prefix) if needed <= free else (alone, None)
 
     def _choose(self) -> None:

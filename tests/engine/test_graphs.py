@@ -438,8 +438,9 @@ def test_prefills_that_are_under_way_together(name, device):
     with torch.inference_mode():
         prefills = [runner.prefill(runner.cache(3, 3), batch, engine.policy) for batch in batches]
         for _ in range(LAYERS):
-            done = [prefill.advance(1) for prefill in prefills]
-        assert all(done)
+            for prefill in prefills:
+                prefill.advance(1)
+        assert all(prefill.done for prefill in prefills)
         for prefill, (states, exits) in zip(prefills, want):
             done = prefill.finish()
             assert done.exit_layers == exits

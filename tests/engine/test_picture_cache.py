@@ -228,3 +228,15 @@ def test_what_the_processor_makes_is_kept_by_pixels_and_settings(monkeypatch):
 def test_an_engine_that_keeps_nothing_uses_the_processor_itself():
     engine, _ = build(picture_cache=0)
     assert engine.runner.pictures.processor is engine.model.reader
+
+
+def test_text_alone_needs_no_tower_and_no_cache(monkeypatch):
+    """Its rows are those that transformers' code gives, beside one with a picture too."""
+    engine, _ = build(picture_cache=0, prefix_cache=0)
+    model, policy = engine.model, engine.policy
+    prompts = model.tokenize(["w1 w2 w3", "<image> w4", "w5"], [[], [PICTURES[0]], []])
+    want, prepare, shown = model.prepare(prompts), model.prepare, []
+    monkeypatch.setattr(model, "prepare", lambda given, *more: shown.extend(given) or prepare(given, *more))
+    for seen, right in zip(engine.runner.pictures.prepare(prompts, policy), want, strict=True):
+        equal(seen.prompt, right)
+    assert shown == [prompts[1]]

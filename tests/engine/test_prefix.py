@@ -207,8 +207,8 @@ def logits(engine, text, pictures, policy):
         (seen,) = runner.pictures.prepare([prompt], policy)
         cache = runner.cache(1, 1)
         prefill = runner.prefill(cache, [seen.prompt], policy, keys=[(prompt.input_ids, seen.digest, None)])
-        while not prefill.advance(1):
-            pass
+        while not prefill.done:
+            prefill.advance(1)
         out = engine.model.decoder.logits(prefill.finish().hidden)[0]
         cache.close()
     return out
@@ -332,6 +332,13 @@ def test_a_layer_that_fails_half_way_leaves_no_broken_prefix(monkeypatch):
     assert ask(engine, 2, 1, "keep-all").prefix == "miss"
 
 
+def step_to_layer(scheduler, layers):
+    """Until the group under way has passed so many."""
+    while scheduler._group is None or scheduler._group._prefill is None or scheduler._group._prefill.next < layers:
+        scheduler.step()
+    assert scheduler._group._prefill.next == layers
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_who_is_cancelled_half_way_leaves_what_was_computed(layers):
     engine, _ = build(max_len=192, max_stall=1)
@@ -341,9 +348,7 @@ def test_who_is_cancelled_half_way_leaves_what_was_computed(layers):
         scheduler.step()
     text, pictures = BEGINNINGS[2]
     half = begin(engine, f"{text} w9", pictures, 4)
-    for _ in range(2 + layers):
-        scheduler.step()
-    assert scheduler._group is not None
+    step_to_layer(scheduler, layers)
     half.cancel()
     stats = ask(engine, 2, 1, "fixed 2")
     assert stats.prefix_frontier == (layers - 1, 2)
@@ -365,8 +370,7 @@ def test_who_computes_for_others_is_cancelled(layers, known, page_size):
     handles = [begin(engine, f"{text} {q}", pictures, 5) for q in QUESTIONS[:3]]
     engine._scheduler._admit()
     engine._scheduler._max_stall = 1
-    for _ in range(2 + layers):
-        engine._scheduler.step()
+    step_to_layer(engine._scheduler, layers)
     assert len(engine._scheduler._group.sequences) == 3
     for handle in handles[:2]:
         handle.cancel()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from dyvte_engine.models import tower_layers
 from dyvte_engine.models.linear import packing_fault
 from dyvte_engine.models.tower_attention import KIND, arrange_attention, attention_configs
 from dyvte_engine.models.tower_layers import TowerLayers, skip, unused_blocks
@@ -238,3 +239,83 @@ def test_a_block_that_somebody_listens_to_runs():
     assert seen == [1]
     for a, b in zip(plain, listened):
         torch.testing.assert_close(a.inputs_embeds, b.inputs_embeds, atol=1e-5, rtol=1e-5)
+
+
+def packed(vision="clip", **options):
+    """An engine whose tower stops between its blocks, and the prompts of two questions with a picture."""
+    engine, _ = build(vision=vision, pack_weights=True, **options)
+    engine.model.pack()
+    texts, images = tiny.prompts(seed=90, n=2, images=(1,))
+    return engine, engine.model.tokenize(texts, images)
+
+
+def blocks_run(monkeypatch):
+    """How many blocks have been computed so far, as the length of a list."""
+    ran, call = [], tower_layers._Layer.__call__
+    monkeypatch.setattr(tower_layers._Layer, "__call__", lambda *a, **o: ran.append(len(a[1])) or call(*a, **o))
+    return ran
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_blocks_that_run_ahead_give_the_same_rows(vision, monkeypatch):
+    """Bit for bit what each picture becomes alone, and no block is computed twice."""
+    engine, prompts = packed(vision)
+    want = [engine.model.prepare([p])[0].inputs_embeds for p in prompts]
+    ran = blocks_run(monkeypatch)
+    ahead = engine.model.look_ahead(prompts)
+    assert ran == []
+    slices = 0
+    while not ahead.blocks.done:
+        assert ahead.blocks.advance(0) > 0 and ahead.blocks.advance(0, least=False) == 0
+        slices += 1
+    used = 2 - len(unused_blocks(engine.model.hf))
+    assert ran == [1] * slices == [1] * (2 * used)
+    got = engine.model.prepare(prompts, None, ahead)
+    assert len(ran) == slices
+    for rows, alone in zip(got, want):
+        torch.testing.assert_close(rows.inputs_embeds, alone, atol=0, rtol=0)
+
+
+def test_blocks_that_nobody_reads_are_skipped_where_the_others_are_computed_here(monkeypatch):
+    engine, prompts = packed()
+    ran = blocks_run(monkeypatch)
+    engine.model.prepare(prompts)
+    assert len(unused_blocks(engine.model.hf)) == 1 and ran == [2]
+
+
+def test_a_block_costs_its_share_of_a_layer():
+    engine, prompts = packed()
+    blocks = engine.model.look_ahead(prompts[:1]).blocks
+    vision, text = engine.model.hf.config.vision_config, engine.model.hf.config.text_config
+    head = text.head_dim
+    layer = text.hidden_size * (
+        2 * head * (text.num_attention_heads + text.num_key_value_heads) + 3 * text.intermediate_size
+    )
+    rows = (vision.image_size // vision.patch_size) ** 2 + 1
+    block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+    assert blocks.advance(0) == pytest.approx(rows * block / layer)
+
+
+def test_what_ran_ahead_of_others_is_not_used():
+    """Nor where the tower was changed in between: its blocks are called as they are then."""
+    engine, prompts = packed(picture_cache=0)
+    want = engine.model.prepare(prompts)
+    ahead = engine.model.look_ahead(prompts[:1])
+    ahead.blocks.advance()
+    for got, right in zip(engine.model.prepare(prompts, None, ahead), want):
+        torch.testing.assert_close(got.inputs_embeds, right.inputs_embeds, atol=0, rtol=0)
+    block = next(m for m in engine.model.hf.modules() if type(m).__name__.endswith("EncoderLayer"))
+    block.mlp.fc1.register_forward_hook(lambda m, args, out: 2 * out)
+    changed = engine.model.prepare(prompts[:1])
+    (got,) = engine.model.prepare(prompts[:1], None, ahead)
+    torch.testing.assert_close(got.inputs_embeds, changed[0].inputs_embeds, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(got.inputs_embeds, want[0].inputs_embeds, atol=1e-3)
+
+
+def test_a_tower_that_somebody_listens_to_is_not_cut():
+    """Its modules before the blocks would be called twice."""
+    engine, prompts = packed(picture_cache=0)
+    seen = []
+    engine.model.hf.model.vision_tower.register_forward_hook(lambda m, args, out: seen.append(1))
+    assert engine.model.look_ahead(prompts) is None and seen == []
+    assert engine.model.look_ahead(engine.model.tokenize(["w1"], [[]])) is None
