@@ -88,7 +88,8 @@ def test_addresses_at_odd_places(device, dtype, lens, heads, dim, rot_dim, page,
 def check_against_torch(args: dict) -> None:
     given, lens, device, dtype = copied(args), args["lens"], args["q"].device, args["q"].dtype
     page = args["k_pool"].shape[1]
-    out = (ops.rope_append_attention_ref if device.type == "cpu" else ops.rope_append_attention_)(**args)
+    on_cpu = device.type == "cpu"
+    out = ops.rope_append_attention_ref(**args) if on_cpu else ops.rope_append_attention_(**args)
     assert out.dtype == dtype and out.is_contiguous()
 
     def plain(inner: torch.dtype) -> Tensor:
