@@ -330,6 +330,7 @@ class Engine:
                     budget,
                     tokenizer,
                     self.model.count_visual(prompt.input_ids),
+                    self.model.count_visual(prompt.input_ids[:-1]),
                     (passes * flops, passes * self._tower_flops),
                     priority,
                     stop_text,

@@ -145,7 +145,10 @@ class Runner:
         return key_of(prompt.input_ids[: int(visual[-1]) + 1], self.pictures.digest(prompt))
 
     def worst_pages(self, rows: int, visual: int, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:
-        """Pages of its own that a sequence of so many rows, `visual` of them, needs at most, behind this prefix."""
+        """Pages of its own that a sequence of so many rows needs at most, behind this prefix.
+
+        visual: of these rows, those that may leave: not the last of a prompt that ends in a picture.
+        """
         if prefix is None:
             return sum(self.pool.pages(rows - visual + n) for n in policy.most(visual, self.pool.num_layers))
         return prefix.own_pages(rows, acts_after(policy, self.pool.num_layers))

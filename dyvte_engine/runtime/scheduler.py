@@ -61,7 +61,7 @@ class _Group:
             if prefix is not None:
                 self.cache.lease(b, prefix.pages)
         for b, (s, prefix) in enumerate(zip(self.sequences, self._prefixes, strict=True)):
-            self.cache.claim(b, self._runner.worst_pages(s.rows, s.visual_tokens, s.policy, prefix))
+            self.cache.claim(b, self._runner.worst_pages(s.rows, s.may_leave, s.policy, prefix))
             s.begin()
 
     @property
@@ -383,11 +383,11 @@ class Scheduler:
         So one who is alone may fit without a prefix where it does not fit with it.
         """
         runner, prefix = self.runner, self.runner.known(s.prompt, s.policy)
-        alone = runner.worst_pages(s.rows, s.visual_tokens, s.policy, None)
+        alone = runner.worst_pages(s.rows, s.may_leave, s.policy, None)
         if prefix is None:
             return alone, None
         shared = 0 if prefix.pages.users or prefix in counted else prefix.pages.count
-        needed = runner.worst_pages(s.rows, s.visual_tokens, s.policy, prefix) + shared
+        needed = runner.worst_pages(s.rows, s.may_leave, s.policy, prefix) + shared
         return (needed, prefix) if needed <= free else (alone, None)
 
     def _choose(self) -> None:

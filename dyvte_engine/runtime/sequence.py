@@ -22,6 +22,7 @@ class Sequence:
 
     `index` is its number in the call; `policy` is bound to the model; `picture_flops` are those of the vision tower,
     under the policy and without one. `logprobs`: how many most likely tokens to name at every place, if any.
+    `may_leave`: of its visual tokens all but the last row of a prompt that ends in a picture, which stays.
     """
 
     def __init__(
@@ -34,13 +35,14 @@ class Sequence:
         max_new_tokens: int,
         tokenizer: Any,
         visual_tokens: int,
+        may_leave: int,
         picture_flops: tuple[float, float],
         priority: int = 0,
         stop_text: abc.Sequence[str] = (),
         logprobs: int | None = None,
     ):
         self.index, self.prompt, self.policy, self.priority = index, prompt, policy, priority
-        self.max_new_tokens, self.visual_tokens = max_new_tokens, visual_tokens
+        self.max_new_tokens, self.visual_tokens, self.may_leave = max_new_tokens, visual_tokens, may_leave
         self.sampler, self._stops, self._tokenizer, self._picture_flops = sampler, stops, tokenizer, picture_flops
         self.logprobs, self.newest_logprobs = logprobs, None if logprobs is None else TokenLogprobs(0.0)
         self.handle: Handle | None = None

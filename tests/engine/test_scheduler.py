@@ -543,6 +543,20 @@ def test_what_a_policy_is_sure_to_take_out_is_not_reserved(policy, visual):
     assert engine.runner.worst_pages(30, 9, bound, None) == sum(pages(21 + n) for n in visual)
 
 
+@pytest.mark.parametrize("policy", [FixedExit(-1), FixedExit(0), FastV(1, 0.5)])
+def test_the_last_row_of_a_prompt_that_ends_in_a_picture_is_reserved(policy):
+    """It stays, since the next token follows from it. The pool is full with what these are promised."""
+    room, prompt, picture = 4 * 32, "w1 <image>", IMAGES[next(i for i, pictures in enumerate(IMAGES) if pictures)][:1]
+    row = 4 * 2 * 2 * 16  # bytes of one in a layer
+    sizes = dict(page_size=1, max_len=32, max_batch=32, picture_cache=0, prefix_cache=0)
+    engine, _ = build(kv_memory=room * row, **sizes)
+    want = build(**sizes)[0].generate(prompt, picture, chat=False, policy=policy, max_new_tokens=1)
+    got = engine.generate([prompt] * 32, [picture] * 32, chat=False, policy=policy, max_new_tokens=1)
+    assert all(told(g) == told(want) for g in got)
+    assert engine.runner.worst_pages(17, 15, engine.bind(policy), None) == sum(want.stats.tokens_per_layer)
+    engine.check_integrity()
+
+
 def test_a_claim_falls_with_the_exit_while_the_prefill_is_under_way():
     """Between two layers, by exactly the pages that the layers behind it will not need."""
     engine, _ = build(page_size=4, max_batch=4, max_stall=1, prefix_cache=0)
