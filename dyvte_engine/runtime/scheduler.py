@@ -145,7 +145,8 @@ class _Group:
         for b, rows in enumerate(prefill.most_rows()):
             if b not in self.errors and self.cache.leases[b] is None:
                 later = self.sequences[b].max_new_tokens - 1
-                self.cache.claim(b, sum(self._runner.pool.pages(n + later) for n in rows))
+                now = sum(self._runner.pool.pages(n + later) for n in rows)
+                self.cache.claim(b, min(now, self.cache.claims[b]))  # which may count on a later exit already
 
     def _beyond(self, s: Sequence, prepared: PreparedPrompt) -> PromptError | None:
         """With several axes a position may be beyond the number of rows (slow videos)."""

@@ -557,6 +557,23 @@ def test_the_last_row_of_a_prompt_that_ends_in_a_picture_is_reserved(policy):
     engine.check_integrity()
 
 
+def test_a_claim_that_counts_on_a_later_exit_does_not_grow_with_an_earlier_one():
+    """FastV leaves rows that the exit is sure to take. The pool is nearly full with what both were promised."""
+    picture, prompt = IMAGES[next(i for i, pictures in enumerate(IMAGES) if pictures)][:1], "<image> w1"
+    policy, row = compose(FastV(1, 0.25), FixedExit(1)), 4 * 2 * 2 * 16  # bytes of a row in a layer
+    sizes = dict(page_size=1, max_len=25, picture_cache=0, prefix_cache=0)
+    engine, _ = build(kv_memory=100 * row, max_stall=1, **sizes)
+    assert engine.runner.worst_pages(17, 16, engine.bind(policy), None) == 17 + 13 + 1 + 1
+    long = Request("w1 w2", chat=False, options=dict(max_new_tokens=12))  # others are prefilled in slices meanwhile
+    short = Request(prompt, picture, chat=False, policy=policy, options=dict(max_new_tokens=1))
+    want = build(**sizes)[0].generate(prompt, picture, chat=False, policy=policy, max_new_tokens=1)
+    running = engine._enqueue(engine._prepare_request(long))[0]
+    engine._scheduler.step()
+    assert told(engine._enqueue(engine._prepare_request(short))[0].result()) == told(want)
+    assert len(running.result().token_ids) == 12
+    engine.check_integrity()
+
+
 def test_a_claim_falls_with_the_exit_while_the_prefill_is_under_way():
     """Between two layers, by exactly the pages that the layers behind it will not need."""
     engine, _ = build(page_size=4, max_batch=4, max_stall=1, prefix_cache=0)
