@@ -297,6 +297,10 @@ def test_a_second_run_starts_from_the_weights_of_the_first_and_shows_other_pictu
     assert trainer(model, tmp_path / "second", seed=1, **options).step == 2
     with pytest.raises(ModelError, match=r"nothing is not there"):
         train.begin(tmp_path / "third", tmp_path / "nothing")
+    (tmp_path / "broken").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match=r"broken cannot be read: "):
+        train.begin(tmp_path / "third", tmp_path / "broken")
+    assert not (tmp_path / "third").exists()
 
 
 def test_preparing_a_bfloat16_model_leaves_positions_exact(untrained):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -312,10 +312,15 @@ def begin(out: Path, weights: Path) -> None:
     """Puts another run's weights into a folder that has none: its first stage starts from them.
 
     Raises:
-        ModelError: they are not there.
+        ModelError: they are not there, or no safetensors.
     """
+    accepted = "accepted: a file that training writes (docs/smol.md)"
     if not weights.is_file():
-        raise ModelError(f"{weights} is not there; accepted: a file that training writes (docs/smol.md)")
+        raise ModelError(f"{weights} is not there; {accepted}")
+    try:
+        safe_open(weights, "pt")
+    except SafetensorError as error:
+        raise ModelError(f"{weights} cannot be read: {error}; {accepted}") from error
     there = out / "trained.safetensors"
     if not there.exists():
         out.mkdir(parents=True, exist_ok=True)
