@@ -103,10 +103,10 @@ def test_out_of_memory_is_a_503_of_that_request(app, engine, monkeypatch, error,
     prepare = engine.model.prepare
     engine.forget()  # or a picture that was asked about before would not be prepared
 
-    def short(prompts, policy):
+    def short(prompts, *options):
         if any(p.inputs for p in prompts):
             raise error
-        return prepare(prompts, policy)
+        return prepare(prompts, *options)
 
     monkeypatch.setattr(engine.model, "prepare", short)
 
