@@ -6,6 +6,9 @@ namespace dyvte {
 namespace DYVTE_ISA {
 namespace {
 
+// Channels whose squares are summed by themselves, so that the sum of a wide row is not less exact than its parts.
+constexpr int64_t kBlock = 256 * kLanes;
+
 float square(float x) { return x * x; }
 
 template <class T>
@@ -22,9 +25,9 @@ float sum_of_squares(const T* x, int64_t d) {
   return total;
 }
 
-// residual += x, rounded to T; returns the new row's sum of squares.
+// residual += x, rounded to T; returns the new values' sum of squares.
 template <class T>
-float add_row(T* residual, const T* x, int64_t d) {
+float add(T* residual, const T* x, int64_t d) {
   Vec sum = {};
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
@@ -52,6 +55,13 @@ void scale_row(const T* x, const T* weight, float factor, T* out, int64_t d) {
   }
 }
 
+template <class Sum>
+float sum_of_blocks(int64_t d, const Sum& sum) {
+  float total = 0.0f;
+  for (int64_t begin = 0; begin < d; begin += kBlock) total += sum(begin, d - begin < kBlock ? d - begin : kBlock);
+  return total;
+}
+
 }  // namespace
 
 Status rms_norm_cpu(const RmsNormParams& p, ParallelFor parallel_for) {
@@ -63,7 +73,9 @@ Status rms_norm_cpu(const RmsNormParams& p, ParallelFor parallel_for) {
         const int64_t o = row / p.inner, i = row % p.inner;
         const T* x = static_cast<const T*>(p.x) + o * p.x_outer + i * p.x_inner;
         T* residual = p.residual ? static_cast<T*>(p.residual) + o * p.res_outer + i * p.res_inner : nullptr;
-        const float sum = residual ? add_row(residual, x, p.d) : sum_of_squares(x, p.d);
+        const float sum = sum_of_blocks(p.d, [&](int64_t at, int64_t n) {
+          return residual ? add(residual + at, x + at, n) : sum_of_squares(x + at, n);
+        });
         const float factor = 1.0f / std::sqrt(sum / static_cast<float>(p.d) + p.eps);
         const T* from = residual ? residual : x;
         scale_row(from, static_cast<const T*>(p.weight), factor, static_cast<T*>(p.out) + row * p.d, p.d);
