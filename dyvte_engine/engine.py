@@ -83,8 +83,8 @@ class Engine:
         "smol", whose parts are fetched and put together at the first call (docs/smol.md).
 
         Args:
-            policy: when visual tokens leave, unless a request says otherwise: a policy or its notation ("fixed:15");
-                default `KeepAll()`.
+            policy: when visual tokens leave, unless a request says otherwise: a policy or its notation ("fixed:15";
+                "auto": the exit heads that came with the model); default `KeepAll()`.
             dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" is bfloat16 on CUDA, float32 on CPU.
             device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where there is one.
             trust_remote_code: run Python code that comes with the checkpoint.

@@ -1,6 +1,8 @@
 """The documents against the code: what one of the recipes in CONTRIBUTING.md forgot, dead links, names that moved."""
 
 import ast
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -8,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 import dyvte_engine
 from dyvte_engine import policies
+from dyvte_engine.assets import SMOL, heads_of
 from dyvte_engine.commands.main import app
 from dyvte_engine.kernels import ops
 from dyvte_engine.models.families import FAMILIES, REFUSED
@@ -79,6 +83,33 @@ def test_the_example_of_the_front_page_says_what_it_says():
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert ran.stdout == f"{said}\n"
+
+
+def test_what_smols_pages_say_of_its_files():
+    page, report = text("docs", "smol.md"), json.loads((SMOL / "report.json").read_text())
+    rows = re.findall(r"^\| [^|]+ \| ([\d,]+) \| (\d+ % .*)\| (\d+ % .*)\| (\d+) % \|$", page, re.MULTILINE)
+    said = sorted(tuple(map(int, re.findall(r"\d+", " ".join(row).replace(",", "")))) for row in rows)
+    found = [parts for by in ("held out", "kinds") for parts in report[by].values()]
+    shares = [
+        [d["all"]["share"], *d["all"]["ci95"], d["unseen style"]["share"], *d["unseen style"]["ci95"]] for d in found
+    ]
+    blind = [d["blind"]["share"] for d in found]
+    made = [(d["all"]["n"], *(round(100 * x) for x in (*s, b))) for d, s, b in zip(found, shares, blind, strict=True)]
+    assert said == sorted(made)
+
+    with safe_open(heads_of("smol"), "pt") as file:
+        stored = json.loads(file.metadata()["dyvte_exit_heads"])["calibration"]
+    promises = re.findall(r"^\| (\d+) %[^|]* \| ([\d.]+)[^|]* \| (\d+) % \|$", page, re.MULTILINE)
+    assert len(promises) == 4
+    for stay, layer, flops in promises:
+        last = next(i for i, changed in enumerate(stored["limit"]) if changed > 1 - int(stay) / 100) - 1
+        assert (layer, flops) == (f"{stored['mean_layer'][last]:.1f}", f"{100 * stored['flops'][last]:.0f}")
+
+    digests = dict(
+        re.findall(r"^\| `(\w+\.safetensors)` .* ([0-9a-f]{64}) \|$", (SMOL / "README.md").read_text(), re.M)
+    )
+    assert digests == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in SMOL.glob("*.safetensors")}
+    assert report["trained"] == digests["trained.safetensors"]
 
 
 def test_the_site_has_every_page():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from ..assets import SMOL_TRAINED
-from ..errors import ModelError, SourceError
+from ..errors import ModelError, SourceError, first_line
 from ..files import cache_folder, check_writable
 
 SIDE, PATCH = 224, 14
@@ -257,22 +257,37 @@ def merged(stored: dict[str, Tensor], trained: dict[str, Tensor], scale: float) 
     return made
 
 
+def scale_of(trained: Path) -> float:
+    """Of the LoRA in a file that training wrote.
+
+    Raises:
+        ModelError: it is not there, damaged, or some other file.
+    """
+    wanted = "accepted: a file that training writes (docs/smol.md)"
+    if not trained.is_file():
+        raise ModelError(f"{trained} is not there; {wanted}")
+    try:
+        with safe_open(trained, "pt") as file:
+            return float((file.metadata() or {})["scale"])
+    except KeyError:
+        raise ModelError(f"{trained} holds other tensors; {wanted}") from None
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{trained} cannot be read: {first_line(e)}; {wanted}") from e
+
+
 def assembled(trained: Path = SMOL_TRAINED) -> Path:
     """Folder of the trained model in the cache, made at the first call of the fetched parts and a run's file.
 
     Raises:
-        ModelError: there is no such file, or it does not fit the parts.
+        ModelError: as `scale_of`, or the file does not fit the parts.
         SourceError, FileError: as `base`.
     """
-    if not trained.exists():
-        raise ModelError(f"{trained} is not there; accepted: a file that training writes (docs/smol.md)")
+    scale = scale_of(trained)
     digest = hashlib.sha256(trained.read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"smol-{digest}-{RECIPE}"
     if not folder.exists():
         check_writable(folder, folder=True)
         untrained = base()
-        with safe_open(trained, "pt") as file:
-            scale = float(file.metadata()["scale"])
         tensors = merged(load_file(untrained / WEIGHTS), load_file(trained), scale)
 
         def write(made: Path) -> None:

@@ -8,9 +8,11 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
+from ..assets import heads_of
 from ..errors import InvalidArgumentError
+from .auto import policy_for
 from .base import VisualTokenPolicy
-from .notation import files_in, parse
+from .notation import files_in
 
 _MOST = 64  # policies kept; each may hold its heads on the device
 
@@ -20,6 +22,7 @@ class PolicyCache:
 
     def __init__(self, model: Any):
         self._model, self._lock = model, threading.RLock()  # a policy's `bind` may come back here
+        self._heads = heads_of(model.name).absolute()  # of "auto"
         self._bound: OrderedDict[Hashable, VisualTokenPolicy] = OrderedDict()
         self._keys: dict[int, Hashable] = {}  # of the bound ones, by their id: who brings one back gets it
 
@@ -36,7 +39,7 @@ class PolicyCache:
             given = type(policy).__name__
             raise InvalidArgumentError(f"policy is a {given}; accepted: a VisualTokenPolicy or its notation")
         with self._lock:
-            key = self._keys.get(id(policy)) or _key(policy)
+            key = self._keys.get(id(policy)) or self._key(policy)
             if key is None:
                 return self._ready(policy)
             if key not in self._bound:
@@ -49,19 +52,18 @@ class PolicyCache:
             return self._bound[key]
 
     def _ready(self, policy: VisualTokenPolicy | str) -> VisualTokenPolicy:
-        ready = (parse(policy) if isinstance(policy, str) else policy).bind(self._model)
+        ready = (policy_for(policy, self._heads.parent) if isinstance(policy, str) else policy).bind(self._model)
         if not isinstance(ready, VisualTokenPolicy):
             given = f"{type(policy).__name__}.bind returned a {type(ready).__name__}"
             raise InvalidArgumentError(f"{given}; accepted: a VisualTokenPolicy")
         self._model.check(ready)
         return ready
 
-
-def _key(policy: VisualTokenPolicy | str) -> Hashable | None:
-    """Equal where binding gives the same; None where nobody can tell."""
-    if isinstance(policy, str):
-        return policy, tuple(_stamp(file) for file in files_in(policy))
-    return (policy, policy.state) if _is_value(policy) else None
+    def _key(self, policy: VisualTokenPolicy | str) -> Hashable | None:
+        """Equal where binding gives the same; None where nobody can tell."""
+        if isinstance(policy, str):
+            return policy, tuple(_stamp(file) for file in (str(self._heads), *files_in(policy)))
+        return (policy, policy.state) if _is_value(policy) else None
 
 
 def _is_value(policy: VisualTokenPolicy) -> bool:

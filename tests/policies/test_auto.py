@@ -1,5 +1,7 @@
 """Policies named by the heads that came with a model."""
 
+import shutil
+
 import pytest
 
 from dyvte_engine import NANO, NANO_HEADS, DynamicExit, Engine, HeadsError, InvalidArgumentError, KeepAll
@@ -21,11 +23,24 @@ from dyvte_engine.policies.notation import parse
 def test_auto_is_the_heads_of_the_model(text, wanted):
     engine = Engine.from_pretrained("nano", device="cpu", max_batch=1)
     example = NANO.parent / "examples" / "4_color.png"
-    got, same = (
-        engine.generate("what color is it?", example, policy=p) for p in (policy_for(text, "nano"), parse(wanted))
+    got, written, same = (
+        engine.generate("what color is it?", example, policy=p) for p in (policy_for(text, "nano"), text, parse(wanted))
     )
-    assert got.stats.tokens_per_layer == same.stats.tokens_per_layer and got.text == same.text
-    assert got.stats.exit_layer is not None
+    for result in (got, written):
+        assert result.stats.tokens_per_layer == same.stats.tokens_per_layer and result.text == same.text
+        assert result.stats.exit_layer is not None
+
+
+def test_an_engine_knows_the_heads_of_its_model(tmp_path, monkeypatch):
+    shutil.copytree(NANO, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    engine = Engine.from_pretrained("model", "auto", device="cpu", max_batch=1)
+    monkeypatch.chdir("/")
+    assert isinstance(engine.policy, DynamicExit) and engine.bind("auto") is engine.policy
+    (tmp_path / "model" / NANO_HEADS.name).unlink()
+    assert isinstance(engine.bind("auto"), KeepAll)
+    with pytest.raises(HeadsError):
+        engine.bind("dynamic:auto")
 
 
 def test_files_whose_names_begin_so_are_themselves(tmp_path):

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dyvte_engine import DynamicExit, Engine, FixedExit, KeepAll
+from dyvte_engine import NANO_HEADS, DynamicExit, Engine, FixedExit, KeepAll
 from dyvte_engine.assets import SMOL, SMOL_TRAINED
 from dyvte_engine.errors import FileError, InvalidArgumentError, ModelError, SourceError
 from dyvte_engine.eval import emoji_sets as sets
@@ -295,11 +295,20 @@ def test_a_second_run_starts_from_the_weights_of_the_first_and_shows_other_pictu
     train.begin(tmp_path / "second", weights)  # the same command again continues the second run
     assert (tmp_path / "second" / "trained.safetensors").read_bytes() != weights.read_bytes()
     assert trainer(model, tmp_path / "second", seed=1, **options).step == 2
-    with pytest.raises(ModelError, match=r"nothing is not there"):
-        train.begin(tmp_path / "third", tmp_path / "nothing")
-    (tmp_path / "broken").write_bytes(b"no weights")
-    with pytest.raises(ModelError, match=r"broken cannot be read: "):
-        train.begin(tmp_path / "third", tmp_path / "broken")
+
+
+def test_weights_to_start_from_are_looked_at_before_they_are_taken(tmp_path):
+    (tmp_path / "broken").write_bytes(b"broken")
+    (tmp_path / "cut").write_bytes(SMOL_TRAINED.read_bytes()[:100_000])
+    for file, given in (
+        (tmp_path / "nothing", "nothing is not there"),
+        (tmp_path / "broken", "broken cannot be read"),
+        (tmp_path / "cut", "cut cannot be read"),
+        (NANO_HEADS, "exit_heads.safetensors holds other tensors"),
+    ):
+        for use in (parts.assembled, lambda weights: train.begin(tmp_path / "third", weights)):
+            with pytest.raises(ModelError, match=given):
+                use(file)
     assert not (tmp_path / "third").exists()
 
 

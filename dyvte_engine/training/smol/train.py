@@ -24,12 +24,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from dyvte_engine.errors import InvalidArgumentError, ModelError
+from dyvte_engine.errors import DyvteError, InvalidArgumentError
 from dyvte_engine.files import write_bytes
 from dyvte_engine.kernels.transfer import to_device
 from dyvte_engine.models import smol as parts
@@ -312,15 +312,9 @@ def begin(out: Path, weights: Path) -> None:
     """Puts another run's weights into a folder that has none: its first stage starts from them.
 
     Raises:
-        ModelError: they are not there, or no safetensors.
+        ModelError: as `scale_of`.
     """
-    accepted = "accepted: a file that training writes (docs/smol.md)"
-    if not weights.is_file():
-        raise ModelError(f"{weights} is not there; {accepted}")
-    try:
-        safe_open(weights, "pt")
-    except SafetensorError as error:
-        raise ModelError(f"{weights} cannot be read: {error}; {accepted}") from error
+    parts.scale_of(weights)
     there = out / "trained.safetensors"
     if not there.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -406,4 +400,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DyvteError as e:
+        sys.exit(f"error: {e}")
