@@ -319,7 +319,8 @@ class Engine:
         out = []
         for index, (prompt, one_seed) in enumerate(zip(inputs, seeds, strict=True)):
             n, budget = len(prompt.input_ids), self._budget(len(prompt.input_ids), config)
-            passes = self.model.tower_passes(prompt)
+            passes, may_leave = self.model.tower_passes(prompt), self.model.count_visual(prompt.input_ids[:-1])
+            self.runner.worst_pages(n + budget, may_leave, bound, None)  # refused here, not when its turn comes
             out.append(
                 sequence.Sequence(
                     index,
@@ -330,7 +331,7 @@ class Engine:
                     budget,
                     tokenizer,
                     self.model.count_visual(prompt.input_ids),
-                    self.model.count_visual(prompt.input_ids[:-1]),
+                    may_leave,
                     (passes * flops, passes * self._tower_flops),
                     priority,
                     stop_text,

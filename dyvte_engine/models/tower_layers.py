@@ -63,14 +63,16 @@ class TowerLayers:
         ahead: blocks that have run already; asked for the same rows, they give what these became.
         """
         self._arranged = {layer for layer in self._layers if layer.ready()}
+        recalls = {} if ahead is None else ahead.recalls()
         for layer in self._arranged:
-            run.replace(layer.module, layer if ahead is None else ahead.recalling(layer))
+            run.replace(layer.module, recalls.get(layer, layer))
         return {linear for layer in self._arranged for linear in layer.linears}
 
-    def stop_before(self, run: VisionRun, but: Iterable[nn.Module], layer_weights: int) -> None:
+    def stop_before(self, run: VisionRun, but: Iterable[nn.Module], layer_weights: int) -> bool:
         """To be called when they are arranged: this run ends with `AtBlocks` where it asks for the first of them.
 
-        but: blocks that the run skips; layer_weights: as `BlocksAhead` takes them.
+        but: blocks that the run skips; layer_weights: as `BlocksAhead` takes them. Returns whether it does: not where
+        one of the others is not computed here.
         """
         unused = set(but)
         layers = [layer for layer in self._layers if layer.module not in unused]
@@ -78,8 +80,10 @@ class TowerLayers:
         def stop(hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> None:
             raise AtBlocks(BlocksAhead(layers, hidden_states, attention_mask, options, layer_weights))
 
-        if layers and self._arranged.issuperset(layers):
-            run.replace(layers[0].module, stop)
+        if not layers or not self._arranged.issuperset(layers):
+            return False
+        run.replace(layers[0].module, stop)
+        return True
 
 
 class AtBlocks(Exception):
@@ -104,7 +108,7 @@ class BlocksAhead:
         self._masks = mask.split(1) if mask is not None and own_masks else [mask] * len(hidden)
         self._pictures = hidden.split(1)
         self._became = [list[Tensor]() for _ in layers]  # of each block, what it made of the first pictures
-        self._recalls: dict[_Layer, Callable[..., Tensor]] = {}
+        self._weights = _weights(layers)
         self._cost = hidden.shape[1] * layers[0].weights / layer_weights
 
     @property
@@ -126,14 +130,22 @@ class BlocksAhead:
         given = self._became[k - 1][b] if k else self._pictures[b]
         self._became[k].append(self._layers[k](given, self._masks[b], **self._options))
 
-    def recalling(self, layer: _Layer) -> Callable[..., Tensor]:
-        """The block, which computes nothing where it is asked for what is known."""
-        if not self._recalls and self.done:
-            given = self._hidden
-            for each, became in zip(self._layers, map(torch.cat, self._became), strict=True):
-                self._recalls[each] = partial(_recalled, each, given, became)
+    def recalls(self) -> dict[_Layer, Callable[..., Tensor]]:
+        """The blocks, which compute nothing where they are asked for what is known.
+
+        Empty where some have not run, or ran with other weights than they have now.
+        """
+        recalls, given = dict[_Layer, Callable[..., Tensor]](), self._hidden
+        if self.done and self._weights == _weights(self._layers):
+            for layer, became in zip(self._layers, map(torch.cat, self._became), strict=True):
+                recalls[layer] = partial(_recalled, layer, given, became)
                 given = became
-        return self._recalls.get(layer, layer)
+        return recalls
+
+
+def _weights(layers: Iterable[_Layer]) -> list[tuple[int, int]]:
+    """Changes when one of theirs does, norms included."""
+    return [(t.data_ptr(), version(t)) for layer in layers for t in layer.module.parameters()]
 
 
 def _recalled(

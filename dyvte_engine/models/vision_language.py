@@ -291,10 +291,11 @@ class VisionLanguageModel:
             return None
         if any(addresses(part) is None for part in self._vision_parts):
             return None
-        inputs = self._batch(prompts, _padded([p.input_ids for p in prompts]))
         with VisionRun(self.hf.model) as run:
             self._arrange(run, None, 0)
-            self.tower_layers.stop_before(run, self._unused_blocks, self.decoder.layer_weights)
+            if not self.tower_layers.stop_before(run, self._unused_blocks, self.decoder.layer_weights):
+                return None
+            inputs = self._batch(prompts, _padded([p.input_ids for p in prompts]))
             try:
                 run.to_entry(self.language_model, inputs)
             except AtBlocks as stopped:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import is_whole
+from ..errors import InvalidArgumentError
 from ..kernels import ops
 from ..models.rows import Rows
 
@@ -132,9 +134,33 @@ class VisualTokenPolicy:
         raise NotImplementedError
 
     def most(self, visual: int, num_layers: int) -> list[int]:
-        """How many of a sequence's visual tokens each layer sees at most, whatever they are: what it has to reserve."""
+        """How many of a sequence's visual tokens each layer sees at most, whatever they are: what it has to reserve.
+
+        A subclass with `layers` or `decide` of its own needs its own: else all of them are reserved (`at_most`).
+        """
         return [visual] * num_layers
 
     def renumbers(self, layer: int, num_layers: int) -> bool:
         """Whether a sequence that loses tokens after `layer` is numbered anew, 0, 1, 2, ...; else rows keep theirs."""
         return False
+
+
+def at_most(policy: VisualTokenPolicy, visual: int, num_layers: int) -> list[int]:
+    """What `policy.most` says, or `visual` everywhere where a subclass may act otherwise than the class that says it.
+
+    Raises InvalidArgumentError for what are no such numbers.
+    """
+    says, *acts = (_home(type(policy), name) for name in ("most", "layers", "decide"))
+    if not all(issubclass(says, cls) for cls in acts):
+        return [visual] * num_layers
+    most = policy.most(visual, num_layers)
+    right = isinstance(most, (list, tuple)) and len(most) == num_layers
+    if not (right and all(is_whole(n) and 0 <= n <= visual for n in most)):
+        given = f"{type(policy).__name__}.most({visual}, {num_layers}) is {str(most)[:200]}"
+        raise InvalidArgumentError(f"{given}; accepted: {num_layers} whole numbers, 0 to {visual}")
+    return list(most)
+
+
+def _home(cls: type, name: str) -> type:
+    """The class that it has the method from."""
+    return next(c for c in cls.__mro__ if name in vars(c))

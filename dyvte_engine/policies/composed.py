@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError
 from ..kernels.transfer import read_later
-from .base import Decision, LayerState, VisualTokenPolicy
+from .base import Decision, LayerState, VisualTokenPolicy, at_most
 
 if TYPE_CHECKING:
     from ..models.vision import VisionTower
@@ -74,7 +74,8 @@ class Composed(VisualTokenPolicy):
         return _both([_settled(d) for d in decisions], state.rows.n_visual)
 
     def most(self, visual: int, num_layers: int) -> list[int]:
-        return [min(each) for each in zip(*(part.most(visual, num_layers) for part in self.parts), strict=True)]
+        parts = [at_most(part, visual, num_layers) for part in self.parts]
+        return [min(each) for each in zip([visual] * num_layers, *parts, strict=True)]
 
     def renumbers(self, layer: int, num_layers: int) -> bool:
         return any(layer in p.layers(num_layers) and p.renumbers(layer, num_layers) for p in self.parts)

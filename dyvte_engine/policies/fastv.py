@@ -37,8 +37,6 @@ class FastV(VisualTokenPolicy):
         return {self.k - 1}
 
     def most(self, visual: int, num_layers: int) -> list[int]:
-        if type(self).decide is not FastV.decide:
-            return super().most(visual, num_layers)
         return [visual if layer < self.k else self._staying(visual) for layer in range(num_layers)]
 
     def _staying(self, visual: int) -> int:

@@ -35,8 +35,6 @@ class FixedExit(VisualTokenPolicy):
         return {self.layer}
 
     def most(self, visual: int, num_layers: int) -> list[int]:
-        if not self.all_or_none:
-            return super().most(visual, num_layers)
         return [visual if layer <= self.layer else 0 for layer in range(num_layers)]
 
     def decide(self, state: LayerState) -> Decision:

@@ -23,6 +23,7 @@ from ..models.fused import fused_layers
 from ..models.rows import Rows
 from ..models.tower_graphs import MOST
 from ..policies import VisualTokenPolicy
+from ..policies.base import at_most
 from .decode import DecodeGraphs
 from .known_rows import KnownRows
 from .kv_cache import KVCache, PagePool, SharedPages
@@ -147,10 +148,11 @@ class Runner:
     def worst_pages(self, rows: int, visual: int, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:
         """Pages of its own that a sequence of so many rows needs at most, behind this prefix.
 
-        visual: of these rows, those that may leave: not the last of a prompt that ends in a picture.
+        visual: of these rows, those that may leave: not the last of a prompt that ends in a picture. Raises as
+        `at_most`.
         """
         if prefix is None:
-            return sum(self.pool.pages(rows - visual + n) for n in policy.most(visual, self.pool.num_layers))
+            return sum(self.pool.pages(rows - visual + n) for n in at_most(policy, visual, self.pool.num_layers))
         return prefix.own_pages(rows, acts_after(policy, self.pool.num_layers))
 
     def worst_rows(self, prompt: TokenizedPrompt, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:

@@ -319,3 +319,28 @@ def test_a_tower_that_somebody_listens_to_is_not_cut():
     engine.model.hf.model.vision_tower.register_forward_hook(lambda m, args, out: seen.append(1))
     assert engine.model.look_ahead(prompts) is None and seen == []
     assert engine.model.look_ahead(engine.model.tokenize(["w1"], [[]])) is None
+
+
+def test_a_tower_that_cannot_be_cut_does_not_run_in_vain(monkeypatch):
+    """Its blocks are not computed here: it would come to its end, and all of it be computed again."""
+    engine, prompts = packed(picture_cache=0)
+    engine.model.hf.model.vision_tower.config._attn_implementation = "eager"
+    monkeypatch.setattr(VisionRun, "to_entry", lambda *args: pytest.fail("it runs"))
+    assert engine.model.look_ahead(prompts) is None
+
+
+@pytest.mark.parametrize("part", ["layer_norm2", "self_attn.q_proj", "mlp.fc1"])
+def test_what_blocks_made_with_other_weights_is_not_used(part):
+    """Which have changed while a picture was in the tower: all of it is as the weights are at its end."""
+    engine, prompts = packed(picture_cache=0)
+    before = engine.model.prepare(prompts)
+    ahead = engine.model.look_ahead(prompts)
+    ahead.blocks.advance(0)
+    block = next(m for m in engine.model.hf.modules() if type(m).__name__.endswith("EncoderLayer"))
+    with torch.no_grad():
+        block.get_submodule(part).weight.mul_(2)
+    ahead.blocks.advance()
+    got, want = engine.model.prepare(prompts, None, ahead), engine.model.prepare(prompts)
+    for rows, right, old in zip(got, want, before):
+        torch.testing.assert_close(rows.inputs_embeds, right.inputs_embeds, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(rows.inputs_embeds, old.inputs_embeds, atol=1e-3)
