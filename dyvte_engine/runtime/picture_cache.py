@@ -102,10 +102,13 @@ class PictureCache:
         return out
 
     def look_ahead(self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy) -> LookAhead | None:
-        """As `VisionLanguageModel.look_ahead`, of the pictures that `prepare` is going to show the tower."""
+        """As `VisionLanguageModel.look_ahead`, of what is `unseen`."""
+        return self._model.look_ahead(self.unseen(prompts, policy), policy)
+
+    def unseen(self, prompts: Sequence[TokenizedPrompt], policy: VisualTokenPolicy) -> list[TokenizedPrompt]:
+        """What `prepare` is going to show the tower: where pictures are shared, those whose rows are not here."""
         units, inside = self._keyed(prompts, policy)
-        shown = self._shown(prompts) if inside is None else [*self._new(units, inside).values()]
-        return self._model.look_ahead(shown, policy)
+        return self._shown(prompts) if inside is None else [*self._new(units, inside).values()]
 
     def _shown(self, prompts: Sequence[TokenizedPrompt]) -> list[TokenizedPrompt]:
         """Where nothing is shared: all but texts with plain positions, which need no code of transformers'."""

@@ -116,7 +116,8 @@ class _Group:
             return self._ahead.blocks.advance(row_layers, least) or None, []
         if visual > row_layers and not least:
             return None, []
-        if self._ahead is None and visual and row_layers < float("inf"):
+        in_slices = self._ahead is None and visual > 0 and row_layers < float("inf")
+        if in_slices and pictures.unseen(prompts, policy):
             self._ahead = pictures.look_ahead(prompts, policy)
             if self._ahead is None and not least:
                 return None, []  # it can only run as a whole, in a slice of its own

@@ -419,6 +419,22 @@ def test_a_picture_in_the_tower_does_not_stall_those_who_run(monkeypatch):
     assert told(first.result()) == right
 
 
+@pytest.mark.parametrize("packed", [packing_fault(torch.float32) is None, False])
+def test_pictures_that_the_tower_has_seen_do_not_fill_a_slice(packed):
+    """Questions of three policies about one picture, which are three groups, enter in one slice that has room."""
+    engine, _ = build(page_size=4, max_batch=4, max_stall=10**6, prefix_cache=0, pack_weights=packed)
+    picture = next(i for i, pictures in enumerate(IMAGES) if len(pictures) == 1)
+    chosen = [(picture, policy, "greedy", 0, 3) for policy in ("keep-all", "fixed", "late")]
+    queue(engine, chosen[0])[0].result()
+    (first,) = queue(engine, (0, "keep-all", "greedy", 0, 24))
+    engine._scheduler.step()
+    handles = queue(engine, *chosen)
+    engine._scheduler.step()
+    assert engine._scheduler.counts == dict(waiting=0, prefilling=0, running=4)
+    assert [told(h.result()) for h in handles] == [answer(spec) for spec in chosen]
+    first.cancel()
+
+
 @pytest.mark.parametrize("what", ["cancel", "interrupt", "fail"])
 def test_who_ends_in_the_middle_of_a_tower_leaves_the_others(what, monkeypatch):
     """One of two whose pictures are there is cancelled, or a block is interrupted, or fails for one of them."""
