@@ -151,9 +151,9 @@ class Runner:
         visual: of these rows, those that may leave: not the last of a prompt that ends in a picture. Raises as
         `at_most`.
         """
-        if prefix is None:
-            return sum(self.pool.pages(rows - visual + n) for n in at_most(policy, visual, self.pool.num_layers))
-        return prefix.own_pages(rows, acts_after(policy, self.pool.num_layers))
+        layers = self.pool.num_layers
+        alone = sum(self.pool.pages(rows - visual + n) for n in at_most(policy, visual, layers))
+        return alone if prefix is None else min(alone, prefix.own_pages(rows, acts_after(policy, layers)))
 
     def worst_rows(self, prompt: TokenizedPrompt, policy: VisualTokenPolicy, prefix: Prefix | None) -> int:
         """Rows of a prompt that a layer computes at most, behind this prefix."""

@@ -17,6 +17,7 @@ from dyvte_engine import (
     KeepAll,
     PyramidDrop,
     Random,
+    Request,
     ToMe,
     VisionZip,
     compose,
@@ -467,6 +468,24 @@ def test_a_prefix_deeper_than_there_is_room_for_leaves_for_a_request(monkeypatch
     result = engine.generate(f"{text} w7", pictures, chat=False, max_new_tokens=longest, eos_token_id=[])
     want = fresh().generate(f"{text} w7", pictures, chat=False, max_new_tokens=longest, eos_token_id=[])
     assert result.token_ids == want.token_ids and len(want.token_ids) == longest
+
+
+@pytest.mark.parametrize("exit_layer", range(3))
+@pytest.mark.parametrize("depth", range(3))
+def test_behind_a_prefix_no_more_is_reserved_than_without_one(depth, exit_layer, monkeypatch):
+    """However deep it is: what the policy is sure to take out is not reserved in the layers behind."""
+    forbid_growing_claims(monkeypatch)
+    engine, _ = build(max_len=96, page_size=4)
+    engine.generate("<image> w1", PICTURES[:1], chat=False, max_new_tokens=2, policy=FixedExit(depth))
+    policy = engine.bind(FixedExit(exit_layer))
+    request = Request("<image> w2", PICTURES[:1], chat=False, policy=policy, options=dict(max_new_tokens=8))
+    (s,) = engine._prepare_request(request)
+    prefix, worst = engine.runner.known(s.prompt, policy), engine.runner.worst_pages
+    assert prefix is not None
+    assert worst(s.rows, s.may_leave, policy, prefix) <= worst(s.rows, s.may_leave, policy, None)
+    (handle,) = engine._enqueue([s])
+    assert handle.result(20).stats.prefix == "hit"
+    engine.check_integrity()
 
 
 def test_what_is_forgotten_while_a_request_begins(monkeypatch):
