@@ -68,6 +68,10 @@ class DecoderLayer:
             down=_linear(mlp.down_proj),
         )
 
+    @property
+    def projections(self) -> tuple[Linear, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [N, n], what the projection `qkv` gives -> its views q [N, Hq, D], k and v [N, Hkv, D]."""
         s = self.shape
@@ -145,13 +149,12 @@ class Decoder:
     @property
     def linears(self) -> list[Linear]:
         """All its projections."""
-        return [p for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [self.lm_head]
+        return [p for layer in self.layers for p in layer.projections] + [self.lm_head]
 
     @property
     def layer_weights(self) -> int:
         """Numbers in the products of a layer."""
-        layer = self.layers[0]
-        return sum(p.weight.numel() for p in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        return sum(p.weight.numel() for p in self.layers[0].projections)
 
     def workspace(self, rows: int) -> Tensor | None:
         """Memory [rows, 2 m] that the layers of a pass may share; none on CUDA, where torch keeps what was freed."""

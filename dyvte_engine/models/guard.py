@@ -43,8 +43,7 @@ def addresses(module: nn.Module) -> tuple[int, ...] | None:
         m = waiting.pop()
         if m is None:
             continue
-        state = m.__dict__
-        if ("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]) and _patch_of(m) is not None:
+        if is_patched(m):
             return None
         if m._parameters:  # not of `state`: a traced module keeps them elsewhere
             tensors += m._parameters.values()

@@ -141,9 +141,10 @@ class Rows:
         device = self.visual.device
         if self.marks is not None and all(keep is None or len(keep) == 0 for keep in decision):
             rows = self._text_left([keep is not None for keep in decision], self.marks)
-            marks: Tensor | None = self.marks[rows]
-            parts: list[Values] = [(rows, torch.int64), *_ends(host, self.n_tail), (self.marks[rows], torch.bool)]
+            left = self.marks[rows]
+            parts: list[Values] = [(rows, torch.int64), *_ends(host, self.n_tail), (left, torch.bool)]
             index, cu, text_ranges, visual = to_device_together(parts, device)
+            marks: Tensor | None = left
         else:
             index, marks = self._staying(decision, n_visual, sum(host)), None
             cu, text_ranges = to_device_together(_ends(host, self.n_tail), device)

@@ -9,6 +9,12 @@ from .common import OPCHECK, assert_as_good_as_torch, check_errors, cumulative, 
 MAX_POS = 211
 
 
+def turns(rot_dim: int, device: str) -> Tensor:
+    """Of positions up to MAX_POS: f32 [MAX_POS, rot_dim], cosines and sines."""
+    angles = torch.rand(MAX_POS, rot_dim // 2, device=device) * 7
+    return torch.cat((angles.cos(), angles.sin()), 1)
+
+
 def make(
     device: str, dtype: torch.dtype, added: list[int], heads: tuple[int, int], dim: int, rot_dim: int, page: int
 ) -> dict:
@@ -16,7 +22,7 @@ def make(
     qkv = torch.randn(rows, (hq + 2 * hkv) * dim, device=device).to(dtype)  # one fused projection
     parts = qkv.split([hq * dim, hkv * dim, hkv * dim], 1)
     q, k, v = (t.view(rows, h, dim) for t, h in zip(parts, (hq, hkv, hkv), strict=True))
-    angles = torch.rand(MAX_POS, rot_dim // 2, device=device) * 7
+    cos_sin = turns(rot_dim, device)
     lens = torch.randint(0, 100, (len(added),))
     table = page_table(len(added), (max(added, default=0) + 100) // page + 1, device)
     pools = [torch.zeros(max(1, table.numel()), page, hkv, dim, device=device, dtype=dtype) for _ in range(2)]
@@ -24,7 +30,7 @@ def make(
         "q": q,
         "k": k,
         "v": v,
-        "cos_sin": torch.cat((angles.cos(), angles.sin()), 1),
+        "cos_sin": cos_sin,
         "positions": torch.randint(0, MAX_POS, (rows,)).to(device, torch.int32),
         "cu_seqlens": cumulative(added, device),
         "k_pool": pools[0],

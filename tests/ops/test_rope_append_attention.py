@@ -8,7 +8,7 @@ from dyvte_engine.kernels import ops
 
 from . import test_decode_attention
 from .common import OPCHECK, assert_as_good_as_torch, check_errors, int32
-from .test_rope_append import MAX_POS, rotated
+from .test_rope_append import MAX_POS, rotated, turns
 
 CUDA_ONLY = [pytest.param("cuda", marks=pytest.mark.gpu)]
 CASES = [  # rows in the cache, heads, their size, rotated channels, rows of a page
@@ -40,12 +40,12 @@ def make(
     cache = test_decode_attention.make(device, dtype, [n + 1 for n in lens], heads, dim, page)
     qkv = torch.randn(batch, hq + 2 * hkv, dim, device=device).to(dtype)  # one fused projection
     q, k, v = qkv.split((hq, hkv, hkv), dim=1)
-    angles = torch.rand(MAX_POS, rot_dim // 2, device=device) * 7
+    cos_sin = turns(rot_dim, device)
     return {
         "q": q,
         "k": k,
         "v": v,
-        "cos_sin": torch.cat((angles.cos(), angles.sin()), 1),
+        "cos_sin": cos_sin,
         "positions": torch.randint(0, MAX_POS, (batch,)).to(device, torch.int32),
         **{name: cache[name] for name in ("k_pool", "v_pool", "block_table")},
         "lens": int32(lens, device),
