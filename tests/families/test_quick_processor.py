@@ -353,7 +353,7 @@ def test_an_engine_on_a_gpu_scales_there(tmp_path):
     engine = Engine.from_pretrained(tiny.save(tmp_path), device="cuda", dtype="float32")
     picture = noise((640, 480))
     (prompt,) = engine._tokenize("<image> w1", picture, None, 2.0, False)
-    (values,) = (engine.model._pixels([prompt.inputs["pixel_values"]]).cpu(),)
+    values = engine.model._pixels([prompt.inputs["pixel_values"]]).cpu()
     want = engine.model.processor(text=["<image>"], images=[[picture]], return_tensors="pt")["pixel_values"]
     assert isinstance(prompt.inputs["pixel_values"], Unscaled) and torch.equal(values, want)
 
