@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -442,7 +443,10 @@ class VisionLanguageModel:
 def _padded(values: Sequence[Sequence[int]], length: int = 0) -> Tensor:
     """int64 [B, n], zeros on the right, as long as the longest, or `length`; on the host."""
     longest = max(length, *map(len, values))
-    return torch.tensor([[*v, *[0] * (longest - len(v))] for v in values], dtype=torch.int64, device="cpu")
+    flat = array("q")  # torch takes three times as long over lists
+    for numbers in values:
+        flat.fromlist([*numbers, *[0] * (longest - len(numbers))])
+    return torch.frombuffer(flat, dtype=torch.int64).view(len(values), longest)
 
 
 def _part(whole: Tensor, b: int, length: int, rows: Tensor | None) -> Tensor:
