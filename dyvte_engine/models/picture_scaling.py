@@ -7,10 +7,11 @@ of 32-bit integers, scaled alike, it makes them of single pixels of 2**22.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -46,6 +47,10 @@ class Axis:
     begins: Tensor
 
     @property
+    def count(self) -> int:
+        return len(self.begins)
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.index, self.weights, self.begins
 
@@ -77,20 +82,32 @@ def axis(size: int, scaled: int, first: int, count: int, resample: int | None) -
 
 
 @dataclass(frozen=True, eq=False)
+class UnscaledPicture:
+    """A picture as it came, uint8 [H, W, 3] on the host, and what is to be done with its axes."""
+
+    pixels: Tensor
+    down: Axis
+    across: Axis
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Equal for what is scaled to equal bytes in the same way; 0.4 ms for 640 x 480."""
+        digest = hashlib.sha256(repr((self.down.key, self.across.key)).encode())
+        digest.update(self.pixels.numpy().data)
+        return digest.digest()
+
+
+@dataclass(frozen=True, eq=False)
 class Unscaled:
-    """Pictures as they came, uint8 [H, W, 3] each on the host, and what is to be done with the axes of each, H first.
+    """The pictures of a prompt, a sequence as a tensor [P, 3, H, W] is one: it has a length and slices."""
 
-    A sequence of pictures, as a tensor [P, 3, H, W] is: it has a length and slices.
-    """
-
-    pictures: tuple[Tensor, ...]
-    axes: tuple[tuple[Axis, Axis], ...]
+    pictures: tuple[UnscaledPicture, ...]
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, part: slice) -> Unscaled:
-        return Unscaled(self.pictures[part], self.axes[part])
+        return Unscaled(self.pictures[part])
 
 
 def scales_as_pil(width: int, height: int) -> bool:
@@ -100,18 +117,18 @@ def scales_as_pil(width: int, height: int) -> bool:
 
 def scaled(given: Sequence[Unscaled], device: torch.device) -> Tensor:
     """All pictures in the size that they are cut to, int64 [P, 3, h, w] of 0 to 255 on the device; copied in one go."""
-    pictures, axes = [p for one in given for p in one.pictures], [pair for one in given for pair in one.axes]
-    different = {one.key: one for pair in axes for one in pair}
-    parts = [t for one in different.values() for t in one.tensors] + pictures
+    pictures = [picture for one in given for picture in one.pictures]
+    axes = {one.key: one for picture in pictures for one in (picture.down, picture.across)}
+    parts = [t for one in axes.values() for t in one.tensors] + [picture.pixels for picture in pictures]
     there = iter(to_device_together([(t, t.dtype) for t in parts], device))
-    moved = {key: (next(there), next(there), next(there)) for key in different}
-    height, width = (one.key[3] for one in axes[0])
+    moved = {key: (next(there), next(there), next(there)) for key in axes}
+    height, width = pictures[0].down.count, pictures[0].across.count
     out = torch.empty((len(pictures), 3, height, width), dtype=torch.int64, device=device)
-    for made, picture, (down, across) in zip(out, there, axes, strict=True):
-        part = picture[down.looked_at, across.looked_at].permute(1, 2, 0)  # [W, 3, H]
+    for made, picture, pixels in zip(out, pictures, there, strict=True):
+        part = pixels[picture.down.looked_at, picture.across.looked_at].permute(1, 2, 0)  # [W, 3, H]
         numbers = torch.empty(part.shape, dtype=torch.float64, device=device).copy_(part)
-        columns = _summed(numbers.flatten(1), *moved[across.key]).trunc_()  # [w, 3 * H]
-        rows = _summed(columns.view(width * 3, -1).t(), *moved[down.key])  # [h, w * 3]
+        columns = _summed(numbers.flatten(1), *moved[picture.across.key]).trunc_()  # [w, 3 * H]
+        rows = _summed(columns.view(width * 3, -1).t(), *moved[picture.down.key])  # [h, w * 3]
         made.copy_(rows.view(height, width, 3).permute(2, 0, 1))
     return out
 

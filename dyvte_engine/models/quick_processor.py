@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .image_processors import pil_image_processor
-from .picture_scaling import Axis, Unscaled, axis, scaled, scales_as_pil
+from .picture_scaling import Axis, Unscaled, UnscaledPicture, axis, scaled, scales_as_pil
 
 _KNOWN = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", "llava": "LlavaImageProcessor"}
 _SIZES = ((31, 43), (61, 24), (97, 97), (640, 36))  # of the pictures that are compared at loading
@@ -134,7 +134,7 @@ class ByteImages:
 
     def _unscaled(self, pictures: Sequence[Image.Image]) -> Unscaled:
         whole = [self._squared(p) for p in pictures]
-        return Unscaled(tuple(torch.from_numpy(np.array(p)) for p in whole), tuple(map(self._axes, whole)))
+        return Unscaled(tuple(UnscaledPicture(torch.from_numpy(np.array(p)), *self._axes(p)) for p in whole))
 
     def _cut(self, picture: Image.Image) -> np.ndarray:
         """uint8 [3, H, W]"""

@@ -172,7 +172,10 @@ class _Remembering:
 
     def __call__(self, images: Any, **options: Any) -> Any:
         if getattr(self._processor, "leaves", lambda _: False)(images):  # they stay what they are
-            return self._processor(images)
+            made = self._processor(images)
+            for picture in made["pixel_values"].pictures:
+                _ = picture.digest  # in the caller's time, not in that of who runs the steps
+            return made
         pixels = hashlib.sha256(repr((self._state, sorted(options.items()))).encode())
         if not _add_pixels(pixels, images):
             return self._processor(images, **options)
@@ -211,10 +214,11 @@ def digest_of(inputs: Mapping[str, Tensor | Unscaled]) -> bytes:
     """Equal for equal names, shapes, dtypes, bytes and ways of scaling, and for nothing else."""
     digest = hashlib.sha256()
     for name, given in sorted(inputs.items()):
-        scaling = [] if isinstance(given, Tensor) else [[one.key for one in axes] for axes in given.axes]
-        for tensor in (given,) if isinstance(given, Tensor) else given.pictures:
-            digest.update(f"{name} {scaling} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        if isinstance(given, Unscaled):
+            digest.update(f"{name} {len(given)} unscaled\n".encode() + b"".join(p.digest for p in given.pictures))
+        else:
+            digest.update(f"{name} {given.dtype} {list(given.shape)}\n".encode())
+            digest.update(given.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers.image_transforms import center_crop
 
-from dyvte_engine.models.picture_scaling import Unscaled, axis, scaled, scales_as_pil
+from dyvte_engine.models.picture_scaling import Unscaled, UnscaledPicture, axis, scaled, scales_as_pil
 from dyvte_engine.runtime.picture_cache import digest_of
 
 FILTERS = list(Image.Resampling)
@@ -29,7 +29,7 @@ def left(pixels: np.ndarray, size: tuple[int, int], crop: tuple[int, int], resam
     (width, height), (columns, rows) = size, crop
     down = axis(pixels.shape[0], height, (height - rows) // 2, rows, resample)
     across = axis(pixels.shape[1], width, (width - columns) // 2, columns, resample)
-    return Unscaled((torch.from_numpy(pixels),), ((down, across),))
+    return Unscaled((UnscaledPicture(torch.from_numpy(pixels), down, across),))
 
 
 def by_pil(pixels: np.ndarray, size: tuple[int, int], crop: tuple[int, int], resample: int) -> torch.Tensor:

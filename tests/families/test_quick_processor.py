@@ -343,6 +343,9 @@ def test_an_engine_answers_alike_with_pictures_left_to_the_device(tmp_path, monk
         assert reused == [w.stats.pictures_reused for w in want] and (
             not again or sum(map(bool, reused)) == 2 * (kept > 0)
         )
+    (prompt,) = left._tokenize("<image> w1", noise((30, 50)), None, 2.0, False)
+    (picture,) = prompt.inputs["pixel_values"].pictures
+    assert ("digest" in vars(picture)) == (kept > 0)  # taken by the caller, not by who runs the steps
     turned = left.generate("<image> w1", noise((33, 50)), chat=False, max_new_tokens=6)
     assert turned.token_ids == plain.generate("<image> w1", noise((33, 50)), chat=False, max_new_tokens=6).token_ids
     left.check_integrity()
