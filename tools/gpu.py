@@ -36,7 +36,8 @@ GPU_TESTS = (  # other test files import what training and drawing need, which t
     "tests/engine/test_gpu.py",
     "tests/engine/test_graphs.py tests/engine/test_fused.py",
     "tests/policies",
-    "tests/analysis/test_attention.py tests/test_doctor.py tests/families/test_quick_processor.py",
+    "tests/analysis/test_attention.py tests/test_doctor.py",
+    "tests/families/test_quick_processor.py tests/families/test_picture_scaling.py",
 )
 
 

@@ -2,13 +2,15 @@
 
 transformers turns a picture into floats in several passes over it on the host. Of a byte, rescaling and normalising
 make one of 256 numbers for each channel, so a table of those, made by the checkpoint's own processor, says the same
-bit for bit. And the processor writes a picture's mark once for every row, which the tokenizer then reads again.
+bit for bit. Scaling may be left to the device too (`picture_scaling`). And the processor writes a picture's mark once
+for every row, which the tokenizer then reads again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
+from itertools import starmap
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .image_processors import pil_image_processor
+from .picture_scaling import Axis, Unscaled, UnscaledPicture, axis, scaled, scales_as_pil
 
 _KNOWN = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", "llava": "LlavaImageProcessor"}
 _SIZES = ((31, 43), (61, 24), (97, 97), (640, 36))  # of the pictures that are compared at loading
@@ -25,13 +28,15 @@ _FEW = 4  # rows of pixels that transformers 4 may take for channels
 
 
 class QuickProcessor:
-    """Called as transformers' LlavaProcessor, for one prompt: the same ids, and `pixel_values` as uint8 [P, 3, H, W].
+    """Called as transformers' LlavaProcessor, for one prompt: the same ids, in lists, and `pixel_values` as uint8
+    [P, 3, H, W].
 
     What it was not made for goes to the checkpoint's own processor: other arguments, other pictures than RGB ones of
     PIL, or anything after the processor was changed. `values` [3, 256] f32: what a byte of each channel stands for.
+    `unscaled`: what PIL would scale stays as it came (`Unscaled`), for the device to scale.
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Any, unscaled: bool = False):
         """Raises _Unlike where it would not give the same."""
         fault = _unknown(processor)
         if fault is not None:
@@ -42,6 +47,7 @@ class QuickProcessor:
         self._id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         self._text, self._rows = _asked(processor), 0
         self._compare()
+        self.image_processor.unscaled = unscaled and self.image_processor.scales_alike(_noise())
 
     def __call__(self, text: list[str], images: Any = None, **options: Any) -> dict[str, Any]:
         pictures = [] if images is None else images[0]
@@ -55,19 +61,18 @@ class QuickProcessor:
             return self._as_it_does(text, images, options)
         whole = [one for i in ids for one in ([i] * self._rows if i == self._id else [i])]
         made = dict(self.image_processor(pictures)) if pictures else {}
-        return dict(made, input_ids=torch.tensor([whole]))
+        return dict(made, input_ids=[whole])
 
     def _as_it_does(self, text: list[str], images: Any, options: dict[str, Any]) -> dict[str, Any]:
         made = dict(self.own(text=text, images=images, **options))
-        pixels = made.get("pixel_values")
+        made["input_ids"], pixels = made["input_ids"].tolist(), made.get("pixel_values")
         if isinstance(pixels, Tensor) and pixels.dtype is torch.uint8:  # changed so that it neither scales nor shifts
             made["pixel_values"] = pixels.float()
         return made
 
     def _compare(self) -> None:
         """Look at what both make of some pictures and texts."""
-        rng, mark = np.random.default_rng(0), self.own.image_token
-        noise = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in _SIZES]
+        noise, mark = _noise(), self.own.image_token
         for pictures, special in ((noise, True), (noise[:1], False), ([], True), ([], False)):
             text = mark.join(["One, ", *["\ntwo. "] * len(pictures)])
             given: dict[str, Any] = dict(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
@@ -75,7 +80,7 @@ class QuickProcessor:
             ids = want["input_ids"][0].tolist()
             self._rows = self._rows or ids.count(self._id) // len(pictures)
             got = self(**given, add_special_tokens=special)
-            if got["input_ids"][0].tolist() != ids:
+            if got["input_ids"][0] != ids:
                 raise _Unlike(f"its tokenizer reads {mark} in its own way")
             pixels = got["pixel_values"] if pictures else None
             if pixels is not None and pixels.dtype is not torch.uint8:
@@ -87,15 +92,16 @@ class QuickProcessor:
 class ByteImages:
     """An image processor that stops at the bytes: RGB pictures of PIL -> `pixel_values` uint8 [P, 3, H, W].
 
-    `own` is the checkpoint's. Where that uses PIL, the same is done here; one that uses torchvision scales itself.
+    `own` is the checkpoint's. Where that uses PIL, the same is done here, or with `unscaled` left to the device; one
+    that uses torchvision scales itself.
     """
 
     def __init__(self, own: Any):
-        self.own, self._before = own, deepcopy(vars(own))
+        self.own, self._before, self.unscaled = own, deepcopy(vars(own)), False
         self._pil = type(own) in {pil_image_processor(*names) for names in _KNOWN.items()}
         size, crop = ({} if value is None else dict(value) for value in (own.size, getattr(own, "crop_size", None)))
         self._crop = (crop["height"], crop["width"]) if getattr(own, "do_center_crop", False) else None
-        self._size = size if own.do_resize else None
+        self._size, self._pad = size if own.do_resize else None, bool(getattr(own, "do_pad", False))
         if self._size is not None and set(size) not in ({"height", "width"}, {"shortest_edge"}):
             raise _Unlike(f"it scales pictures to {size}")
         if self._crop is None and (self._size is None or "height" not in size):
@@ -105,22 +111,47 @@ class ByteImages:
         """Whether it knows these, and `own` is as it was."""
         return all(map(_plain, pictures)) and vars(self.own) == self._before
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        if self._pil:
-            return {"pixel_values": torch.from_numpy(np.stack([self._bytes(p) for p in pictures]))}
-        return dict(self.own(list(pictures), do_rescale=False, do_normalize=False, return_tensors="pt"))
+    def leaves(self, pictures: Sequence[Image.Image]) -> bool:
+        """Whether these are left to the device."""
+        sizes = [(max(p.size), max(p.size)) if self._pad else p.size for p in pictures]
+        return self.unscaled and all(starmap(scales_as_pil, sizes))
 
-    def _bytes(self, picture: Image.Image) -> np.ndarray:
+    def scales_alike(self, pictures: Sequence[Image.Image]) -> bool:
+        """Whether `scaled` makes of these what PIL does, of which there are other builds."""
+        if not self._pil or self._size is None:
+            return False
+        made = scaled([self._unscaled(pictures)], torch.device("cpu"))
+        return torch.equal(made, self._bytes(pictures).long())
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor | Unscaled]:
+        if not self._pil:
+            return dict(self.own(list(pictures), do_rescale=False, do_normalize=False, return_tensors="pt"))
+        return {"pixel_values": self._unscaled(pictures) if self.leaves(pictures) else self._bytes(pictures)}
+
+    def _bytes(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """uint8 [P, 3, H, W]"""
+        return torch.from_numpy(np.stack([self._cut(self._squared(p)) for p in pictures]))
+
+    def _unscaled(self, pictures: Sequence[Image.Image]) -> Unscaled:
+        whole = [self._squared(p) for p in pictures]
+        return Unscaled(tuple(UnscaledPicture(torch.from_numpy(np.array(p)), *self._axes(p)) for p in whole))
+
+    def _cut(self, picture: Image.Image) -> np.ndarray:
         """uint8 [3, H, W]"""
         from transformers.image_transforms import center_crop
 
-        if getattr(self.own, "do_pad", False):
-            picture = self._squared(picture)
         if self._size is not None:
             height, width = self._scaled(picture)
             picture = picture.resize((width, height), resample=self.own.resample)
         array = np.asarray(picture).transpose(2, 0, 1)
         return array if self._crop is None else center_crop(array, self._crop, "channels_first", "channels_first")
+
+    def _axes(self, picture: Image.Image) -> tuple[Axis, Axis]:
+        """As `_cut`."""
+        (height, width), resample = self._scaled(picture), self.own.resample
+        rows, columns = self._crop or (height, width)
+        down = axis(picture.height, height, (height - rows) // 2, rows, resample)
+        return down, axis(picture.width, width, (width - columns) // 2, columns, resample)
 
     def _scaled(self, picture: Image.Image) -> tuple[int, int]:
         from transformers.image_transforms import get_resize_output_image_size
@@ -133,6 +164,8 @@ class ByteImages:
         return get_resize_output_image_size(shape, edge, False, input_data_format="channels_first")
 
     def _squared(self, picture: Image.Image) -> Image.Image:
+        if not self._pad:
+            return picture
         side = max(picture.size)
         mean = self.own.image_mean
         square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in mean) if mean else 0)
@@ -146,11 +179,16 @@ def _plain(picture: Any) -> bool:
     return known and picture.height >= _FEW
 
 
-def quick_processor(processor: Any) -> tuple[QuickProcessor | None, str | None]:
+def _noise() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in _SIZES]
+
+
+def quick_processor(processor: Any, unscaled: bool = False) -> tuple[QuickProcessor | None, str | None]:
     """A processor that gives the same more quickly, or None and why there is none."""
     with torch.inference_mode(False), torch.device("cpu"):
         try:
-            return QuickProcessor(processor), None
+            return QuickProcessor(processor, unscaled), None
         except _Unlike as why:
             return None, str(why)
         except Exception as error:  # of transformers, whatever a processor that is not whole leads to
@@ -158,7 +196,7 @@ def quick_processor(processor: Any) -> tuple[QuickProcessor | None, str | None]:
 
 
 def picture_values(values: Tensor, pixels: Tensor) -> Tensor:
-    """values [3, 256], pixels uint8 [P, 3, H, W] -> [P, 3, H, W] in the dtype of `values`, on its device."""
+    """values [3, 256], pixels uint8 or int64 [P, 3, H, W] -> [P, 3, H, W] in the dtype of `values`, on its device."""
     index = pixels.flatten(2).long()
     return values.expand(len(pixels), -1, -1).gather(2, index).view(pixels.shape)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from .families import Family, family_of, join, visual_ids
 from .guard import Guard, addresses
 from .intern_vit import tell_states
 from .linear import PackedLinears
+from .picture_scaling import Unscaled, scaled
 from .placeholders import count_on_host
 from .quick_processor import picture_values, quick_processor
 from .rotary import rotations
@@ -46,13 +48,13 @@ if TYPE_CHECKING:
 class TokenizedPrompt:
     """One prompt after the processor.
 
-    input_ids with placeholders expanded; `inputs` as the family names them (a `token_inputs` may be shorter than the
-    ids: 0 for the others; pictures of a quick processor are bytes still); n_images of the user's pictures, videos not
-    counted; seconds it took.
+    input_ids with placeholders expanded; `inputs` as the family names them, on the host (a `token_inputs` may be
+    shorter than the ids: 0 for the others; pictures of a quick processor are bytes still, for a model on CUDA as they
+    came, whatever device sees them then); n_images of the user's pictures, videos not counted; seconds it took.
     """
 
     input_ids: list[int]
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor | Unscaled]
     n_images: int
     seconds: float = 0.0
 
@@ -104,7 +106,6 @@ class VisionLanguageModel:
         self.guard.take()
         self.hf = hf_model
         self._processor = processor
-        self._quick, self.slow_because = quick_processor(processor)
         self.name = name
         self.visual_ids = visual_ids(self.family, config)
         self.language_model = getattr(hf_model.model, inner) if inner else hf_model.model
@@ -114,6 +115,7 @@ class VisionLanguageModel:
         self.fingerprint = _fingerprint(config, self.language_model)
         with torch.inference_mode(False), torch.no_grad():  # weights must not become tensors of inference alone
             self.decoder = Decoder(self.language_model, hf_model.get_output_embeddings(), self.shape, max_len)
+            self._quick, self.slow_because = quick_processor(processor, unscaled=self.device.type == "cuda")
             self._values = None if self._quick is None else self._quick.values.to(self.device, self.dtype)
         self.guard.take()
 
@@ -235,11 +237,13 @@ class VisionLanguageModel:
                 raise e.__context__ from None
             kind = ImageError if pictures or clips else PromptError
             raise kind(f"the checkpoint's processor cannot take the prompt: {type(e).__name__}: {first_line(e)}") from e
-        ids = encoded["input_ids"][0].tolist()
+        ids = encoded["input_ids"][0]  # a list already of a quick processor
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
         if not ids:
             raise PromptError("prompts holds an empty prompt")
         names = (*self.family.inputs, *self.family.token_inputs) if pictures or clips else ()
-        given = {name: torch.as_tensor(encoded[name], device="cpu") for name in names if name in encoded}
+        found = {name: encoded[name] for name in names if name in encoded}
+        given = {k: v if isinstance(v, Unscaled) else torch.as_tensor(v, device="cpu") for k, v in found.items()}
         return TokenizedPrompt(ids, given, len(pictures), time.perf_counter() - started)
 
     def _video_arguments(self, pictures: Sequence[Any], clips: Sequence[Any], fps: float) -> dict[str, Any]:
@@ -359,24 +363,27 @@ class VisionLanguageModel:
         inputs["input_ids"], inputs["attention_mask"] = both
         for name in self.family.inputs:
             parts = [p.inputs[name] for p in prompts if name in p.inputs]
-            if parts:
-                pixels = name.startswith("pixel_values")
-                whole = self._pixels(parts) if pixels else join(parts)
-                inputs[name] = whole if pixels else to_device(whole, self.device, whole.dtype)
+            if name.startswith("pixel_values") and parts:
+                inputs[name] = self._pixels(parts)
+            elif parts:
+                whole = join(_tensors(parts))
+                inputs[name] = to_device(whole, self.device, whole.dtype)
         for name in self.family.token_inputs:
             if any(name in p.inputs for p in prompts):
-                numbers = [p.inputs[name][0].tolist() if name in p.inputs else [] for p in prompts]
+                numbers = [[n for t in _tensors([p.inputs.get(name)]) for n in t[0].tolist()] for p in prompts]
                 inputs[name] = to_device(_padded(numbers, longest), self.device, torch.int64)
         return inputs
 
-    def _pixels(self, parts: Sequence[Tensor]) -> Tensor:
+    def _pixels(self, parts: Sequence[Tensor | Unscaled]) -> Tensor:
         """On the device in its dtype. Bytes are copied as bytes, a quarter of what they stand for."""
-        if len({part.dtype for part in parts}) > 1:  # the processor was changed in between
-            return join([self._pixels([part]) for part in parts])
-        if self._values is not None and parts[0].dtype is torch.uint8:
-            whole = parts[0] if len(parts) == 1 else join(parts)
+        if len({part.dtype if isinstance(part, Tensor) else Unscaled for part in parts}) > 1:
+            return join([self._pixels([part]) for part in parts])  # the processor was changed in between, for one
+        left, tensors = [part for part in parts if isinstance(part, Unscaled)], _tensors(parts)
+        if self._values is not None and left:
+            return picture_values(self._values, scaled(left, self.device))
+        whole = tensors[0] if len(tensors) == 1 else join(tensors)
+        if self._values is not None and whole.dtype is torch.uint8:
             return picture_values(self._values, to_device(whole, self.device, torch.uint8))
-        whole = join(parts)
         return to_device(whole, self.device, whole.dtype).to(self.dtype)
 
     @cached_property
@@ -436,7 +443,10 @@ class VisionLanguageModel:
 def _padded(values: Sequence[Sequence[int]], length: int = 0) -> Tensor:
     """int64 [B, n], zeros on the right, as long as the longest, or `length`; on the host."""
     longest = max(length, *map(len, values))
-    return torch.tensor([[*v, *[0] * (longest - len(v))] for v in values], dtype=torch.int64, device="cpu")
+    flat = array("q")  # torch takes three times as long over lists
+    for numbers in values:
+        flat.fromlist([*numbers, *[0] * (longest - len(numbers))])
+    return torch.frombuffer(flat, dtype=torch.int64).view(len(values), longest)
 
 
 def _part(whole: Tensor, b: int, length: int, rows: Tensor | None) -> Tensor:
@@ -448,13 +458,19 @@ def _part(whole: Tensor, b: int, length: int, rows: Tensor | None) -> Tensor:
 
 def _of_several_lengths(prompts: Sequence[TokenizedPrompt]) -> bool:
     """Whether their videos have different numbers of frames."""
-    clips = [p.inputs["pixel_values_videos"] for p in prompts if "pixel_values_videos" in p.inputs]
+    clips = _tensors([p.inputs.get("pixel_values_videos") for p in prompts])
     return len({c.shape[1:] for c in clips}) > 1
 
 
-def _tiles(pixels: Tensor) -> int:
+def _tensors(parts: Sequence[Tensor | Unscaled | None]) -> list[Tensor]:
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def _tiles(pixels: Tensor | Unscaled) -> int:
     """Pictures in [..., C, H, W]; those all zero fill the shorter rows up."""
-    return len(pixels) if pixels.dim() == 4 else int(pixels.flatten(0, -4).flatten(1).any(dim=1).sum())
+    if isinstance(pixels, Unscaled) or pixels.dim() == 4:
+        return len(pixels)
+    return int(pixels.flatten(0, -4).flatten(1).any(dim=1).sum())
 
 
 def _additions(entry: dict[str, Any]) -> list[Tensor]:

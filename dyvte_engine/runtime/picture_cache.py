@@ -10,7 +10,7 @@ import copy
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..kernels.transfer import to_device_together
 from ..models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
+from ..models.picture_scaling import Unscaled
 from ..models.rows import runs
 from ..models.vision_language import LookAhead
 from ..policies import VisualTokenPolicy
@@ -170,6 +171,11 @@ class _Remembering:
         return getattr(self._processor, name)
 
     def __call__(self, images: Any, **options: Any) -> Any:
+        if getattr(self._processor, "leaves", lambda _: False)(images):  # they stay what they are
+            made = self._processor(images)
+            for picture in made["pixel_values"].pictures:
+                _ = picture.digest  # in the caller's time, not in that of who runs the steps
+            return made
         pixels = hashlib.sha256(repr((self._state, sorted(options.items()))).encode())
         if not _add_pixels(pixels, images):
             return self._processor(images, **options)
@@ -204,12 +210,15 @@ def _bytes(made: Any) -> int:
     return sum(t.nbytes for t in made.values() if isinstance(t, Tensor))
 
 
-def digest_of(inputs: dict[str, Tensor]) -> bytes:
-    """Equal for equal names, shapes, dtypes and bytes, and for nothing else."""
+def digest_of(inputs: Mapping[str, Tensor | Unscaled]) -> bytes:
+    """Equal for equal names, shapes, dtypes, bytes and ways of scaling, and for nothing else."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(inputs.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    for name, given in sorted(inputs.items()):
+        if isinstance(given, Unscaled):
+            digest.update(f"{name} {len(given)} unscaled\n".encode() + b"".join(p.digest for p in given.pictures))
+        else:
+            digest.update(f"{name} {given.dtype} {list(given.shape)}\n".encode())
+            digest.update(given.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 
@@ -242,9 +251,9 @@ def _units(model: VisionLanguageModel, prompt: TokenizedPrompt) -> list[_Unit]:
     return out
 
 
-def _trimmed(tensor: Tensor) -> Tensor:
+def _trimmed(tensor: Tensor | Unscaled) -> Tensor | Unscaled:
     """Tiles [1, T, C, H, W] without those at the end that are all zero: they fill up what another picture has more."""
-    if tensor.dim() != 5:
+    if isinstance(tensor, Unscaled) or tensor.dim() != 5:
         return tensor
     some = tensor[0].flatten(1).any(dim=1).nonzero()
     return tensor[:, : int(some[-1]) + 1] if len(some) else tensor

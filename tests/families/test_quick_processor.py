@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 
 import pytest
@@ -14,7 +15,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from dyvte_engine import Engine
 from dyvte_engine.models import VisionLanguageModel
 from dyvte_engine.models.image_processors import pil_image_processor
+from dyvte_engine.models.picture_scaling import MAX_PIXELS, Unscaled, scaled
 from dyvte_engine.models.quick_processor import picture_values, quick_processor
+from dyvte_engine.runtime.picture_cache import PictureCache
 from tests import tiny
 from tests.families import zoo
 
@@ -66,22 +69,26 @@ def assert_same(own, quick, text: str, pictures: list[Image.Image], quickly: boo
     for special in (True, False):
         given = dict(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
         want, got = (one(**given, add_special_tokens=special) for one in (own, quick))
-        assert got["input_ids"].tolist() == want["input_ids"].tolist()
+        assert got["input_ids"] == want["input_ids"].tolist()
         if pictures:
             pixels, wanted = got["pixel_values"], want["pixel_values"]
-            assert (pixels.dtype is torch.uint8) == quickly
+            left = quickly and quick.image_processor.leaves(pictures)
+            assert isinstance(pixels, Unscaled) == left
+            pixels = scaled([pixels], torch.device("cpu")) if left else pixels
+            assert (pixels.dtype in (torch.uint8, torch.int64)) == quickly
             if quickly:
                 assert torch.equal(picture_values(quick.values.bfloat16(), pixels), wanted.bfloat16())
                 pixels = picture_values(quick.values, pixels)
             assert pixels.dtype == wanted.dtype and torch.equal(pixels, wanted)
 
 
-@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+@pytest.mark.parametrize("backend", ["pil", "torchvision", "pil, scaled on the device"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bits(kind, backend):
-    own = processor(images(kind, backend))
-    quick, why = quick_processor(own)
+    own, left = processor(images(kind, backend.split(",")[0])), "device" in backend
+    quick, why = quick_processor(own, unscaled=left)
     assert why is None
+    assert quick.image_processor.leaves([noise((5, 5))]) == (left and KINDS[kind][1].get("do_resize", True))
     for seed, size in enumerate(SIZES):
         assert_same(own, quick, "a <image> b.", [noise(size, seed)])
     assert_same(own, quick, "<image><image> a<image>", [noise(size) for size in SIZES[:3]])
@@ -137,15 +144,44 @@ def test_families(family):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
-def test_other_pictures_go_to_the_processor(mode):
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_other_pictures_go_to_the_processor(mode, unscaled):
     own = processor(images("clip, a square"))
-    quick, _ = quick_processor(own)
+    quick, _ = quick_processor(own, unscaled)
     assert_same(own, quick, "<image>", [noise((30, 20), 1, mode)], quickly=False)
     assert_same(own, quick, "<image><image>", [noise((30, 20)), noise((30, 20), 1, mode)], quickly=False)
     assert_same(own, quick, "<image>", [noise((40, 3))], quickly=False)  # channels, to transformers 4
     seen_through = noise((40, 30))
     seen_through.info["transparency"] = seen_through.getpixel((1, 1))
     assert_same(own, quick, "<image>", [seen_through], quickly=False)
+
+
+def test_what_pil_scales_although_a_device_could():
+    """The largest ones, of which many may wait, and those whose height PIL may scale first."""
+    own = processor(images("llava, filled up to a square"))
+    padded, _ = quick_processor(own, unscaled=True)
+    quick, _ = quick_processor(processor(images("clip, a square")), unscaled=True)
+    side = math.isqrt(MAX_PIXELS)
+    for one, size, left in (
+        (quick, (2048, MAX_PIXELS // 2048), True),
+        (quick, (2048, MAX_PIXELS // 2048 + 1), False),
+        (quick, (4, 400), True),
+        (quick, (4, 401), False),
+        (padded, (side, 4), True),
+        (padded, (side + 1, 4), False),
+    ):
+        assert one.image_processor.leaves([noise((9, 9)), Image.new("RGB", size)]) == left
+    assert_same(quick.own, quick, "<image><image>", [noise((1, 101)), noise((30, 20))])
+
+
+def test_other_builds_of_pil_scale_themselves(monkeypatch):
+    """Some round their weights to fewer places."""
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **o: resize(self, *a, **o).point(lambda v: v & ~1))
+    own = processor(images("clip, a square"))
+    quick, why = quick_processor(own, unscaled=True)
+    assert why is None and not quick.image_processor.leaves([noise((9, 9))])
+    assert_same(own, quick, "<image>", [noise((31, 45))])
 
 
 def change_mean(own):
@@ -249,18 +285,26 @@ def test_a_method_replaced_in_the_class(monkeypatch):
     assert_same(own, quick, "a <image> b", [noise((31, 45))], quickly=False)
 
 
-def test_a_model_reads_bytes_and_sees_the_same(monkeypatch):
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_model_reads_bytes_and_sees_the_same(unscaled):
     """Tower and projector, with prompts of before and after a change of the processor in one batch."""
     hf, text, pictures = tiny.model(), "w1 <image> w2", [noise((50, 33)), noise((28, 28), 1)]
     model = VisionLanguageModel(hf, tiny.processor(), "tiny", None)
     assert model.slow_because is None
+    if unscaled:  # as on CUDA
+        model._quick, _ = quick_processor(model.processor, unscaled=True)
     read = model.tokenize([text, text], [[p] for p in pictures])
-    assert all(r.inputs["pixel_values"].dtype is torch.uint8 for r in read)
+    assert all(isinstance(r.inputs["pixel_values"], Unscaled) == unscaled for r in read)
+    assert unscaled or all(r.inputs["pixel_values"].dtype is torch.uint8 for r in read)
+    assert [model.tower_passes(r) for r in read] == [1, 1]
     plain = copy.copy(model)
     plain._quick = None
     slow = plain.tokenize([text, text], [[p] for p in pictures])
     assert slow[0].inputs["pixel_values"].dtype is torch.float32
     want = model.prepare(slow)
+    (both,) = model.tokenize([f"{text}<image>"], [pictures])
+    (two,) = model.prepare([both])
+    assert torch.equal(two.inputs_embeds[two.visual], torch.cat([w.inputs_embeds[w.visual] for w in want]))
     for batch in (read, [read[0], slow[1]], [slow[0], read[1]]):
         for one, wanted in zip(model.prepare(batch), want):
             assert torch.equal(one.inputs_embeds, wanted.inputs_embeds)
@@ -281,6 +325,40 @@ def test_an_engine_remembers_what_it_read(tmp_path):
     changed = engine._tokenize("<image> w1", noise((30, 30)), None, 2.0, False)[0]
     want = engine.model.processor(text=["<image>"], images=[[noise((30, 30))]], return_tensors="pt")
     assert torch.equal(changed.inputs["pixel_values"], want["pixel_values"])
+
+
+@pytest.mark.parametrize("kept", [0, 2**20])
+def test_an_engine_answers_alike_with_pictures_left_to_the_device(tmp_path, monkeypatch, kept):
+    """Its caches know a picture that was left by its bytes and by what they are scaled to."""
+    options = dict(device="cpu", picture_cache=kept, prefix_cache=kept)
+    plain, left = (Engine.from_pretrained(tiny.save(tmp_path / str(i)), **options) for i in range(2))
+    left.model._quick, _ = quick_processor(left.model.processor, unscaled=True)
+    monkeypatch.setattr(left.runner, "pictures", PictureCache(left.model, kept, digests=kept > 0))
+    pictures = [[noise((50, 33))], [noise((28, 28), 1), noise((50, 33))], None]
+    texts = ["<image> w1 w2", "<image> w3 <image>", "w4"]
+    for again in (False, True):
+        want, got = (e.generate(texts, pictures, chat=False, max_new_tokens=6) for e in (plain, left))
+        assert [g.token_ids for g in got] == [w.token_ids for w in want]
+        reused = [g.stats.pictures_reused for g in got]
+        assert reused == [w.stats.pictures_reused for w in want] and (
+            not again or sum(map(bool, reused)) == 2 * (kept > 0)
+        )
+    (prompt,) = left._tokenize("<image> w1", noise((30, 50)), None, 2.0, False)
+    (picture,) = prompt.inputs["pixel_values"].pictures
+    assert ("digest" in vars(picture)) == (kept > 0)  # taken by the caller, not by who runs the steps
+    turned = left.generate("<image> w1", noise((33, 50)), chat=False, max_new_tokens=6)
+    assert turned.token_ids == plain.generate("<image> w1", noise((33, 50)), chat=False, max_new_tokens=6).token_ids
+    left.check_integrity()
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_scales_there(tmp_path):
+    engine = Engine.from_pretrained(tiny.save(tmp_path), device="cuda", dtype="float32")
+    picture = noise((640, 480))
+    (prompt,) = engine._tokenize("<image> w1", picture, None, 2.0, False)
+    values = engine.model._pixels([prompt.inputs["pixel_values"]]).cpu()
+    want = engine.model.processor(text=["<image>"], images=[[picture]], return_tensors="pt")["pixel_values"]
+    assert isinstance(prompt.inputs["pixel_values"], Unscaled) and torch.equal(values, want)
 
 
 @pytest.mark.gpu
