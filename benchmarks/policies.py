@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks import roofline, workload
 from benchmarks.common import Data, Limits, header, options, paired_ratio, peak_bytes, rounds_within, spread
 from benchmarks.report import COLORS, Sheet, finish, milliseconds, new_figure, number, percent, scaled
-from dyvte_engine import Engine
+from dyvte_engine import Engine, VisualTokenPolicy
 
 Runs = dict[str, list[tuple[workload.Timeline, Any]]]
 SHORT = 16  # tokens up to which a run belongs to the many short ones
@@ -57,7 +57,7 @@ def warm_up(calls: dict[str, workload.Call], request: workload.Request) -> dict[
 def measure_batch(engine: Engine, args: argparse.Namespace, model: str, batch: int, limits: Limits) -> list[Data]:
     """One entry a method, for one batch size."""
     pool = workload.requests(engine, model, batch, POOL)
-    bound = {name: engine.bind(p) for name, p in workload.methods(engine, model).items()}
+    bound = {name: engine.bind(p) for name, p in _wanted(workload.methods(engine, model), args.methods).items()}
     calls = workload.runners(bound)
     wanted = list(calls)
     peaks = warm_up(calls, pool[0])
@@ -86,6 +86,16 @@ def measure_batch(engine: Engine, args: argparse.Namespace, model: str, batch: i
             entry["prefill_gflops"] = work["prefill"].flops / 1e9 / batch
         entries.append(entry)
     return entries
+
+
+def _wanted(methods: dict[str, VisualTokenPolicy], names: Sequence[str] | None) -> dict[str, VisualTokenPolicy]:
+    """Those asked for, with KeepAll, whose lengths are transformers' too; all without names."""
+    if not names:
+        return methods
+    unknown = [name for name in names if name not in methods]
+    if unknown:
+        raise SystemExit(f"--methods names {unknown[0]!r}; accepted: {', '.join(methods)}")
+    return {name: policy for name, policy in methods.items() if name in ("KeepAll", *names)}
 
 
 def padded_cache(engine: Engine, results: Sequence[Any]) -> int:
@@ -248,6 +258,7 @@ def _median_ms(part: str, c: Data) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__, "policies")
     parser.add_argument("--model", default="nano", help="nano, a preset (random weights, exits forced), a checkpoint")
+    parser.add_argument("--methods", nargs="+", help="only these (and KeepAll) next to transformers; default: all")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[1, 3, 16, 128])
     parser.add_argument("--seconds", type=float, default=20.0, help="for the short and for the long runs of a batch")

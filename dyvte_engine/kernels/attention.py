@@ -90,16 +90,25 @@ def _torch_flash(
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, keys: Lengths | None = None) -> Tensor:
     parts, start, first = [], 0, 0
     for n, m in zip(lengths.host, (keys or lengths).host, strict=True):
-        q_b, k_b, v_b = (
-            t[None].transpose(1, 2) for t in (q[start : start + n], *(t[first : first + m] for t in (k, v)))
-        )
+        q_b, (k_b, v_b) = q[start : start + n], (t[first : first + m] for t in (k, v))
         mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        o = torch.nn.functional.scaled_dot_product_attention(
-            q_b, k_b, v_b, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        parts.append(o[0].transpose(0, 1))
+        parts.append(_one(q_b, k_b, v_b, mask, scale))
         start, first = start + n, first + m
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q [n, Hq, D], k and v [m, Hkv, D] of one sequence, causal without a mask -> [n, Hq, D]."""
+    a, b, c = (t[None].transpose(1, 2) for t in (q, k, v))
+    o = torch.nn.functional.scaled_dot_product_attention(
+        a, b, c, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return o[0].transpose(0, 1)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [N, Hq, D], k and v [N, Hkv, D] of a single sequence -> [N, Hq, D], by the kernel that torch picks."""
+    return _one(q, k, v, None, scale)
 
 
 def native_gains(dtype: torch.dtype, longest: int) -> bool:

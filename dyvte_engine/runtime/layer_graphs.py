@@ -55,6 +55,8 @@ class _Captured:
         ops.rope_append_(q, k, v, cos_sin, numbers, home.cu, pool.k, pool.v, table, home.empty)
         self.queries_keys = q, k
         if layer < len(decoder.layers) - 1:
+            if graphs.alone is not None and len(home.empty) == 2:  # no row sees the padding, which follows it
+                return hidden, graphs.alone(q, k, v, decoder.scale)
             return hidden, graphs.attention(q, k, v, Lengths(home.cu, [self.bucket]), decoder.scale)
         ends = (home.cu[1:] - 1).long()  # the other rows would feed nothing but the cache
         read = ops.decode_attention(q[ends], pool.k, pool.v, table, home.cu.diff(), decoder.scale)
@@ -81,7 +83,8 @@ class LayerGraphs:
 
     These are launched by themselves, so that the device has them to do while the host waits for a decision. What fills
     a bucket up is one more sequence: it attends to itself alone, and its K/V goes to the pool's spare page. It starts
-    as zeros in every prompt, so it stays finite; attention kernels may weigh what follows a sequence by 0.
+    as zeros in every prompt, so it stays finite; attention kernels may weigh what follows a sequence by 0. `alone`, if
+    given, is the attention of a single prompt, of which what fills up is the end: nothing else sees that either.
     `attention` must take the lengths from the device (`attention.CAPTURABLE`). Graphs are made at first use, until
     `sealed`: from then on rows that none covers are not taken. One prefill at a time has its rows here.
     """
@@ -92,8 +95,10 @@ class LayerGraphs:
         pool: PagePool,
         attention: AttentionFn,
         capture: Callable[..., Replay[Any]] = capture_cuda,
+        alone: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None,
     ):
-        self.decoder, self.pool, self.attention, self._capture = decoder, pool, attention, capture
+        self.decoder, self.pool, self._capture = decoder, pool, capture
+        self.attention, self.alone = attention, alone
         self.sealed = False
         most = BUCKETS[-1]
         self._hidden = decoder.norm.new_zeros(most, decoder.shape.hidden_size)

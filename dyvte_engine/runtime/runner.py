@@ -15,7 +15,7 @@ from PIL import Image
 from ..config import EngineConfig
 from ..errors import CacheError
 from ..inputs.splice import reduce_pictures
-from ..kernels.attention import CAPTURABLE, choose_backend
+from ..kernels.attention import CAPTURABLE, causal, choose_backend
 from ..kernels.graphs import capture_cpu, capture_cuda
 from ..kernels.transfer import DeviceLock
 from ..models import PreparedPrompt, TokenizedPrompt, VisionLanguageModel
@@ -58,7 +58,9 @@ class Runner:
         self.layer_graphs: LayerGraphs | None = None
         if config.device.type == "cuda" and config.graphs:
             if self.attn_backend in CAPTURABLE:
-                self.layer_graphs = LayerGraphs(model.decoder, self.pool, self._attention)
+                # torch's flash is FlashAttention 2; of one sequence it has a newer one too, where the GPU can run that.
+                alone = causal if self.attn_backend == "torch_flash" else None
+                self.layer_graphs = LayerGraphs(model.decoder, self.pool, self._attention, alone=alone)
             model.capture_tower()
 
     def _n_pages(self) -> int:

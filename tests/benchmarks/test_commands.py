@@ -102,6 +102,15 @@ def test_policies_compares_everything_at_every_batch_size(compared):
     assert found == {(batch, name) for batch in (1, 2) for name in names}
 
 
+def test_policies_of_some_methods(checkpoint, tmp_path):
+    few = ["--batch", "1", "--new-tokens", "2", "--seconds", "0", "--least", "1", "--methods"]
+    data = run(policies, tmp_path, "--model", checkpoint, *few, "DyVTE+FastV", "DyVTE")
+    ours = ["KeepAll", "DyVTE", "DyVTE+FastV"]
+    assert [c["method"] for c in data["cases"]] == [workload.HF_EAGER, workload.HF, *ours]
+    with pytest.raises(SystemExit, match="--methods names 'dyvte'; accepted: KeepAll, FastV"):
+        policies.main(["--model", checkpoint, "--device", "cpu", *few, "dyvte"])
+
+
 def test_policies_times_and_ratios(compared):
     for c in compared["cases"]:
         for part in ("processor", "vision", "prefill", "per_token", "prefill_speedup", "per_token_speedup"):

@@ -29,12 +29,13 @@ from dyvte_engine import (
     compose,
 )
 from dyvte_engine.kernels import graphs
+from dyvte_engine.kernels.attention import causal
 from dyvte_engine.kernels.graphs import capture_cuda
 from dyvte_engine.models import PreparedPrompt, VisionLanguageModel
 from dyvte_engine.models.tower_graphs import TowerGraphs
 from dyvte_engine.runtime.decode import DecodeGraphs
 from dyvte_engine.runtime.kv_cache import KVCache
-from dyvte_engine.runtime.layer_graphs import LayerGraphs, bucket_of
+from dyvte_engine.runtime.layer_graphs import BUCKETS, LayerGraphs, bucket_of
 from dyvte_engine.runtime.running import Running
 from tests import tiny
 from tests.engine.conftest import build
@@ -282,7 +283,7 @@ def attend_by_offsets(q, k, v, lengths, scale):
     return torch.einsum("hnm,mhd->nhd", logits.masked_fill(~seen, -torch.inf).softmax(dim=-1), v)
 
 
-def add_layer_graphs(engine, device):
+def add_layer_graphs(engine, device, alone=causal):
     """The engine's graphs, and a list that gets one entry for each capture."""
     captures, capture = [], Captures() if device == "cpu" else capture_cuda
 
@@ -290,7 +291,7 @@ def add_layer_graphs(engine, device):
         captures.append(step)
         return capture(step, memory)
 
-    engine.runner.layer_graphs = LayerGraphs(engine.model.decoder, engine.pool, attend_by_offsets, counted)
+    engine.runner.layer_graphs = LayerGraphs(engine.model.decoder, engine.pool, attend_by_offsets, counted, alone)
     return engine.runner.layer_graphs, captures
 
 
@@ -367,6 +368,22 @@ def test_layers_equal_those_without_graphs(name, drop_early_kv, device):
             assert set(graphs._replays) == seen
     assert engine.pool.bytes_held == 0
     assert seen
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("alone", [None, causal])
+def test_a_prompt_alone_attends_with_its_padding_or_apart_from_it(alone, device):
+    engine, plain = with_graphs(device, EXITS["after 1"])
+    asked = []
+    add_layer_graphs(engine, device, alone and (lambda q, *rest: asked.append(len(q)) or alone(q, *rest)))
+    for n in (1, 2):
+        prompts = plain.model.prepare(plain.model.tokenize(*tiny.prompts(seed=97, n=n)))
+        want, got = (left_by(e, prompts)[0] for e in (plain, engine))
+        close(got, want)
+    first = left_by(plain, prompts[:1])  # of two there
+    close(left_by(engine, prompts[:1])[0], first[0])
+    assert bool(asked) == (alone is not None)
+    assert all(n in BUCKETS for n in asked)
 
 
 @pytest.mark.parametrize("device", DEVICES)
