@@ -202,10 +202,10 @@ class KVCache:
         Raises:
             CacheError: beyond what was claimed, and the pool is out of pages.
         """
-        self._take(layers, self._missing(layers, rows))
+        self._take(layers, self._missing(layers, [rows] * len(layers)))
 
-    def reserve_claimed(self, layers: range, rows: Sequence[int]) -> bool:
-        """As `reserve`, if that is within what was claimed. Returns whether it is."""
+    def reserve_claimed(self, layers: range, rows: Sequence[Sequence[int]]) -> bool:
+        """As `reserve` of `rows[l][b]`, if that is within what was claimed. Returns whether it is."""
         missing = self._missing(layers, rows)
         for b, n in enumerate(missing.sum(axis=0).tolist()):
             if self.held(b) + n > self.claims[b]:
@@ -218,10 +218,11 @@ class KVCache:
         for b, n in enumerate(rows):
             self._free(b, layers, 0 if b in self.given_up else self.pool.pages(n))
 
-    def _missing(self, layers: range, rows: Sequence[int]) -> np.ndarray:
-        """int64 [layers, B], pages that each sequence needs more for so many rows."""
-        wanted = np.array([0 if b in self.given_up else self.pool.pages(n) for b, n in enumerate(rows)])
-        return (wanted - self._held[layers.start : layers.stop, : len(rows)]).clip(0)
+    def _missing(self, layers: range, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """int64 [layers, B], pages that each sequence needs more for `rows[l][b]` rows."""
+        wanted = -(-np.array(rows, dtype=np.int64) // self.pool.page_size)
+        wanted[:, list(self.given_up)] = 0
+        return (wanted - self._held[layers.start : layers.stop, : wanted.shape[1]]).clip(0)
 
     def reserve_next(self) -> None:
         """Room for one more row everywhere; touches the device only when a page is full."""
