@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -142,17 +143,28 @@ class KVCache:
 
     def __init__(self, pool: PagePool, slots: int, max_len: int, count: int = 0):
         self.pool, self.count = pool, count
-        layers, device = pool.num_layers, pool.k.device
+        layers = pool.num_layers
         self._host_table = np.full((layers, slots, pool.pages(max_len)), pool.spare, dtype=np.int32)
         self._held = np.zeros((layers, slots), dtype=np.int64)  # pages
         self._shared = np.zeros((layers, slots), dtype=np.int64)  # the first of these, which are not its own
         self.host_lens = np.zeros((layers, slots), dtype=np.int64)
-        self.block_table = torch.full(self._host_table.shape, pool.spare, dtype=torch.int32, device=device)
-        self.lens = torch.zeros(layers, slots, dtype=torch.int32, device=device)
-        self.positions = torch.zeros_like(self.lens)
         self.claims = [0] * count
         self.leases: list[SharedPages | None] = [None] * count  # what their first pages are of
         self.given_up: set[int] = set()
+
+    # Made at first use: a request's cache is there before its picture is on the way to the device.
+
+    @cached_property
+    def block_table(self) -> Tensor:
+        return torch.full(self._host_table.shape, self.pool.spare, dtype=torch.int32, device=self.pool.k.device)
+
+    @cached_property
+    def lens(self) -> Tensor:
+        return torch.zeros(self.host_lens.shape, dtype=torch.int32, device=self.pool.k.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return torch.zeros_like(self.lens)
 
     @property
     def slots(self) -> int:

@@ -31,7 +31,7 @@ from dyvte_engine import (
 from dyvte_engine.kernels import graphs
 from dyvte_engine.kernels.attention import causal
 from dyvte_engine.kernels.graphs import capture_cuda
-from dyvte_engine.models import PreparedPrompt, VisionLanguageModel
+from dyvte_engine.models import PreparedPrompt, VisionLanguageModel, tower_graphs
 from dyvte_engine.models.tower_graphs import TowerGraphs
 from dyvte_engine.runtime.decode import DecodeGraphs
 from dyvte_engine.runtime.kv_cache import KVCache
@@ -248,6 +248,89 @@ def test_a_captured_tower_gives_the_same_rows(vision, device):
             torch.testing.assert_close(got.inputs_embeds, plain.inputs_embeds)
     assert len(graphs._replays) > 3, "hardly any number of pictures was captured"
     assert "forward" not in engine.model.hf.model.vision_tower.__dict__
+
+
+def alter_weights(tower, pixels):
+    """Others at other addresses, with no change in the old ones."""
+    weight = next(m for m in tower.modules() if isinstance(m, torch.nn.Linear)).weight
+    weight.data = weight.data * 1.5
+
+
+def alter_in_place(tower, pixels):
+    next(m for m in tower.modules() if isinstance(m, torch.nn.Linear)).weight.data.mul_(1.5)
+
+
+def hook(tower, pixels):
+    linear = next(m for m in tower.modules() if isinstance(m, torch.nn.Linear))
+    return linear.register_forward_hook(lambda module, args, out: 1.5 * out)
+
+
+def patch(tower, pixels):
+    linear = next(m for m in tower.modules() if isinstance(m, torch.nn.Linear))
+    plain = linear.forward
+    linear.forward = lambda x: 1.5 * plain(x)
+
+
+def exchange(tower, pixels):
+    """A module in place of another."""
+    mlp = next(m for m in tower.modules() if hasattr(m, "fc1"))
+    mlp.fc1 = torch.nn.Linear(mlp.fc1.in_features, mlp.fc1.out_features).to(mlp.fc1.weight)
+    with torch.no_grad():
+        mlp.fc1.weight.fill_(0.01)
+        mlp.fc1.bias.fill_(0.02)
+
+
+def other_pixels(tower, pixels):
+    return pixels(lambda given: given * 0.5)
+
+
+def same_pixels(tower, pixels):
+    return pixels(lambda given: given.mul_(0.5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "change", [None, alter_weights, alter_in_place, hook, patch, exchange, other_pixels, same_pixels]
+)
+def test_a_tower_that_begins_before_it_is_looked_at_gives_what_it_is_asked_for(change, device, monkeypatch):
+    """The replay is launched first; what has changed since the last run still counts for this one."""
+    engine, plain = (build(device=device, graphs=False)[0] for _ in range(2))
+    model, log, capture = engine.model, [], Captures() if device == "cpu" else capture_cuda
+
+    def noted(step, memory):
+        replay = capture(step, memory)
+        return lambda: (log.append("replay"), replay())[1]
+
+    def looked(module):
+        log.append("look")
+        return addresses(module)
+
+    addresses = tower_graphs.addresses
+    monkeypatch.setattr(tower_graphs, "addresses", looked)
+    model.tower_graphs = TowerGraphs(model.hf.model.vision_tower, noted)
+    batches = [model.tokenize(*tiny.prompts(seed=seed, n=2, images=(1,))) for seed in range(5)]
+    runs = []
+    for i, batch in enumerate(batches):
+        if i == 3 and change is not None:
+            for each in (model, plain.model):
+                at_entry = lambda altered: each.hf.model.register_forward_pre_hook(  # noqa: E731
+                    lambda module, args, kwargs: (
+                        (args, {**kwargs, "pixel_values": altered(kwargs["pixel_values"])})
+                    ),
+                    with_kwargs=True,
+                )
+                change(each.hf.model.vision_tower, at_entry)
+        log.clear()
+        for got, want in zip(model.prepare(batch), plain.model.prepare(batch), strict=True):
+            torch.testing.assert_close(got.inputs_embeds, want.inputs_embeds)
+        runs.append(list(log))
+    assert runs[:3] == [["look"], ["look", "replay"], ["replay", "look"]]
+    if change in (None, alter_in_place):
+        assert runs[3:] == [["replay", "look"]] * 2
+    if change in (hook, patch):
+        assert runs[3:] == [["replay", "look"], ["look"]], "run for nothing more than once"
+    if change in (other_pixels, same_pixels):
+        assert runs[3:] == [["replay", "look", "replay"], ["look", "replay"]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -498,6 +581,73 @@ def test_pages_taken_ahead_of_a_decision_go_back_where_rows_leave(policy, graphs
         assert (a.token_ids, a.stats.tokens_per_layer) == (b.token_ids, b.stats.tokens_per_layer)
         assert a.stats.kv_bytes == b.stats.kv_bytes
     assert ahead and all(ahead) and any(trimmed)
+    assert engine.pool.bytes_held == 0
+
+
+@dataclass(frozen=True, eq=False)
+class Noted(VisualTokenPolicy):
+    """All visual tokens leave after `layer`, asked after each; a list notes when that has been read."""
+
+    layer: int
+    log: list
+
+    def layers(self, num_layers):
+        return set(range(num_layers - 1))
+
+    def decide(self, state):
+        nothing, leave = state.rows.source[:0], state.layer == self.layer
+
+        def read():
+            self.log.append("read")
+            return [nothing if leave else None for _ in state.rows.n_visual]
+
+        return read
+
+
+class Work(TorchDispatchMode):
+    """Notes what torch is asked to do, views apart."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.log.append(function.name().split("::")[1].split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_between_a_decision_and_its_layer_next_to_nothing_is_launched(chunks):
+    """Of a request, the device has nothing but the projections to do meanwhile. chunks: pictures in its prompt."""
+    engine, _ = with_graphs("cpu", page_size=16)
+    log = []
+
+    def capture(step, memory):
+        replay = Captures()(step, memory)
+
+        def launched():
+            log.append("layer")
+            before = list(log)
+            out = replay()
+            log[:] = before
+            return out
+
+        return launched
+
+    graphs = LayerGraphs(engine.model.decoder, engine.pool, attend_by_offsets, capture)
+    engine.runner.layer_graphs = graphs
+    texts, images = tiny.prompts(seed=98, n=1, images=(chunks,))
+    policy = Noted(1, log)
+    want = engine.generate(texts, images, policy=FixedExit(1), chat=False, max_new_tokens=4)
+    engine.generate(texts, images, policy=policy, chat=False, max_new_tokens=4)  # captures
+    log.clear()
+    with Work(log):
+        (got,) = engine.generate(texts, images, policy=policy, chat=False, max_new_tokens=4)
+    assert (got.token_ids, got.stats.exit_layer) == (want[0].token_ids, 1)
+    reads = [i for i, entry in enumerate(log) if entry == "read"]
+    between = [log[i + 1 : log.index("layer", i)] for i in reads]
+    assert between == [[], ["index_select", "copy_"] * 2 + ["copy_"] * 2]
     assert engine.pool.bytes_held == 0
 
 
