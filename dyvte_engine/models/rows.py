@@ -66,10 +66,10 @@ class Rows:
         A prompt that ends in a picture keeps its last row as text: the next token is predicted from it.
         """
         device, host = positions[0].device, [len(v) for v in visual]
-        places = [v[:-1].nonzero()[:, 0] for v in visual]
-        marks = torch.cat([torch.nn.functional.pad(v[:-1], (0, 1)) for v in visual])
-        n_visual = list(map(len, places))
-        n_tail = [n - (int(at[-1]) + 1 if len(at) else 0) for n, at in zip(host, places, strict=True)]
+        bits = [v[:-1].numpy().tobytes() + b"\0" for v in visual]
+        marks = torch.frombuffer(bytearray().join(bits), dtype=torch.bool)
+        n_visual = [each.count(1) for each in bits]
+        n_tail = [n - 1 - each.rfind(1) for n, each in zip(host, bits, strict=True)]
         numbers = torch.arange(len(marks), device="cpu")
         parts: list[Values] = [(numbers, torch.int64), *_ends(host, n_tail), (marks, torch.bool)]
         source, cu, text_ranges, on_device = to_device_together(parts, device)

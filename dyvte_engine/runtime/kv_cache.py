@@ -214,10 +214,10 @@ class KVCache:
         Raises:
             CacheError: beyond what was claimed, and the pool is out of pages.
         """
-        self._take(layers, self._missing(layers, [rows] * len(layers)))
+        self._take(layers, self._missing(layers, np.array([rows] * len(layers))))
 
-    def reserve_claimed(self, layers: range, rows: Sequence[Sequence[int]]) -> bool:
-        """As `reserve` of `rows[l][b]`, if that is within what was claimed. Returns whether it is."""
+    def reserve_claimed(self, layers: range, rows: np.ndarray) -> bool:
+        """As `reserve`, of int [layers, B] rows, if that is within what was claimed. Returns whether it is."""
         missing = self._missing(layers, rows)
         for b, n in enumerate(missing.sum(axis=0).tolist()):
             if self.held(b) + n > self.claims[b]:
@@ -230,9 +230,9 @@ class KVCache:
         for b, n in enumerate(rows):
             self._free(b, layers, 0 if b in self.given_up else self.pool.pages(n))
 
-    def _missing(self, layers: range, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """int64 [layers, B], pages that each sequence needs more for `rows[l][b]` rows."""
-        wanted = -(-np.array(rows, dtype=np.int64) // self.pool.page_size)
+    def _missing(self, layers: range, rows: np.ndarray) -> np.ndarray:
+        """int64 [layers, B], pages that each sequence needs more for so many rows."""
+        wanted = -(-rows // self.pool.page_size)
         wanted[:, list(self.given_up)] = 0
         return (wanted - self._held[layers.start : layers.stop, : wanted.shape[1]]).clip(0)
 

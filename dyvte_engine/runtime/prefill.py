@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,7 +130,9 @@ class Prefill:
             self.leave_graphs()
             self._hidden, self._x = self.decoder.layer(layer, self._hidden, self._x, self)
         self.next += 1
-        if self._known is not None:
+        if self._known is None:
+            self._give_back(layer)
+        else:
             self._known.passed(layer, self._hidden, self._queries_keys[0])
             if layer == self._known.stop:
                 self._take_over(layer, self._known)
@@ -253,16 +256,23 @@ class Prefill:
         """
         if layer < len(self._reserved):
             return
-        host, visual = self.rows.lengths.host, self.rows.n_visual
+        visual = self.rows.n_visual
         most = [at_most(self._policy, n, self._layers)[layer:] for n in visual]
-        rows = [[n - v + m for n, v, m in zip(host, visual, each, strict=True)] for each in zip(*most, strict=True)]
+        rows = np.array(most).T + np.subtract(self.rows.lengths.host, visual)  # [layers, B]
         if self.cache.reserve_claimed(range(layer, self._layers), rows):
-            self._have_reserved(layer, rows)
+            self._have_reserved(layer, rows.tolist())
 
     def _have_reserved(self, layer: int, rows: list[list[int]]) -> None:
         self._reserved[layer:] = rows
         if self._graphs is not None:
             self._graphs.unload(self)
+
+    def _give_back(self, layer: int) -> None:
+        """What the layer and those behind it have beyond the rows that are left; when it is on its way."""
+        host, ahead = self.rows.lengths.host, self._reserved[layer:]
+        if ahead[0] != host:
+            self.cache.trim(range(layer, len(self._reserved)), host)
+            self._reserved[layer:] = [list(map(min, rows, host)) for rows in ahead]
 
     def _prepare(self, layer: int) -> None:
         """What need not wait for the decision that is under way, nor be made when it is there."""
@@ -298,10 +308,6 @@ class Prefill:
         if dropped is None:
             return slice(None)
         self.rows, stay = dropped
-        if len(self._reserved) > self.next:  # ahead
-            self.cache.trim(range(self.next, len(self._reserved)), self.rows.lengths.host)
-            ahead = self._reserved[self.next :]
-            self._reserved[self.next :] = [list(map(min, rows, self.rows.lengths.host)) for rows in ahead]
         lost = [old != new for old, new in zip(before.n_visual, self.rows.n_visual, strict=True)]
         for b, left in enumerate(self.rows.n_visual):
             if lost[b] and not left:
