@@ -237,7 +237,6 @@ class Prefill:
         if self._known is not None:
             self._known.enter(layer)
             return
-        self._reserve_ahead(layer)
         host = self.rows.lengths.host
         if layer == len(self._reserved) or any(map(operator.gt, host, self._reserved[layer])):
             layers = self._alike(layer)
