@@ -372,9 +372,7 @@ class VisionLanguageModel:
                 inputs[name] = to_device(whole, self.device, whole.dtype)
         return inputs
 
-    def _batch(
-        self, prompts: Sequence[TokenizedPrompt], ids: Tensor, pictures: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _batch(self, prompts: Sequence[TokenizedPrompt], ids: Tensor, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's inputs for all prompts; ids: int64 [B, n] on the host.
 
         Right padding: true rows come first, so neither embeddings nor positions depend on it.

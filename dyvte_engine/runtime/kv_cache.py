@@ -1,9 +1,9 @@
 """The K/V cache: one pool of pages for all layers, and a length for every (layer, sequence).
 
 After a visual-token exit the layers hold different numbers of rows, so nothing here assumes one length
-per sequence. A layer takes pages when the prompt reaches it and not before. Whoever will need pages claims them first:
-claims never exceed the pool, so a sequence within its claim always gets its pages. Sequences that begin alike read the
-same pages (`SharedPages`), which are full, and which nobody writes any more.
+per sequence. Whoever will need pages claims them first: claims never exceed the pool, so a sequence within its claim
+always gets its pages. Sequences that begin alike read the same pages (`SharedPages`), which are full, and which nobody
+writes any more.
 """
 
 from __future__ import annotations

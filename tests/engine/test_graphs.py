@@ -250,48 +250,56 @@ def test_a_captured_tower_gives_the_same_rows(vision, device):
     assert "forward" not in engine.model.hf.model.vision_tower.__dict__
 
 
-def alter_weights(tower, pixels):
-    """Others at other addresses, with no change in the old ones."""
-    weight = next(m for m in tower.modules() if isinstance(m, torch.nn.Linear)).weight
-    weight.data = weight.data * 1.5
+def first_linear(model):
+    return next(m for m in model.vision_tower.modules() if isinstance(m, torch.nn.Linear))
 
 
-def alter_in_place(tower, pixels):
-    next(m for m in tower.modules() if isinstance(m, torch.nn.Linear)).weight.data.mul_(1.5)
+def other_weights(model):
+    """At other addresses; the old ones are as they were."""
+    first_linear(model).weight.data = first_linear(model).weight.data * 1.5
 
 
-def hook(tower, pixels):
-    linear = next(m for m in tower.modules() if isinstance(m, torch.nn.Linear))
-    return linear.register_forward_hook(lambda module, args, out: 1.5 * out)
+def weights_in_place(model):
+    first_linear(model).weight.data.mul_(1.5)
 
 
-def patch(tower, pixels):
-    linear = next(m for m in tower.modules() if isinstance(m, torch.nn.Linear))
-    plain = linear.forward
-    linear.forward = lambda x: 1.5 * plain(x)
+def hook(model):
+    first_linear(model).register_forward_hook(lambda module, args, out: 1.5 * out)
 
 
-def exchange(tower, pixels):
+def patch(model):
+    plain = first_linear(model).forward
+    first_linear(model).forward = lambda x: 1.5 * plain(x)
+
+
+def exchange(model):
     """A module in place of another."""
-    mlp = next(m for m in tower.modules() if hasattr(m, "fc1"))
+    mlp = next(m for m in model.vision_tower.modules() if hasattr(m, "fc1"))
     mlp.fc1 = torch.nn.Linear(mlp.fc1.in_features, mlp.fc1.out_features).to(mlp.fc1.weight)
-    with torch.no_grad():
-        mlp.fc1.weight.fill_(0.01)
-        mlp.fc1.bias.fill_(0.02)
+    torch.nn.init.constant_(mlp.fc1.weight, 0.01)
+    torch.nn.init.constant_(mlp.fc1.bias, 0.02)
 
 
-def other_pixels(tower, pixels):
-    return pixels(lambda given: given * 0.5)
+def at_entry(model, altered):
+    def hook(module, args, kwargs):
+        return args, {**kwargs, "pixel_values": altered(kwargs["pixel_values"])}
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def same_pixels(tower, pixels):
-    return pixels(lambda given: given.mul_(0.5))
+def other_pixels(model):
+    at_entry(model, lambda given: given * 0.5)
+
+
+def pixels_in_place(model):
+    at_entry(model, lambda given: given.mul_(0.5))
+
+
+CHANGES = [None, other_weights, weights_in_place, hook, patch, exchange, other_pixels, pixels_in_place]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "change", [None, alter_weights, alter_in_place, hook, patch, exchange, other_pixels, same_pixels]
-)
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_tower_that_begins_before_it_is_looked_at_gives_what_it_is_asked_for(change, device, monkeypatch):
     """The replay is launched first; what has changed since the last run still counts for this one."""
     engine, plain = (build(device=device, graphs=False)[0] for _ in range(2))
@@ -311,25 +319,19 @@ def test_a_tower_that_begins_before_it_is_looked_at_gives_what_it_is_asked_for(c
     batches = [model.tokenize(*tiny.prompts(seed=seed, n=2, images=(1,))) for seed in range(5)]
     runs = []
     for i, batch in enumerate(batches):
-        if i == 3 and change is not None:
-            for each in (model, plain.model):
-                at_entry = lambda altered: each.hf.model.register_forward_pre_hook(  # noqa: E731
-                    lambda module, args, kwargs: (
-                        (args, {**kwargs, "pixel_values": altered(kwargs["pixel_values"])})
-                    ),
-                    with_kwargs=True,
-                )
-                change(each.hf.model.vision_tower, at_entry)
+        for hf in (model.hf.model, plain.model.hf.model):
+            if i == 3 and change is not None:
+                change(hf)
         log.clear()
         for got, want in zip(model.prepare(batch), plain.model.prepare(batch), strict=True):
             torch.testing.assert_close(got.inputs_embeds, want.inputs_embeds)
         runs.append(list(log))
     assert runs[:3] == [["look"], ["look", "replay"], ["replay", "look"]]
-    if change in (None, alter_in_place):
+    if change in (None, weights_in_place):
         assert runs[3:] == [["replay", "look"]] * 2
     if change in (hook, patch):
         assert runs[3:] == [["replay", "look"], ["look"]], "run for nothing more than once"
-    if change in (other_pixels, same_pixels):
+    if change in (other_pixels, pixels_in_place):
         assert runs[3:] == [["replay", "look", "replay"], ["look", "replay"]]
 
 
