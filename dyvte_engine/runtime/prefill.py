@@ -21,7 +21,7 @@ from ..kernels.attention import AttentionFn, Paged, attend_pages
 from ..models.decoder import Decoder
 from ..models.rows import Rows
 from ..policies import Decision, LayerState, VisualTokenPolicy
-from ..policies.base import at_most
+from ..policies.base import Awaited, at_most
 from .known_rows import KnownRows, Pack
 from .kv_cache import KVCache
 from .layer_graphs import LayerGraphs
@@ -86,6 +86,7 @@ class Prefill:
         self._exit_layers: list[int | None] = [None] * len(rows.n_visual)
         self._memory: dict[VisualTokenPolicy, Any] = {}
         self._pending: tuple[LayerState, Decision | Callable[[], Decision]] | None = None  # still to be carried out
+        self._likely: tuple[Decision, tuple[Rows, Tensor]] | None = None  # what a pending decision may come to
         self._reserved: list[list[int]] = []  # of each layer so far, the rows [B] that have pages
         self._queries_keys = (inputs_embeds.new_empty(0, 0, 0),) * 2
         self.workspace = decoder.workspace(len(inputs_embeds))
@@ -248,18 +249,21 @@ class Prefill:
         may_leave = [later for later in self._ask if later >= layer] if any(self.rows.n_visual) else []
         return range(layer, 1 + min(may_leave, default=self._layers - 1))
 
-    def _reserve_ahead(self, layer: int) -> None:
+    def _reserve_ahead(self, layer: int) -> bool:
         """Unless they have some: pages for all rows that this and the later layers may see, if so many were claimed.
 
-        So no page has to be found, nor its number copied, where the device waits for what follows a decision.
+        So no page has to be found, nor its number copied, where the device waits for what follows a decision. Returns
+        whether they were taken.
         """
         if layer < len(self._reserved):
-            return
+            return False
         visual = self.rows.n_visual
         most = [at_most(self._policy, n, self._layers)[layer:] for n in visual]
         rows = np.array(most).T + np.subtract(self.rows.lengths.host, visual)  # [layers, B]
-        if self.cache.reserve_claimed(range(layer, self._layers), rows):
+        taken = self.cache.reserve_claimed(range(layer, self._layers), rows)
+        if taken:
             self._have_reserved(layer, rows.tolist())
+        return taken
 
     def _have_reserved(self, layer: int, rows: list[list[int]]) -> None:
         self._reserved[layer:] = rows
@@ -274,15 +278,22 @@ class Prefill:
             self._reserved[layer:] = [list(map(min, rows, host)) for rows in ahead]
 
     def _prepare(self, layer: int) -> None:
-        """What need not wait for the decision that is under way, nor be made when it is there."""
-        self._reserve_ahead(layer)
+        """What need not wait for the decision that is under way, nor be made when it is there; one thing at a time."""
+        assert self._pending is not None
         graphs = self._graphs if self._graphs is not None and self._graphs.holds(self) else None
-        if graphs is not None:
-            graphs.load(range(layer, len(self._reserved)), self.cache.block_table)
-        if sum(map(bool, self.rows.n_visual)) == 1:  # of one alone most policies take out all, if any
-            rows, stay = self.rows.text_only
+        if self._reserve_ahead(layer):
             if graphs is not None:
-                graphs.expect(rows, stay)
+                graphs.load(range(layer, self._layers), self.cache.block_table)
+            return
+        rows, decision = self.rows, self._pending[1]
+        dropped = None
+        if isinstance(decision, Awaited):
+            dropped = rows.drop(decision.likely)
+            self._likely = None if dropped is None else (decision.likely, dropped)
+        elif sum(map(bool, rows.n_visual)) == 1:  # of one alone most policies take out all, if any
+            dropped = rows.text_only
+        if graphs is not None and dropped is not None:
+            graphs.expect(*dropped)
 
     def _decide(self, layer: int) -> None:
         if self._known is not None:
@@ -303,7 +314,11 @@ class Prefill:
         settled = decision() if callable(decision) else decision
         _check(self._policy, settled, before)
         self._pending = None
-        dropped = before.drop(settled)
+        likely, self._likely = self._likely, None
+        if likely is not None and all(map(operator.is_, likely[0], settled)):
+            dropped: tuple[Rows, Tensor] | None = likely[1]
+        else:
+            dropped = before.drop(settled)
         if dropped is None:
             return slice(None)
         self.rows, stay = dropped

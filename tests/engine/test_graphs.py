@@ -33,6 +33,7 @@ from dyvte_engine.kernels.attention import causal
 from dyvte_engine.kernels.graphs import capture_cuda
 from dyvte_engine.models import PreparedPrompt, VisionLanguageModel, tower_graphs
 from dyvte_engine.models.tower_graphs import TowerGraphs
+from dyvte_engine.runtime import prefill
 from dyvte_engine.runtime.decode import DecodeGraphs
 from dyvte_engine.runtime.kv_cache import KVCache
 from dyvte_engine.runtime.layer_graphs import BUCKETS, LayerGraphs, bucket_of
@@ -619,9 +620,11 @@ class Work(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_between_a_decision_and_its_layer_next_to_nothing_is_launched(chunks):
-    """Of a request, the device has nothing but the projections to do meanwhile. chunks: pictures in its prompt."""
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("fastv", [False, True])
+def test_between_a_decision_and_its_layer_next_to_nothing_is_launched(pictures, fastv, monkeypatch):
+    """Of a request: the device has nothing but the projections to do meanwhile."""
+    monkeypatch.setattr(prefill, "_stays", lambda keep, n: True)  # a device's numbers are not looked at
     engine, _ = with_graphs("cpu", page_size=16)
     log = []
 
@@ -639,17 +642,23 @@ def test_between_a_decision_and_its_layer_next_to_nothing_is_launched(chunks):
 
     graphs = LayerGraphs(engine.model.decoder, engine.pool, attend_by_offsets, capture)
     engine.runner.layer_graphs = graphs
-    texts, images = tiny.prompts(seed=98, n=1, images=(chunks,))
-    policy = Noted(1, log)
-    want = engine.generate(texts, images, policy=FixedExit(1), chat=False, max_new_tokens=4)
-    engine.generate(texts, images, policy=policy, chat=False, max_new_tokens=4)  # captures
+    texts, images = tiny.prompts(seed=98, n=1, images=(pictures,))
+
+    def answered(exit_after):
+        policy = compose(FastV(2, 0.5), exit_after) if fastv else exit_after
+        (result,) = engine.generate(texts, images, policy=policy, chat=False, max_new_tokens=4)
+        return result
+
+    want = answered(FixedExit(2))
+    answered(Noted(2, log))  # captures
     log.clear()
     with Work(log):
-        (got,) = engine.generate(texts, images, policy=policy, chat=False, max_new_tokens=4)
-    assert (got.token_ids, got.stats.exit_layer) == (want[0].token_ids, 1)
+        got = answered(Noted(2, log))
+    assert (got.token_ids, got.stats.tokens_per_layer) == (want.token_ids, want.stats.tokens_per_layer)
     reads = [i for i, entry in enumerate(log) if entry == "read"]
     between = [log[i + 1 : log.index("layer", i)] for i in reads]
-    assert between == [[], ["index_select", "copy_"] * 2 + ["copy_"] * 2]
+    moved_up = ["index_select", "copy_"] * 2 + ["copy_"] * 2
+    assert between == [[], moved_up if fastv else [], moved_up]
     assert engine.pool.bytes_held == 0
 
 
