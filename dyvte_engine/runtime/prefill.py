@@ -93,7 +93,7 @@ class Prefill:
         if known is not None:
             self._hidden = self._x = inputs_embeds[:0]
             return
-        self._hidden = self._x = inputs_embeds.clone(memory_format=torch.contiguous_format)
+        self._hidden = self._x = inputs_embeds.contiguous()  # the caller's still
         if -1 in self._ask:
             self._decide(-1)
         self._x = decoder.enter(self._hidden)
@@ -126,7 +126,8 @@ class Prefill:
         if graphs is not None and not self._asked_last(layer) and graphs.take(self, layer, self.rows):
             self._hidden, self._x = self._captured(layer, graphs)
         else:
-            if graphs is not None and graphs.holds(self):  # the layer writes its rows where the next one's will be
+            first = layer == 0 and self._known is None
+            if first or (graphs is not None and graphs.holds(self)):  # the layer writes into memory that is not its own
                 self._hidden = self._hidden.clone()
             self.leave_graphs()
             self._hidden, self._x = self.decoder.layer(layer, self._hidden, self._x, self)
