@@ -134,7 +134,7 @@ class Timeline:
     """When things happened in one request, in seconds of one clock."""
 
     start: float = 0.0
-    vision: list[float] = field(default_factory=list)  # entry into the model, end of the projector
+    vision: list[float] = field(default_factory=list)  # entry into the model, end of the projector; filled at the end
     tokens: list[float] = field(default_factory=list)  # each token of all sequences
 
     @property
@@ -160,26 +160,63 @@ class Timeline:
         return (self.tokens[-1] - self.tokens[0]) / n if n else None
 
 
+class _DeviceClock:
+    """When a device gets to a point of its work, on the host's clock, and without a wait for it there.
+
+    Whoever waited at the end of the vision would measure himself: the host could prepare nothing for the decoder while
+    the tower runs, and all of that would come after it. So an event is recorded there and read when the request is
+    done. Both clocks meet at `start`, when the device has nothing else to do; they differ by the microseconds that an
+    event takes to reach it. A CPU's work is done when its call returns.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        wait_for(device)
+        self.start = time.perf_counter()
+        self._begun = self._recorded()
+
+    def _recorded(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def stamp(self) -> Callable[[], float]:
+        """Called later: when the device was here."""
+        begun, here = self._begun, self._recorded()
+        if begun is None or here is None:
+            now = time.perf_counter()
+            return lambda: now
+
+        def read() -> float:
+            here.synchronize()
+            return self.start + begun.elapsed_time(here) / 1000
+
+        return read
+
+
 @contextmanager
 def watched(engine: Engine, entry: torch.nn.Module) -> Iterator[Timeline]:
-    """A timeline that starts now; the model that both sides share notes when its vision begins and has projected.
+    """A timeline that starts now; of the model that both sides share it notes when vision begins and has projected.
 
-    entry: the module with which vision begins. The engine captures no tower that somebody hooked.
+    Vision begins on the host, where `entry` is called, the module that it begins with, and ends on the device. The
+    engine captures no tower that somebody hooked.
     """
-    device, line = engine.config.device, Timeline()
+    clock, stamps = _DeviceClock(engine.config.device), list[Callable[[], float]]()
 
-    def note(*_: Any) -> None:
-        wait_for(device)
-        line.vision.append(time.perf_counter())
+    def entered(*_: Any) -> None:
+        now = time.perf_counter()
+        stamps.append(lambda: now)
 
     handles = [
-        entry.register_forward_pre_hook(note),
-        engine.model.hf.model.multi_modal_projector.register_forward_hook(note),
+        entry.register_forward_pre_hook(entered),
+        engine.model.hf.model.multi_modal_projector.register_forward_hook(lambda *_: stamps.append(clock.stamp())),
     ]
+    line = Timeline(clock.start)
     try:
-        wait_for(device)
-        line.start = time.perf_counter()
         yield line
+        line.vision = [stamp() for stamp in stamps]
     finally:
         for handle in handles:
             handle.remove()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -41,26 +45,44 @@ def to_device_together(parts: Sequence[Values], device: torch.device) -> list[Te
     return [memory.view(t.dtype).view(t.shape) for memory, t in zip(there, given, strict=True)]
 
 
-def copy_later(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy to the host; the function returned waits for this copy alone, not for what is queued behind it."""
+# By devices: memory of the host for small reads, pinned once, with an event for each: to pin anew at every read takes
+# longer than the copy. Whoever reads takes one out and brings it back when its copy has come, so no two share one,
+# whatever their threads and streams; one that is never read is dropped, and torch frees it behind its copy.
+_landings: defaultdict[torch.device, list[tuple[Tensor, torch.cuda.Event]]] = defaultdict(list)
+_LANDING_BYTES = 4096
+
+
+def copy_later(tensor: Tensor, take: Callable[[Tensor], T]) -> Callable[[], T]:
+    """Begin to copy to the host; the function returned waits for this copy alone, not for what is queued behind it.
+
+    It gives what `take` makes of the copy, which must not be kept.
+    """
     if not tensor.is_cuda:
-        return lambda: tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        return lambda: take(tensor)
+    spare = _landings[tensor.device] if tensor.nbytes <= _LANDING_BYTES else []
+    try:
+        landing = spare.pop()
+    except IndexError:
+        size = max(tensor.nbytes, _LANDING_BYTES)
+        landing = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True), torch.cuda.Event()
+    memory, copied = landing
+    host = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
     host.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(tensor.device))
 
-    def read() -> Tensor:
+    @cache  # the memory is somebody else's after the first call
+    def read() -> T:
         copied.synchronize()
-        return host
+        taken = take(host)
+        spare.append(landing)
+        return taken
 
     return read
 
 
 def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
     """As `copy_later`, of the numbers."""
-    copied = copy_later(tensor)
-    return lambda: copied().tolist()
+    return copy_later(tensor, Tensor.tolist)
 
 
 class DeviceLock:

@@ -66,10 +66,10 @@ class Rows:
         A prompt that ends in a picture keeps its last row as text: the next token is predicted from it.
         """
         device, host = positions[0].device, [len(v) for v in visual]
-        places = [v[:-1].nonzero()[:, 0] for v in visual]
-        marks = torch.cat([torch.nn.functional.pad(v[:-1], (0, 1)) for v in visual])
-        n_visual = list(map(len, places))
-        n_tail = [n - (int(at[-1]) + 1 if len(at) else 0) for n, at in zip(host, places, strict=True)]
+        bits = [v[:-1].numpy().tobytes() + b"\0" for v in visual]
+        marks = torch.frombuffer(bytearray().join(bits), dtype=torch.bool)
+        n_visual = [each.count(1) for each in bits]
+        n_tail = [n - 1 - each.rfind(1) for n, each in zip(host, bits, strict=True)]
         numbers = torch.arange(len(marks), device="cpu")
         parts: list[Values] = [(numbers, torch.int64), *_ends(host, n_tail), (marks, torch.bool)]
         source, cu, text_ranges, on_device = to_device_together(parts, device)
@@ -137,6 +137,14 @@ class Rows:
         n_visual = [n if keep is None else len(keep) for keep, n in zip(decision, self.n_visual, strict=True)]
         if n_visual == self.n_visual:
             return None
+        return self._fewer(decision, n_visual) if any(n_visual) else self.text_only
+
+    @cached_property
+    def text_only(self) -> tuple[Rows, Tensor]:
+        """As `drop` of all visual rows: known before that is decided, so that it need not be made then."""
+        return self._fewer([self.source[:0]] * len(self.n_visual), [0] * len(self.n_visual))
+
+    def _fewer(self, decision: Sequence[Tensor | None], n_visual: list[int]) -> tuple[Rows, Tensor]:
         host = [n - old + new for n, old, new in zip(self.lengths.host, self.n_visual, n_visual, strict=True)]
         device = self.visual.device
         if self.marks is not None and all(keep is None or len(keep) == 0 for keep in decision):
@@ -168,6 +176,8 @@ class Rows:
 
     def _staying(self, decision: Sequence[Tensor | None], n_visual: Sequence[int], total: int) -> Tensor:
         """int64 [total] on the device: the rows that stay."""
+        if not any(n_visual):
+            return torch.nonzero_static(~self.visual, size=total)[:, 0]
         stay, start = torch.ones_like(self.visual), 0
         for keep, before, after in zip(decision, self.n_visual, n_visual, strict=True):
             if keep is not None and after < before:

@@ -274,12 +274,19 @@ class VisionLanguageModel:
         """
         if _of_several_lengths(prompts):  # which no batch can hold
             return [one for p in prompts for one in self.prepare([p], policy)]
-        n_images = sum(p.n_images for p in prompts)
-        ids, lengths = _padded([p.input_ids for p in prompts]), [len(p.input_ids) for p in prompts]
-        visual = self.visual(ids)
-        if ahead is None or list(ahead.prompts) != list(prompts):  # of others, or not of all of them
-            return self.prepare_inputs(self._batch(prompts, ids), lengths, n_images, policy, visual)
-        return self.prepare_inputs(ahead.inputs, lengths, n_images, policy, visual, ahead.blocks)
+        known = ahead is not None and list(ahead.prompts) == list(prompts)  # not of others, nor of some of them
+        with VisionRun(self.hf.model):  # nobody else's run comes between
+            pictures = {} if known else self._pictures(prompts)
+            inside = policy if policy is not None and policy.acts_in_tower else None
+            graphs = self._graphs_with(inside)
+            if graphs is not None and "pixel_values" in pictures:
+                graphs.begin(pictures["pixel_values"], None if inside is None else inside.tower_key)
+            n_images, lengths = sum(p.n_images for p in prompts), [len(p.input_ids) for p in prompts]
+            ids = _padded([p.input_ids for p in prompts])
+            visual = self.visual(ids)
+            if ahead is not None and known:
+                return self.prepare_inputs(ahead.inputs, lengths, n_images, policy, visual, ahead.blocks)
+            return self.prepare_inputs(self._batch(prompts, ids, pictures), lengths, n_images, policy, visual)
 
     @torch.inference_mode()
     def look_ahead(
@@ -299,7 +306,7 @@ class VisionLanguageModel:
             self._arrange(run, None, 0)
             if not self.tower_layers.stop_before(run, self._unused_blocks, self.decoder.layer_weights):
                 return None
-            inputs = self._batch(prompts, _padded([p.input_ids for p in prompts]))
+            inputs = self._batch(prompts, _padded([p.input_ids for p in prompts]), self._pictures(prompts))
             try:
                 run.to_entry(self.language_model, inputs)
             except AtBlocks as stopped:
@@ -351,16 +358,11 @@ class VisionLanguageModel:
             out.append(prepared)
         return out
 
-    def _batch(self, prompts: Sequence[TokenizedPrompt], ids: Tensor) -> dict[str, Tensor]:
-        """The model's inputs for all prompts; ids: int64 [B, n] on the host.
-
-        Right padding: true rows come first, so neither embeddings nor positions depend on it.
-        """
-        longest, inputs = ids.shape[1], dict[str, Tensor]()
-        ends = torch.tensor([len(p.input_ids) for p in prompts], device="cpu")
-        mask = torch.arange(longest, device="cpu") < ends[:, None]
-        both = to_device_together([(ids, torch.int64), (mask, torch.int64)], self.device)
-        inputs["input_ids"], inputs["attention_mask"] = both
+    @torch.inference_mode(False)  # so that a change in place counts (`TowerGraphs.begin`)
+    @torch.no_grad()
+    def _pictures(self, prompts: Sequence[TokenizedPrompt]) -> dict[str, Tensor]:
+        """On the device, of the model's inputs for all prompts those of their pictures."""
+        inputs = dict[str, Tensor]()
         for name in self.family.inputs:
             parts = [p.inputs[name] for p in prompts if name in p.inputs]
             if name.startswith("pixel_values") and parts:
@@ -368,6 +370,18 @@ class VisionLanguageModel:
             elif parts:
                 whole = join(_tensors(parts))
                 inputs[name] = to_device(whole, self.device, whole.dtype)
+        return inputs
+
+    def _batch(self, prompts: Sequence[TokenizedPrompt], ids: Tensor, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's inputs for all prompts; ids: int64 [B, n] on the host.
+
+        Right padding: true rows come first, so neither embeddings nor positions depend on it.
+        """
+        longest, inputs = ids.shape[1], dict(pictures)
+        ends = torch.tensor([len(p.input_ids) for p in prompts], device="cpu")
+        mask = torch.arange(longest, device="cpu") < ends[:, None]
+        both = to_device_together([(ids, torch.int64), (mask, torch.int64)], self.device)
+        inputs["input_ids"], inputs["attention_mask"] = both
         for name in self.family.token_inputs:
             if any(name in p.inputs for p in prompts):
                 numbers = [[n for t in _tensors([p.inputs.get(name)]) for n in t[0].tolist()] for p in prompts]
@@ -398,12 +412,17 @@ class VisionLanguageModel:
     def _attention_configs(self) -> list[Any]:
         return attention_configs(self._vision_parts)
 
+    def _graphs_with(self, inside: VisualTokenPolicy | None) -> TowerGraphs | None:
+        """What runs the tower captured while this policy acts in it, if that can be."""
+        return self.tower_graphs if inside is None or inside.tower_key is not None else None
+
     def _arrange(
         self, run: VisionRun, inside: VisualTokenPolicy | None, full: int, ahead: BlocksAhead | None = None
     ) -> list[int]:
         """All that changes what the vision side does; the list holds the rows of each picture after the run."""
-        if self.tower_graphs is not None and (inside is None or inside.tower_key is not None):
-            self.tower_graphs.arrange(run, None if inside is None else inside.tower_key)
+        graphs = self._graphs_with(inside)
+        if graphs is not None:
+            graphs.arrange(run, None if inside is None else inside.tower_key)
         tell_states(run, getattr(self.hf.model, "vision_tower", None))
         if self.device.type == "cpu":
             arrange_attention(run, self._attention_configs)

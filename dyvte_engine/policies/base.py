@@ -24,6 +24,20 @@ Decision = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
+class Awaited:
+    """A decision that has to be read; `likely` is what it comes to unless something read says otherwise.
+
+    Rows for that, the same tensors, are made ready while the host waits.
+    """
+
+    read: Callable[[], Decision]
+    likely: Decision
+
+    def __call__(self) -> Decision:
+        return self.read()
+
+
+@dataclass(frozen=True, eq=False)
 class LayerState:
     """What a policy may look at after layer `layer`.
 
@@ -129,7 +143,7 @@ class VisualTokenPolicy:
         """Which visual tokens stay from here on, for each sequence.
 
         Where that must be read from a device: a function that gives it. It is called when the next layer's projections
-        are queued, so that the device has work while the host waits.
+        are queued, so that the device has work while the host waits. It may be `Awaited`, with what it likely gives.
         """
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError
 from ..kernels.transfer import read_later
-from .base import Decision, LayerState, VisualTokenPolicy, at_most
+from .base import Awaited, Decision, LayerState, VisualTokenPolicy, at_most
 
 if TYPE_CHECKING:
     from ..models.vision import VisionTower
@@ -69,9 +69,16 @@ class Composed(VisualTokenPolicy):
     def decide(self, state: LayerState) -> Decision | Callable[[], Decision]:
         asked = [part for part in self.parts if state.layer in part.layers(state.num_layers)]
         decisions = [part.decide(state) for part in asked]
-        if any(callable(d) for d in decisions):
-            return lambda: _settled(_both([_settled(d) for d in decisions], state.rows.n_visual))
-        return _both([_settled(d) for d in decisions], state.rows.n_visual)
+        sizes = state.rows.n_visual
+
+        def read() -> Decision:
+            return _settled(_both([_settled(d) for d in decisions], sizes))
+
+        known = [d for d in decisions if not callable(d)]
+        together = _both(known, sizes) if known else read
+        if len(known) == len(decisions):
+            return together
+        return read if callable(together) else Awaited(read, together)
 
     def most(self, visual: int, num_layers: int) -> list[int]:
         parts = [at_most(part, visual, num_layers) for part in self.parts]

@@ -1,9 +1,9 @@
 """The K/V cache: one pool of pages for all layers, and a length for every (layer, sequence).
 
 After a visual-token exit the layers hold different numbers of rows, so nothing here assumes one length
-per sequence. A layer takes pages when the prompt reaches it and not before. Whoever will need pages claims them first:
-claims never exceed the pool, so a sequence within its claim always gets its pages. Sequences that begin alike read the
-same pages (`SharedPages`), which are full, and which nobody writes any more.
+per sequence. Whoever will need pages claims them first: claims never exceed the pool, so a sequence within its claim
+always gets its pages. Sequences that begin alike read the same pages (`SharedPages`), which are full, and which nobody
+writes any more.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -142,17 +143,28 @@ class KVCache:
 
     def __init__(self, pool: PagePool, slots: int, max_len: int, count: int = 0):
         self.pool, self.count = pool, count
-        layers, device = pool.num_layers, pool.k.device
+        layers = pool.num_layers
         self._host_table = np.full((layers, slots, pool.pages(max_len)), pool.spare, dtype=np.int32)
         self._held = np.zeros((layers, slots), dtype=np.int64)  # pages
         self._shared = np.zeros((layers, slots), dtype=np.int64)  # the first of these, which are not its own
         self.host_lens = np.zeros((layers, slots), dtype=np.int64)
-        self.block_table = torch.full(self._host_table.shape, pool.spare, dtype=torch.int32, device=device)
-        self.lens = torch.zeros(layers, slots, dtype=torch.int32, device=device)
-        self.positions = torch.zeros_like(self.lens)
         self.claims = [0] * count
         self.leases: list[SharedPages | None] = [None] * count  # what their first pages are of
         self.given_up: set[int] = set()
+
+    # Made at first use: a request's cache is there before its picture is on the way to the device.
+
+    @cached_property
+    def block_table(self) -> Tensor:
+        return torch.full(self._host_table.shape, self.pool.spare, dtype=torch.int32, device=self.pool.k.device)
+
+    @cached_property
+    def lens(self) -> Tensor:
+        return torch.zeros(self.host_lens.shape, dtype=torch.int32, device=self.pool.k.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return torch.zeros_like(self.lens)
 
     @property
     def slots(self) -> int:
@@ -202,10 +214,10 @@ class KVCache:
         Raises:
             CacheError: beyond what was claimed, and the pool is out of pages.
         """
-        self._take(layers, self._missing(layers, rows))
+        self._take(layers, self._missing(layers, np.array([rows] * len(layers))))
 
-    def reserve_claimed(self, layers: range, rows: Sequence[int]) -> bool:
-        """As `reserve`, if that is within what was claimed. Returns whether it is."""
+    def reserve_claimed(self, layers: range, rows: np.ndarray) -> bool:
+        """As `reserve`, of int [layers, B] rows, if that is within what was claimed. Returns whether it is."""
         missing = self._missing(layers, rows)
         for b, n in enumerate(missing.sum(axis=0).tolist()):
             if self.held(b) + n > self.claims[b]:
@@ -218,10 +230,11 @@ class KVCache:
         for b, n in enumerate(rows):
             self._free(b, layers, 0 if b in self.given_up else self.pool.pages(n))
 
-    def _missing(self, layers: range, rows: Sequence[int]) -> np.ndarray:
+    def _missing(self, layers: range, rows: np.ndarray) -> np.ndarray:
         """int64 [layers, B], pages that each sequence needs more for so many rows."""
-        wanted = np.array([0 if b in self.given_up else self.pool.pages(n) for b, n in enumerate(rows)])
-        return (wanted - self._held[layers.start : layers.stop, : len(rows)]).clip(0)
+        wanted = -(-rows // self.pool.page_size)
+        wanted[:, list(self.given_up)] = 0
+        return (wanted - self._held[layers.start : layers.stop, : wanted.shape[1]]).clip(0)
 
     def reserve_next(self) -> None:
         """Room for one more row everywhere; touches the device only when a page is full."""

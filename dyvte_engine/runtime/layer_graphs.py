@@ -39,6 +39,21 @@ class _Home:
     empty: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Arrival:
+    """What rows that are left behind an exit need here.
+
+    index: int64 [bucket], their numbers among those before, then that of a row of zeros; cos_sin: [n, rot_dim], of
+    each; cu: int32 [B+2], as in `_Home`.
+    """
+
+    rows: Rows
+    bucket: int
+    index: Tensor
+    cos_sin: Tensor
+    cu: Tensor
+
+
 class _Captured:
     """See `LayerRows`: `bucket` rows at fixed addresses, of sequences in one home and the padding."""
 
@@ -101,10 +116,11 @@ class LayerGraphs:
         self.attention, self.alone = attention, alone
         self.sealed = False
         most = BUCKETS[-1]
-        self._hidden = decoder.norm.new_zeros(most, decoder.shape.hidden_size)
+        # One row more, which stays zero: what fills up is selected from there.
+        self._hidden = decoder.norm.new_zeros(most + 1, decoder.shape.hidden_size)
         self._x = torch.zeros_like(self._hidden)
         # Of a layer and the one before it, at which a decision may still look.
-        self._qkv = decoder.norm.new_zeros(2, most, len(decoder.layers[0].qkv.weight))
+        self._qkv = decoder.norm.new_zeros(2, most + 1, len(decoder.layers[0].qkv.weight))
         self.cos_sin = decoder.cos_sin.new_zeros(most, decoder.cos_sin.shape[1])  # of each row
         self.numbers = torch.arange(most, dtype=torch.int32, device=decoder.norm.device)
         self._homes: dict[int, _Home] = {}
@@ -113,6 +129,8 @@ class LayerGraphs:
         self._tenant: weakref.ref[Any] | None = None
         self._bucket = self._loaded = 0  # loaded: layers up to this one have the tenant's pages
         self._ends = torch.tensor(BUCKETS, dtype=torch.int32, device=decoder.norm.device)
+        self._nothing = torch.full((most,), most, device=decoder.norm.device)  # numbers of the row that stays zero
+        self._expected: _Arrival | None = None
 
     def take(self, tenant: Any, layer: int, rows: Rows) -> bool:
         """Whether this layer can run here for `tenant`, who has these rows."""
@@ -129,23 +147,50 @@ class LayerGraphs:
     def leave(self, tenant: Any) -> None:
         """Its rows are of no use any more, or elsewhere."""
         if self.holds(tenant):
-            self._tenant = None
+            self._tenant = self._expected = None
 
-    def admit(self, tenant: Any, rows: Rows, hidden: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Its rows are here from now on: hidden [N, d], and x, where that is not to be projected any more.
-
-        Returns where both are.
-        """
+    def admit(self, tenant: Any, rows: Rows, hidden: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Its rows are here from now on: hidden [N, d] and x. Returns where both are."""
         self._tenant, self._loaded = weakref.ref(tenant), 0
         total, self._bucket = len(hidden), bucket_of(len(hidden))
         self._fill(self._hidden, hidden)
-        if x is not None:
-            self._fill(self._x, x)
+        self._fill(self._x, x)
         cos_sin, numbers = rows.rotation_table(self.decoder.cos_sin)
         torch.index_select(cos_sin, 0, numbers, out=self.cos_sin[:total])
-        place = BUCKETS.index(self._bucket)
-        torch.cat((rows.lengths.cu, self._ends[place : place + 1]), out=self._home(len(rows.n_visual)).cu)
+        torch.cat((rows.lengths.cu, self._end(self._bucket)), out=self._home(len(rows.n_visual)).cu)
         return self._hidden[:total], self._x[:total]
+
+    def expect(self, rows: Rows, stay: Tensor) -> None:
+        """Make ready what `keep` needs of these."""
+        if self._expected is None or self._expected.rows is not rows:
+            self._expected = self._arrival(rows, stay)
+
+    def _arrival(self, rows: Rows, stay: Tensor) -> _Arrival:
+        bucket = bucket_of(len(stay))
+        table, numbers = rows.rotation_table(self.decoder.cos_sin)
+        index = torch.cat((stay, self._nothing[len(stay) : bucket]))
+        cu = torch.cat((rows.lengths.cu, self._end(bucket)))
+        return _Arrival(rows, bucket, index, table.index_select(0, numbers), cu)
+
+    def keep(self, layer: int, rows: Rows, stay: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the tenant's rows, which are projected for this layer, those numbered `stay` int64 [n] are left: `rows`.
+
+        Returns where they are, and where x is going to be.
+        """
+        self.expect(rows, stay)
+        assert self._expected is not None
+        arrival, self._expected = self._expected, None
+        self._bucket = arrival.bucket
+        for here in (self._hidden, self._qkv[layer % 2]):
+            here[: self._bucket].copy_(here.index_select(0, arrival.index))  # by way of other memory: rows move up
+        self.cos_sin[: len(stay)].copy_(arrival.cos_sin)
+        self._home(len(rows.n_visual)).cu.copy_(arrival.cu)
+        return self._hidden[: len(stay)], self._x[: len(stay)]
+
+    def _end(self, bucket: int) -> Tensor:
+        """int32 [1] on the device."""
+        place = BUCKETS.index(bucket)
+        return self._ends[place : place + 1]
 
     def _fill(self, here: Tensor, given: Tensor) -> None:
         here[: len(given)].copy_(given)
@@ -157,10 +202,6 @@ class LayerGraphs:
         qkv = self._qkv[layer % 2, : self._bucket]
         self.decoder.layers[layer].qkv.into(self._x[: self._bucket], qkv)
         return qkv[:total]
-
-    def projected(self, layer: int, qkv: Tensor) -> None:
-        """Instead of `project`."""
-        self._fill(self._qkv[layer % 2], qkv)
 
     def load(self, layers: range, block_table: Tensor) -> None:
         """The tenant's pages in these layers, unless they are here; block_table: int32 [L, B, M], of all layers."""

@@ -6,10 +6,12 @@ has passed through a layer, which a prompt cut into chunks of tokens would not h
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from ..kernels.attention import AttentionFn, Paged, attend_pages
 from ..models.decoder import Decoder
 from ..models.rows import Rows
 from ..policies import Decision, LayerState, VisualTokenPolicy
+from ..policies.base import Awaited, at_most
 from .known_rows import KnownRows, Pack
 from .kv_cache import KVCache
 from .layer_graphs import LayerGraphs
@@ -83,13 +86,14 @@ class Prefill:
         self._exit_layers: list[int | None] = [None] * len(rows.n_visual)
         self._memory: dict[VisualTokenPolicy, Any] = {}
         self._pending: tuple[LayerState, Decision | Callable[[], Decision]] | None = None  # still to be carried out
-        self._reserved = 0
+        self._likely: tuple[Decision, tuple[Rows, Tensor]] | None = None  # what a pending decision may come to
+        self._reserved: list[list[int]] = []  # of each layer so far, the rows [B] that have pages
         self._queries_keys = (inputs_embeds.new_empty(0, 0, 0),) * 2
         self.workspace = decoder.workspace(len(inputs_embeds))
         if known is not None:
             self._hidden = self._x = inputs_embeds[:0]
             return
-        self._hidden = self._x = inputs_embeds.clone(memory_format=torch.contiguous_format)
+        self._hidden = self._x = inputs_embeds.contiguous()  # the caller's still
         if -1 in self._ask:
             self._decide(-1)
         self._x = decoder.enter(self._hidden)
@@ -122,12 +126,15 @@ class Prefill:
         if graphs is not None and not self._asked_last(layer) and graphs.take(self, layer, self.rows):
             self._hidden, self._x = self._captured(layer, graphs)
         else:
-            if graphs is not None and graphs.holds(self):  # the layer writes its rows where the next one's will be
+            first = layer == 0 and self._known is None
+            if first or (graphs is not None and graphs.holds(self)):  # the layer writes into memory that is not its own
                 self._hidden = self._hidden.clone()
             self.leave_graphs()
             self._hidden, self._x = self.decoder.layer(layer, self._hidden, self._x, self)
         self.next += 1
-        if self._known is not None:
+        if self._known is None:
+            self._give_back(layer)
+        else:
             self._known.passed(layer, self._hidden, self._queries_keys[0])
             if layer == self._known.stop:
                 self._take_over(layer, self._known)
@@ -140,7 +147,7 @@ class Prefill:
         self.close()
         self._hidden, self._x = hidden, self.decoder.reenter(layer + 1, hidden)
         self._queries_keys = q, k
-        self._reserved = layer + 1
+        self._reserved = [self.rows.lengths.host] * self.next
 
     def _captured(self, layer: int, graphs: LayerGraphs) -> tuple[Tensor, Tensor]:
         """As `Decoder.layer`. A pending decision is read when the projections are on their way, as in `attend`."""
@@ -148,19 +155,17 @@ class Prefill:
             self._hidden, self._x = graphs.admit(self, self.rows, self._hidden, self._x)
         hidden, qkv = self._hidden, graphs.project(layer, len(self._hidden))
         if self._pending is not None:
-            if self._reserve_ahead(layer):
-                graphs.load(range(layer, self._reserved), self.cache.block_table)
+            self._prepare(layer)
             stay = self._settle()
             if not isinstance(stay, slice):
-                hidden, qkv = hidden[stay], qkv[stay]
-                self.leave_graphs()
                 if not graphs.take(self, layer, self.rows):
+                    hidden, qkv = hidden[stay], qkv[stay]
+                    self.leave_graphs()
                     return self.decoder.behind_projections(layer, hidden, qkv, self)
-                hidden, self._x = graphs.admit(self, self.rows, hidden, None)
-                graphs.projected(layer, qkv)
+                hidden, self._x = graphs.keep(layer, self.rows, stay)
         self._enter(layer)
         total = len(hidden)
-        graphs.load(range(layer, self._reserved), self.cache.block_table)
+        graphs.load(range(layer, len(self._reserved)), self.cache.block_table)
         done = graphs.run(layer, len(self.rows.n_visual))
         self._queries_keys = done.q[:total], done.k[:total]
         if done.x is None:
@@ -193,7 +198,7 @@ class Prefill:
     def attend(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `LayerRows`. A decision is read only here, behind the projections: the device computes them meanwhile."""
         if self._pending is not None:
-            self._reserve_ahead(layer)
+            self._prepare(layer)
             stay = self._settle()
             hidden, q, k, v = (rows[stay] for rows in (hidden, q, k, v))
         self._enter(layer)
@@ -233,10 +238,12 @@ class Prefill:
         self._seen.append(self.rows)
         if self._known is not None:
             self._known.enter(layer)
-        elif layer >= self._reserved:
+            return
+        host = self.rows.lengths.host
+        if layer == len(self._reserved) or any(map(operator.gt, host, self._reserved[layer])):
             layers = self._alike(layer)
-            self.cache.reserve(layers, self.rows.lengths.host)
-            self._reserved = layers.stop
+            self.cache.reserve(layers, host)
+            self._have_reserved(layer, [host] * len(layers))
 
     def _alike(self, layer: int) -> range:
         """From this layer to where tokens may leave again: these see the same rows, and take pages together."""
@@ -244,12 +251,50 @@ class Prefill:
         return range(layer, 1 + min(may_leave, default=self._layers - 1))
 
     def _reserve_ahead(self, layer: int) -> bool:
-        """Pages as if all rows stayed, taken while a decision on them is under way, if so many were claimed."""
-        layers = self._alike(layer)
-        ahead = layer >= self._reserved and self.cache.reserve_claimed(layers, self.rows.lengths.host)
-        if ahead:
-            self._reserved = layers.stop
-        return ahead
+        """Unless they have some: pages for all rows that this and the later layers may see, if so many were claimed.
+
+        So no page has to be found, nor its number copied, where the device waits for what follows a decision. Returns
+        whether they were taken.
+        """
+        if layer < len(self._reserved):
+            return False
+        visual = self.rows.n_visual
+        most = [at_most(self._policy, n, self._layers)[layer:] for n in visual]
+        rows = np.array(most).T + np.subtract(self.rows.lengths.host, visual)  # [layers, B]
+        taken = self.cache.reserve_claimed(range(layer, self._layers), rows)
+        if taken:
+            self._have_reserved(layer, rows.tolist())
+        return taken
+
+    def _have_reserved(self, layer: int, rows: list[list[int]]) -> None:
+        self._reserved[layer:] = rows
+        if self._graphs is not None:
+            self._graphs.unload(self)
+
+    def _give_back(self, layer: int) -> None:
+        """What the layer and those behind it have beyond the rows that are left; when it is on its way."""
+        host, ahead = self.rows.lengths.host, self._reserved[layer:]
+        if ahead[0] != host:
+            self.cache.trim(range(layer, len(self._reserved)), host)
+            self._reserved[layer:] = [list(map(min, rows, host)) for rows in ahead]
+
+    def _prepare(self, layer: int) -> None:
+        """What need not wait for the decision that is under way, nor be made when it is there; one thing at a time."""
+        assert self._pending is not None
+        graphs = self._graphs if self._graphs is not None and self._graphs.holds(self) else None
+        if self._reserve_ahead(layer):
+            if graphs is not None:
+                graphs.load(range(layer, self._layers), self.cache.block_table)
+            return
+        rows, decision = self.rows, self._pending[1]
+        dropped = None
+        if isinstance(decision, Awaited):
+            dropped = rows.drop(decision.likely)
+            self._likely = None if dropped is None else (decision.likely, dropped)
+        elif sum(map(bool, rows.n_visual)) == 1:  # of one alone most policies take out all, if any
+            dropped = rows.text_only
+        if graphs is not None and dropped is not None:
+            graphs.expect(*dropped)
 
     def _decide(self, layer: int) -> None:
         if self._known is not None:
@@ -270,13 +315,14 @@ class Prefill:
         settled = decision() if callable(decision) else decision
         _check(self._policy, settled, before)
         self._pending = None
-        dropped = before.drop(settled)
+        likely, self._likely = self._likely, None
+        if likely is not None and all(map(operator.is_, likely[0], settled)):
+            dropped: tuple[Rows, Tensor] | None = likely[1]
+        else:
+            dropped = before.drop(settled)
         if dropped is None:
             return slice(None)
         self.rows, stay = dropped
-        if self._reserved > self.next:  # ahead
-            self.cache.trim(range(self.next, self._reserved), self.rows.lengths.host)
-            self._reserved = self.next
         lost = [old != new for old, new in zip(before.n_visual, self.rows.n_visual, strict=True)]
         for b, left in enumerate(self.rows.n_visual):
             if lost[b] and not left:

@@ -183,6 +183,7 @@ class Runner:
             cache = self.cache(len(prompts), len(prompts))
             try:
                 with closing(self.prefill(cache, prompts, policy, watch, drop_early_kv)) as prefill:
+                    self._claim_worst(cache, prefill.rows, policy)
                     prefill.advance()
                     done = prefill.finish()
                 for b in range(len(prompts)):
@@ -194,6 +195,14 @@ class Runner:
             except BaseException:  # an interrupt, in the midst of anything
                 self.forget(cache)
                 raise
+
+    def _claim_worst(self, cache: KVCache, rows: Rows, policy: VisualTokenPolicy) -> None:
+        """As a request's, so that no layer has to look for pages; unless that would make prefixes leave."""
+        each = zip(rows.lengths.host, rows.n_visual, strict=True)
+        worst = [self.worst_pages(n, visual, policy, None) for n, visual in each]
+        if sum(worst) <= self.pool.claimable - self.pool.idle:
+            for b, pages in enumerate(worst):
+                cache.claim(b, pages)
 
     def forget(self, *caches: KVCache) -> None:
         """What these hold is free, even if they were left half changed; they are empty from here on."""

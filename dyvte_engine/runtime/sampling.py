@@ -131,11 +131,11 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Callable[[], list[int]]]:
     best, tokens = views(memory)
     torch.max(logits, -1, out=(best, tokens))  # NaN is above all
 
-    def read() -> list[int]:
-        values, numbers = (there.tolist() for there in views(copy_later(memory)()))
+    def taken(of: Tensor) -> list[int]:
+        values, numbers = (there.tolist() for there in views(of))
         return [token if math.isfinite(value) else -1 for value, token in zip(values, numbers, strict=True)]
 
-    return tokens, read
+    return tokens, lambda: copy_later(memory, taken)()
 
 
 def token_logprobs(logits: Tensor, token: Tensor, top: int) -> TokenLogprobs:

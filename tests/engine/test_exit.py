@@ -230,7 +230,7 @@ class Later(VisualTokenPolicy):
 
     def decide(self, state):
         decision = self.inner.decide(state)
-        return lambda: decision
+        return decision if callable(decision) else lambda: decision
 
 
 @pytest.mark.parametrize("drop_early_kv", [False, True])

@@ -31,8 +31,9 @@ from dyvte_engine import (
 from dyvte_engine.kernels import graphs
 from dyvte_engine.kernels.attention import causal
 from dyvte_engine.kernels.graphs import capture_cuda
-from dyvte_engine.models import PreparedPrompt, VisionLanguageModel
+from dyvte_engine.models import PreparedPrompt, VisionLanguageModel, tower_graphs
 from dyvte_engine.models.tower_graphs import TowerGraphs
+from dyvte_engine.runtime import prefill
 from dyvte_engine.runtime.decode import DecodeGraphs
 from dyvte_engine.runtime.kv_cache import KVCache
 from dyvte_engine.runtime.layer_graphs import BUCKETS, LayerGraphs, bucket_of
@@ -248,6 +249,91 @@ def test_a_captured_tower_gives_the_same_rows(vision, device):
             torch.testing.assert_close(got.inputs_embeds, plain.inputs_embeds)
     assert len(graphs._replays) > 3, "hardly any number of pictures was captured"
     assert "forward" not in engine.model.hf.model.vision_tower.__dict__
+
+
+def first_linear(model):
+    return next(m for m in model.vision_tower.modules() if isinstance(m, torch.nn.Linear))
+
+
+def other_weights(model):
+    """At other addresses; the old ones are as they were."""
+    first_linear(model).weight.data = first_linear(model).weight.data * 1.5
+
+
+def weights_in_place(model):
+    first_linear(model).weight.data.mul_(1.5)
+
+
+def hook(model):
+    first_linear(model).register_forward_hook(lambda module, args, out: 1.5 * out)
+
+
+def patch(model):
+    plain = first_linear(model).forward
+    first_linear(model).forward = lambda x: 1.5 * plain(x)
+
+
+def exchange(model):
+    """A module in place of another."""
+    mlp = next(m for m in model.vision_tower.modules() if hasattr(m, "fc1"))
+    mlp.fc1 = torch.nn.Linear(mlp.fc1.in_features, mlp.fc1.out_features).to(mlp.fc1.weight)
+    torch.nn.init.constant_(mlp.fc1.weight, 0.01)
+    torch.nn.init.constant_(mlp.fc1.bias, 0.02)
+
+
+def at_entry(model, altered):
+    def hook(module, args, kwargs):
+        return args, {**kwargs, "pixel_values": altered(kwargs["pixel_values"])}
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def other_pixels(model):
+    at_entry(model, lambda given: given * 0.5)
+
+
+def pixels_in_place(model):
+    at_entry(model, lambda given: given.mul_(0.5))
+
+
+CHANGES = [None, other_weights, weights_in_place, hook, patch, exchange, other_pixels, pixels_in_place]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tower_that_begins_before_it_is_looked_at_gives_what_it_is_asked_for(change, device, monkeypatch):
+    """The replay is launched first; what has changed since the last run still counts for this one."""
+    engine, plain = (build(device=device, graphs=False)[0] for _ in range(2))
+    model, log, capture = engine.model, [], Captures() if device == "cpu" else capture_cuda
+
+    def noted(step, memory):
+        replay = capture(step, memory)
+        return lambda: (log.append("replay"), replay())[1]
+
+    def looked(module):
+        log.append("look")
+        return addresses(module)
+
+    addresses = tower_graphs.addresses
+    monkeypatch.setattr(tower_graphs, "addresses", looked)
+    model.tower_graphs = TowerGraphs(model.hf.model.vision_tower, noted)
+    batches = [model.tokenize(*tiny.prompts(seed=seed, n=2, images=(1,))) for seed in range(5)]
+    runs = []
+    for i, batch in enumerate(batches):
+        for hf in (model.hf.model, plain.model.hf.model):
+            if i == 3 and change is not None:
+                change(hf)
+        log.clear()
+        for got, want in zip(model.prepare(batch), plain.model.prepare(batch), strict=True):
+            torch.testing.assert_close(got.inputs_embeds, want.inputs_embeds)
+        runs.append(list(log))
+    assert runs[:3] == [["look"], ["look", "replay"], ["replay", "look"]]
+    if change in (None, weights_in_place):
+        assert runs[3:] == [["replay", "look"]] * 2
+    if change in (hook, patch):
+        assert runs[3:] == [["replay", "look"], ["look"]], "run for nothing more than once"
+    if change in (other_pixels, pixels_in_place):
+        assert runs[3:] == [["replay", "look", "replay"], ["look", "replay"]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -498,6 +584,81 @@ def test_pages_taken_ahead_of_a_decision_go_back_where_rows_leave(policy, graphs
         assert (a.token_ids, a.stats.tokens_per_layer) == (b.token_ids, b.stats.tokens_per_layer)
         assert a.stats.kv_bytes == b.stats.kv_bytes
     assert ahead and all(ahead) and any(trimmed)
+    assert engine.pool.bytes_held == 0
+
+
+@dataclass(frozen=True, eq=False)
+class Noted(VisualTokenPolicy):
+    """All visual tokens leave after `layer`, asked after each; a list notes when that has been read."""
+
+    layer: int
+    log: list
+
+    def layers(self, num_layers):
+        return set(range(num_layers - 1))
+
+    def decide(self, state):
+        nothing, leave = state.rows.source[:0], state.layer == self.layer
+
+        def read():
+            self.log.append("read")
+            return [nothing if leave else None for _ in state.rows.n_visual]
+
+        return read
+
+
+class Work(TorchDispatchMode):
+    """Notes what torch is asked to do, views apart."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.log.append(function.name().split("::")[1].split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("fastv", [False, True])
+def test_between_a_decision_and_its_layer_next_to_nothing_is_launched(pictures, fastv, monkeypatch):
+    """Of a request: the device has nothing but the projections to do meanwhile."""
+    monkeypatch.setattr(prefill, "_stays", lambda keep, n: True)  # a device's numbers are not looked at
+    engine, _ = with_graphs("cpu", page_size=16)
+    log = []
+
+    def capture(step, memory):
+        replay = Captures()(step, memory)
+
+        def launched():
+            log.append("layer")
+            before = list(log)
+            out = replay()
+            log[:] = before
+            return out
+
+        return launched
+
+    graphs = LayerGraphs(engine.model.decoder, engine.pool, attend_by_offsets, capture)
+    engine.runner.layer_graphs = graphs
+    texts, images = tiny.prompts(seed=98, n=1, images=(pictures,))
+
+    def answered(exit_after):
+        policy = compose(FastV(2, 0.5), exit_after) if fastv else exit_after
+        (result,) = engine.generate(texts, images, policy=policy, chat=False, max_new_tokens=4)
+        return result
+
+    want = answered(FixedExit(2))
+    answered(Noted(2, log))  # captures
+    log.clear()
+    with Work(log):
+        got = answered(Noted(2, log))
+    assert (got.token_ids, got.stats.tokens_per_layer) == (want.token_ids, want.stats.tokens_per_layer)
+    reads = [i for i, entry in enumerate(log) if entry == "read"]
+    between = [log[i + 1 : log.index("layer", i)] for i in reads]
+    moved_up = ["index_select", "copy_"] * 2 + ["copy_"] * 2
+    assert between == [[], moved_up if fastv else [], moved_up]
     assert engine.pool.bytes_held == 0
 
 

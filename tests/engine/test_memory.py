@@ -6,6 +6,7 @@ import time
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dyvte_engine import CacheError, DynamicExit, FastV, FixedExit, KeepAll, Request
@@ -117,11 +118,11 @@ def test_a_pool_without_pages_says_so():
 def test_pages_ahead_of_a_decision_are_taken_of_what_is_claimed_alone():
     engine, _ = build(page_size=16, max_batch=1, max_len=64, prefix_cache=0)
     cache = KVCache(engine.pool, 1, 64, 1)
-    assert not cache.reserve_claimed(range(2), [40])
+    assert not cache.reserve_claimed(range(2), np.array([[40], [40]]))
     assert engine.pool.claimed == engine.pool.bytes_held == 0
     cache.claim(0, 6)
-    assert cache.reserve_claimed(range(2), [40])
-    assert not cache.reserve_claimed(range(2, 3), [1])
+    assert cache.reserve_claimed(range(2), np.array([[40], [40]]))
+    assert not cache.reserve_claimed(range(2, 3), np.array([[1]]))
     assert (engine.pool.claimed, cache.held(0)) == (6, 6)
     cache.trim(range(1, 2), [17])
     assert (engine.pool.claimed, cache.held(0), engine.pool.allocator.used_count) == (6, 5, 5)

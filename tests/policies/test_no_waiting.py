@@ -3,13 +3,16 @@
 An operation whose result's size depends on values has no meta kernel and raises; `Waits` sees the copies that wait.
 """
 
+from collections import defaultdict
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyvte_engine import DivPrune, Downsample, DynamicExit, FastV, FixedExit, PyramidDrop, Random, compose
+from dyvte_engine.kernels import transfer
 from dyvte_engine.kernels.transfer import on, read_later, to_device, to_device_together
 from dyvte_engine.models import Decoder
 from dyvte_engine.models.rows import Rows
@@ -195,6 +198,32 @@ def test_a_read_is_recorded_on_the_stream_of_its_tensor(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **options: empty(*size, **options))
     assert read_later(torch.tensor([3, 4]).as_subclass(OnSecond))() == [3, 4]
     assert streams == ["stream of cuda:1"]
+
+
+def test_reads_under_way_share_no_memory_and_later_ones_pin_none(monkeypatch):
+    """Memory is free for the next once it has been read; what is large is pinned anew."""
+    pinned, empty = [], torch.empty
+
+    class OnSecond(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda:1")
+
+    def pin(*size, pin_memory, **options):
+        pinned.append(size)
+        return empty(*size, **options)
+
+    monkeypatch.setattr(transfer, "_landings", defaultdict(list))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda s: None, synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch, "empty", pin)
+    first, second = (read_later(torch.tensor(n).as_subclass(OnSecond)) for n in ([1, 2], [3, 4, 5]))
+    assert (second(), first()) == ([3, 4, 5], [1, 2])
+    third = read_later(torch.tensor([[0.5], [1.5]]).as_subclass(OnSecond))
+    assert (first(), second(), third()) == ([1, 2], [3, 4, 5], [[0.5], [1.5]]), "a second look sees what it saw"
+    assert len(pinned) == 2
+    large = [read_later(torch.arange(1000).as_subclass(OnSecond)) for _ in range(2)]
+    assert [read() for read in large] == [list(range(1000))] * 2
+    assert pinned[2:] == [(8000,)] * 2
 
 
 def test_the_device_of_a_call_is_current_while_it_runs(monkeypatch):
