@@ -64,10 +64,11 @@ def copy_later(tensor: Tensor, take: Callable[[Tensor], T]) -> Callable[[], T]:
         landing = spare.pop()
     except IndexError:
         size = max(tensor.nbytes, _LANDING_BYTES)
-        landing = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True), torch.cuda.Event()
+        with torch.inference_mode(False):  # others may not be in that mode
+            landing = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True), torch.cuda.Event()
     memory, copied = landing
     host = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-    host.copy_(tensor, non_blocking=True)
+    host.copy_(tensor.detach(), non_blocking=True)
     copied.record(torch.cuda.current_stream(tensor.device))
 
     @cache  # the memory is somebody else's after the first call

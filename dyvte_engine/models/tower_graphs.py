@@ -32,7 +32,7 @@ class TowerGraphs:
         self._replays: dict[Any, tuple[Tensor, Replay[Any]]] = {}
         self._memory: list[Any] = []
         self._weights: tuple[int, ...] = ()
-        self._storages: list[Any] = []  # theirs: a graph of weights that were exchanged reads no memory of others
+        self._storages: list[Any] = []  # theirs, until the next look: no graph reads freed memory
         self._expected: tuple[Any, Tensor, int, Any] | None = None  # key, pixels, their version, what a replay gave
         self._as_expected = False  # whether the last run was
         self.sealed = False  # no more graphs are made

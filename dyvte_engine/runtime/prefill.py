@@ -35,7 +35,7 @@ class Prefilled:
     """What a prefill leaves behind, apart from the cache.
 
     Attributes:
-        hidden: [B, d], the last row of each sequence after the final norm.
+        logits: f32 [B, vocab], those of each sequence's next token.
         exit_layers: layer after which the last visual token left (-1: before the first), None if some stayed or there
             were none.
         rows: [L][B], rows that each layer has of a prompt.
@@ -43,7 +43,7 @@ class Prefilled:
         frontiers: of each sequence the last layer that its prefix was known to before and after; None without one.
     """
 
-    hidden: Tensor
+    logits: Tensor
     exit_layers: list[int | None]
     rows: list[list[int]]
     reused: list[list[int]]
@@ -289,6 +289,7 @@ class Prefill:
         rows, decision = self.rows, self._pending[1]
         dropped = None
         if isinstance(decision, Awaited):
+            _check(self._policy, decision.likely, rows)
             dropped = rows.drop(decision.likely)
             self._likely = None if dropped is None else (decision.likely, dropped)
         elif sum(map(bool, rows.n_visual)) == 1:  # of one alone most policies take out all, if any
@@ -338,6 +339,7 @@ class Prefill:
             last = last[pack.lengths.last]
         if pack.order is not None:
             last = last.new_zeros(len(self._exit_layers), last.shape[1]).index_copy_(0, pack.order, last)
+        logits = self.decoder.logits(last)  # before what only the second token needs
         counts = [rows.lengths.host for rows in self._seen] if known is None else known.counts
         exit_layers = self._exit_layers if known is None else known.left
         self.cache.set_lens(counts, torch.stack([rows.next_positions for rows in self._seen]))
@@ -345,7 +347,7 @@ class Prefill:
             self._compact_early_layers()
         self.close()
         reused = self._reused + [[0] * len(exit_layers)] * (self._layers - len(self._reused))
-        return Prefilled(last, exit_layers, counts, reused, self._frontiers)
+        return Prefilled(logits, exit_layers, counts, reused, self._frontiers)
 
     def give_up(self, sequence: int) -> None:
         """Free one that is under way: if its rows are computed any further, it is for nothing."""

@@ -41,7 +41,7 @@ class Running:
         if prefilled is None:
             self.logits = torch.empty(0, decoder.shape.vocab_size, device=cache.lens.device)
         else:
-            self.logits = decoder.logits(prefilled.hidden)
+            self.logits = prefilled.logits
 
     def __len__(self) -> int:
         return self.cache.count

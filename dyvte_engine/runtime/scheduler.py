@@ -199,11 +199,11 @@ class _Group:
             s.prefilled(self._runner.model.decoder, cache, done, b, self._runner.unshared(s.policy))
             rows = cache.host_lens[:, b] + s.max_new_tokens - 1
             cache.claim(b, sum(map(pool.pages, rows.tolist())) - cache.shared(b))
-        hidden = done.hidden
+        logits = done.logits
         if len(left) < len(self.sequences):
             cache.select(left)
-            hidden = picked(hidden, left)
-        return [self.sequences[b] for b in left], cache, self._runner.model.decoder.logits(hidden)
+            logits = picked(logits, left)
+        return [self.sequences[b] for b in left], cache, logits
 
     def abandon(self) -> None:
         """After an interrupt: nobody waits for its rows, however long a traceback keeps it."""

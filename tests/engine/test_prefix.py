@@ -210,7 +210,7 @@ def logits(engine, text, pictures, policy):
         prefill = runner.prefill(cache, [seen.prompt], policy, keys=[(prompt.input_ids, seen.digest, None)])
         while not prefill.done:
             prefill.advance(1)
-        out = engine.model.decoder.logits(prefill.finish().hidden)[0]
+        out = prefill.finish().logits[0]
         cache.close()
     return out
 

@@ -216,9 +216,10 @@ def test_reads_under_way_share_no_memory_and_later_ones_pin_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda s: None, synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch, "empty", pin)
-    first, second = (read_later(torch.tensor(n).as_subclass(OnSecond)) for n in ([1, 2], [3, 4, 5]))
+    with torch.inference_mode():
+        first, second = (read_later(torch.tensor(n).as_subclass(OnSecond)) for n in ([1, 2], [3, 4, 5]))
     assert (second(), first()) == ([3, 4, 5], [1, 2])
-    third = read_later(torch.tensor([[0.5], [1.5]]).as_subclass(OnSecond))
+    third = read_later(torch.tensor([[0.5], [1.5]], requires_grad=True).as_subclass(OnSecond))
     assert (first(), second(), third()) == ([1, 2], [3, 4, 5], [[0.5], [1.5]]), "a second look sees what it saw"
     assert len(pinned) == 2
     large = [read_later(torch.arange(1000).as_subclass(OnSecond)) for _ in range(2)]
