@@ -1,8 +1,8 @@
 // Flash-decoding: every (sequence, K/V head, group of query heads, split of the cached rows) is one block with its own
 // online softmax; the last of these blocks, or a second launch, combines the splits. The number of splits follows from
 // the cache's capacity, never from the lengths on the device, so that a graph can capture it. The warps of all splits
-// take turns: which rows a warp begins with does not depend on a length, so their pages are looked up meanwhile. A
-// decoding step's new rows are in no page yet: each block that reads one has it in registers, and one of them writes it.
+// take turns: which rows a warp begins with does not depend on a length, so their pages are looked up meanwhile. New
+// rows of a decoding step are in no page yet: each block that reads one has it in registers, and one of them writes it.
 #include <type_traits>
 
 #include "common.cuh"
@@ -61,7 +61,7 @@ __host__ __device__ Parts split_scratch(const DecodeAttentionParams& p, int spli
   return {p.scratch + 2 * n, reinterpret_cast<float2*>(p.scratch)};
 }
 
-// Cached rows that a lane has on the way; where there are registers for more, one turn of all warps reads a short cache.
+// Cached rows that a lane has on the way; where there are registers for more, all warps read a short cache in one turn.
 constexpr int rows_at_once(int g, size_t size, bool wide) {
   return (g == 8 ? 4 : g == 1 && size == 2 && wide ? 16 : 8) / static_cast<int>(size);
 }
@@ -74,7 +74,8 @@ struct Paging {
     return shift < 0 ? static_cast<unsigned>(row) / static_cast<unsigned>(size) : row >> shift;
   }
   __device__ __forceinline__ int64_t row(int number, int row) const {
-    if (shift < 0) return static_cast<int64_t>(number) * size + static_cast<unsigned>(row) % static_cast<unsigned>(size);
+    if (shift < 0)
+      return static_cast<int64_t>(number) * size + static_cast<unsigned>(row) % static_cast<unsigned>(size);
     return (static_cast<int64_t>(number) << shift) + (row & ((1 << shift) - 1));
   }
 };
