@@ -67,16 +67,22 @@ __device__ void normalise(const DecodeProduct& p, T* to, int64_t pitch) {
   Pack<T, V> coming = {};
   if (first < k) coming = load_pack<T, V>(norm + first);
   wait_for_groups<0>();
-  for (int b = 0; b < rows; ++b) {
-    float sum = 0.0f;
-    for (int c = first; c < k; c += step) {
+  float sum[kRows] = {};
+  for (int c = first; c < k; c += step) {
+#pragma unroll
+    for (int b = 0; b < kRows; ++b) {
+      if (b >= rows) continue;
       float value[V];
       load(to + b * pitch + c, value);
 #pragma unroll
-      for (int j = 0; j < V; ++j) sum += value[j] * value[j];
+      for (int j = 0; j < V; ++j) sum[b] += value[j] * value[j];
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x % kWarp == 0) squares[b][threadIdx.x / kWarp] = sum;
+  }
+#pragma unroll
+  for (int b = 0; b < kRows; ++b) {
+    if (b >= rows) continue;
+    sum[b] = warp_sum(sum[b]);
+    if (threadIdx.x % kWarp == 0) squares[b][threadIdx.x / kWarp] = sum[b];
   }
   __syncthreads();
   if (static_cast<int>(threadIdx.x) < rows) {
@@ -85,23 +91,27 @@ __device__ void normalise(const DecodeProduct& p, T* to, int64_t pitch) {
     factor[threadIdx.x] = 1.0f / sqrtf(total / static_cast<float>(k) + p.eps);
   }
   __syncthreads();
+  constexpr int kTogether = 4;  // rows: what is stored may, for all the compiler knows, be what is read next
   for (int c = first; c < k; c += step) {
     const Pack<T, V> w = coming;
     if (c + step < k) coming = load_pack<T, V>(norm + c + step);
-#pragma unroll 2
-    for (int b = 0; b < rows; ++b) {
-      float value[V];
-      load(to + b * pitch + c, value);
-      Pack<T, V> pack;
+    for (int b = 0; b < rows; b += kTogether) {
+      Pack<T, V> pack[kTogether];
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        T rounded;
-        from_float(value[j] * factor[b], &rounded);
-        from_float(to_float(rounded) * to_float(w.at[j]), &pack.at[j]);
+      for (int i = 0; i < kTogether; ++i) pack[i] = load_pack<T, V>(to + min(b + i, rows - 1) * pitch + c);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (b + i >= rows) continue;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          T rounded;
+          from_float(to_float(pack[i].at[j]) * factor[b + i], &rounded);
+          from_float(to_float(rounded) * to_float(w.at[j]), &pack[i].at[j]);
+        }
+        uint4 raw;  // stored as such: `store` is for global memory
+        memcpy(&raw, &pack[i], sizeof(raw));
+        *reinterpret_cast<uint4*>(to + (b + i) * pitch + c) = raw;
       }
-      uint4 raw;  // stored as such: `store` is for global memory
-      memcpy(&raw, &pack, sizeof(raw));
-      *reinterpret_cast<uint4*>(to + b * pitch + c) = raw;
     }
   }
 }
