@@ -2,6 +2,7 @@
 
 #include "common.cuh"
 #include "dyvte/rms_norm.h"
+#include "ptx.cuh"
 
 namespace dyvte {
 namespace cuda {
@@ -10,6 +11,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMostThreads = 1024;  // of a block that holds a row in registers
 constexpr int kGoodThreads = 640;   // beyond, each thread holds two packs, so that more blocks fit
+constexpr int kLine = 128;          // bytes
 
 // Rows of x, of the residual stream and of the result, by the row's number.
 template <class T>
@@ -55,6 +57,7 @@ __device__ __forceinline__ void store_normalised(T* to, float (&value)[V], float
 // GROUP threads per row: a warp for short rows (heads), a block for long ones that no registers hold.
 template <class T, int V, int GROUP>
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
+  wait_for_earlier_kernels();
   const unsigned row = blockIdx.x * (kThreads / GROUP) + threadIdx.x / GROUP;
   if (row >= p.outer * p.inner) return;  // whole warps; never within a block that synchronises
   const RowOf<T> at(p, row);
@@ -83,12 +86,19 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
 }
 
 // A block of `threads` per row, each with PACKS packs of it in registers. A decoding step has few rows, and what it
-// waits for is memory: all loads are on the way at once.
+// waits for is memory: all loads are on the way at once, and the weight's before the row is there.
 template <class T, int V, int PACKS>
 __global__ void __launch_bounds__(kMostThreads) held_row_kernel(RmsNormParams p, int threads) {
   __shared__ float part[kWarp];
   const T* weight = static_cast<const T*>(p.weight);
   const int lane = threadIdx.x % kWarp, d = static_cast<int>(p.d);
+#pragma unroll
+  for (int i = 0; i < PACKS; ++i) {
+    const int c = (i * threads + static_cast<int>(threadIdx.x)) * V;
+    if (c < d && threadIdx.x * (sizeof(T) * V) % kLine == 0) prefetch(weight + c);
+  }
+
+  wait_for_earlier_kernels();
   const RowOf<T> at(p, blockIdx.x);
   Pack<T, V> x[PACKS] = {}, old[PACKS] = {}, w[PACKS] = {};
 #pragma unroll
@@ -127,16 +137,16 @@ __global__ void __launch_bounds__(kMostThreads) held_row_kernel(RmsNormParams p,
 template <class T, int V, int PACKS>
 void run_held(const RmsNormParams& p, void* stream) {
   const int threads = static_cast<int>(ceil_div(p.d, V * PACKS * kWarp)) * kWarp;
-  launch(held_row_kernel<T, V, PACKS>, p.outer * p.inner, threads, stream, p, threads);
+  launch_early(held_row_kernel<T, V, PACKS>, p.outer * p.inner, threads, 0, stream, p, threads);
 }
 
 template <class T, int V>
 void run(const RmsNormParams& p, void* stream) {
   const int64_t rows = p.outer * p.inner;
   if (p.d <= kWarp * V * 4) {
-    launch(rms_norm_kernel<T, V, kWarp>, ceil_div(rows, kThreads / kWarp), kThreads, stream, p);
+    launch_early(rms_norm_kernel<T, V, kWarp>, ceil_div(rows, kThreads / kWarp), kThreads, 0, stream, p);
   } else if (V == 1 || p.d > kMostThreads * V * 2) {
-    launch(rms_norm_kernel<T, V, kThreads>, rows, kThreads, stream, p);
+    launch_early(rms_norm_kernel<T, V, kThreads>, rows, kThreads, 0, stream, p);
   } else if constexpr (V > 1) {
     p.d <= kGoodThreads* V ? run_held<T, V, 1>(p, stream) : run_held<T, V, 2>(p, stream);
   }

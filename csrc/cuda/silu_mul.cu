@@ -2,6 +2,7 @@
 
 #include "common.cuh"
 #include "dyvte/silu_mul.h"
+#include "ptx.cuh"
 
 namespace dyvte {
 namespace cuda {
@@ -12,6 +13,7 @@ constexpr int kThreads = 256;
 // Block (row, piece): one pack of V columns per thread and step.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p) {
+  wait_for_earlier_kernels();
   const T* gate = static_cast<const T*>(p.gate_up) + blockIdx.x * p.stride;
   T* out = static_cast<T*>(p.out) + blockIdx.x * p.m;
   const int64_t step = static_cast<int64_t>(gridDim.y) * kThreads * V;
@@ -29,7 +31,7 @@ template <class T, int V>
 void run(const SiluMulParams& p, void* stream) {
   int64_t pieces = ceil_div(p.m, kThreads * V);
   pieces = pieces < 1024 ? pieces : 1024;
-  launch(silu_mul_kernel<T, V>, Grid(p.rows, pieces), kThreads, stream, p);
+  launch_early(silu_mul_kernel<T, V>, Grid(p.rows, pieces), kThreads, 0, stream, p);
 }
 
 }  // namespace
