@@ -709,6 +709,8 @@ void heads(DType dtype, int64_t shift) {
     exit_head(dtype, batch, 264, 19, 9, 1e-6f, true, shift);
     exit_head(dtype, batch, 7, 1, 4, -1.0f, true, shift);
   }
+  exit_head(dtype, 9, 1096, 19, 14, 1e-6f, true, shift);  // more channels than the warps of a block take at once
+  exit_head(dtype, 2, 1024, 33, 3, -1.0f, false, shift);
 }
 
 // Pages of K and V beyond element 2^31 of a pool hold what the first pages of a small pool hold. Most of the memory is
