@@ -281,21 +281,21 @@ __device__ __forceinline__ Packs fetch(const T* const (&row)[2], int c, int widt
   return packs;
 }
 
-// sum += W1 x. Each x is the sum of two numbers of T, which leave out at most 2^-17 of it. An mma wants channels 2t,
-// 2t + 1, 2t + 8 and 2t + 9 from lane t of four; a sum has no order, so we give it four neighbours of both operands.
+// sum += W1 x. Each x is the sum of numbers of T, as many as hold its 24 bits. An mma wants channels 2t, 2t + 1, 2t + 8
+// and 2t + 9 from lane t of four; a sum has no order, so we give it four neighbours of both operands.
 template <class T>
-__device__ __forceinline__ void multiply(float (&sum)[4], const uint4& low, const uint4& high,
-                                         const float (&x)[kVec<T>]) {
-  Pack<T, kVec<T>> parts[2];
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint4& low, const uint4& high, float (&x)[kVec<T>]) {
+  constexpr int kParts = std::is_same_v<T, __half> ? 2 : 3;
 #pragma unroll
-  for (int j = 0; j < kVec<T>; ++j) {
-    from_float(x[j], &parts[0].at[j]);
-    from_float(x[j] - to_float(parts[0].at[j]), &parts[1].at[j]);
-  }
+  for (int i = 0; i < kParts; ++i) {
+    Pack<T, kVec<T>> part;
 #pragma unroll
-  for (int i = 1; i >= 0; --i) {
+    for (int j = 0; j < kVec<T>; ++j) {
+      from_float(x[j], &part.at[j]);
+      x[j] -= to_float(part.at[j]);
+    }
     uint4 of_x;
-    memcpy(&of_x, &parts[i], sizeof(of_x));
+    memcpy(&of_x, &part, sizeof(of_x));
     mma(sum, {low.x, high.x, low.y, high.y}, {of_x.x, of_x.y}, T());
     mma(sum, {low.z, high.z, low.w, high.w}, {of_x.z, of_x.w}, T());
   }

@@ -717,6 +717,9 @@ void attention(DType dtype, int64_t shift) {
   token_score(dtype, {1}, {83}, 2, 2, 64, shift);
   token_score(dtype, {1, 0, 7, 40, 5, 3}, {149, 9, 7, 67, 0, 1}, 6, 2, 83, shift);
   token_score(dtype, {0, 0}, {3, 4}, 2, 1, 7, shift);
+  token_score(dtype, {1, 1, 1}, {200, 7, 1}, 6, 2, 64, shift);
+  token_score(dtype, {3, 0, 2, 0, 0, 1}, {149, 9, 7, 67, 0, 4}, 6, 2, 83, shift);  // as many rows as sequences
+  token_score(dtype, {5, 0, 0, 0, 0}, {2, 9, 0, 1, 1}, 130, 2, 16, shift);
   token_score(dtype, {65, 16}, {65, 128}, 4, 1, 128, shift);
 }
 

@@ -70,7 +70,7 @@ class TowerGraphs:
             self._expected, self._as_expected = None, False
             return
         if weights != self._weights:
-            self._forget()
+            self._forget(weights)
         own = self.tower.forward
         arrange_layers = functools.cache(lambda: self._layers and self._layers.arrange(run))
 
@@ -80,14 +80,15 @@ class TowerGraphs:
 
         run.replace(self.tower, lambda *args, **options: self._forward(plain, inside, *args, **options))
 
-    def _forget(self) -> None:
+    def _forget(self, weights: tuple[int, ...]) -> None:
         """There are others now."""
         begun, self._expected = self._expected, None
         if begun is not None and begun[1].is_cuda:  # its graph is not to be destroyed while it runs
             torch.cuda.current_stream(begun[1].device).synchronize()
         if self._layers is not None:
             self._layers.settle()
-        self._replays, self._weights = {}, addresses(self.tower) or ()
+            weights = addresses(self.tower) or ()
+        self._replays, self._weights = {}, weights
         self._storages = [t.untyped_storage() for t in chain(self.tower.parameters(), self.tower.buffers())]
 
     def _replay(self, key: Any, pixel_values: Tensor) -> Any:
