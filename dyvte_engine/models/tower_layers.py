@@ -87,6 +87,9 @@ class TowerLayers:
             behind = self._next.get(layer)
             layer.behind = behind if behind in self._arranged and not heard & {layer, behind} else None
             run.replace(layer.module, recalls.get(layer, layer))
+        if not self._pack:
+            for layer in set(self._layers) - self._arranged:
+                layer.arrange_activation(run)
         return {linear for layer in self._arranged for linear in layer.linears}
 
     def stop_before(self, run: VisionRun, but: Iterable[nn.Module], layer_weights: int) -> bool:
@@ -231,6 +234,11 @@ class _Layer:
             self._qkv, self._out, self._fc1, self._fc2 = map(self._join, ([q, k, v], *([m] for m in others)))
             self._state = _state(tensors)
         return True
+
+    def arrange_activation(self, run: VisionRun) -> None:
+        """In this run, of a block that somebody else computes: QuickGELU in one launch."""
+        if self._plain and self._quick and not is_patched(self._parts[4]):
+            run.replace(self._parts[4], ops.quick_gelu_)
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """hidden_states [B, n, d] -> [B, n, d]."""

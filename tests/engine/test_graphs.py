@@ -28,7 +28,7 @@ from dyvte_engine import (
     VisualTokenPolicy,
     compose,
 )
-from dyvte_engine.kernels import graphs
+from dyvte_engine.kernels import graphs, ops
 from dyvte_engine.kernels.attention import causal
 from dyvte_engine.kernels.graphs import capture_cuda
 from dyvte_engine.models import PreparedPrompt, VisionLanguageModel, tower_graphs
@@ -385,13 +385,15 @@ def test_a_captured_tower_follows_its_weights(vision, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
-def test_merging_runs_in_the_captured_tower(vision, device):
+def test_merging_runs_in_the_captured_tower(vision, device, monkeypatch):
     """Policies in turn, on the same shapes of pixels; VisionZip reads the tower by hooks and passes by the graphs."""
     engine, plain = (shared.build(vision, device=device, graphs=False)[0] for _ in range(2))
     capture = Captures() if device == "cpu" else capture_cuda
     engine.model.tower_graphs = captured_blocks(engine, capture)
     texts, images = tiny.prompts(seed=94, n=6, images=(1, 2))
     merging = [ToMe(0.5), ToMe(0.3), compose(ToMe(0.7), FixedExit(1))]
+    calls, quick = [], ops.quick_gelu_
+    monkeypatch.setattr(ops, "quick_gelu_", lambda x: (calls.append(type(engine.policy)), quick(x))[1])
     for policy in 2 * [KeepAll(), *merging, VisionZip(5, 2)]:
         engine.policy = plain.policy = policy
         for batch in (slice(0, 3), slice(3, 6)):
@@ -399,6 +401,7 @@ def test_merging_runs_in_the_captured_tower(vision, device):
             assert [g.pictures for g in got] == [w.pictures for w in want]
             for g, w in zip(got, want):
                 same_rows(g.inputs_embeds, w.inputs_embeds)
+    assert (ToMe in calls) == (vision == "clip"), "CLIP's activation takes three launches"
     shapes = {(inside, pixels[0]) for inside, pixels, *_ in engine.model.tower_graphs._replays}
     numbers = {sum(map(len, images[batch])) for batch in (slice(0, 3), slice(3, 6))}
     assert len(numbers) == 2
