@@ -226,6 +226,25 @@ def silu_mul(i: Inputs) -> Case:
     return Case(lambda: ops.silu_mul(x), lambda: F.silu(x[:, :m]) * x[:, m:], x.nbytes * 3 // 2)
 
 
+TOWER = (577, 1024, 4096)  # rows of a picture in CLIP-L at 336 pixels, their width, that of an MLP
+
+
+def add_layer_norm(i: Inputs) -> Case:
+    """In a vision tower, of the pictures of the batch."""
+    rows, width, _ = TOWER
+    x, y, weight, bias = i.randn(i.batch * rows, width), i.randn(i.batch * rows, width), i.randn(width), i.randn(width)
+
+    def torch_form() -> Tensor:
+        return F.layer_norm(x + y, (width,), weight, bias, 1e-5)
+
+    return Case(lambda: ops.add_layer_norm(x, y, weight, bias, 1e-5), torch_form, 4 * x.nbytes)
+
+
+def quick_gelu(i: Inputs) -> Case:
+    x = i.randn(i.batch * TOWER[0], TOWER[2])
+    return Case(lambda: ops.quick_gelu_(x), lambda: x * torch.sigmoid(1.702 * x), 2 * x.nbytes)
+
+
 def _linear(i: Inputs, rows: int) -> Case:
     """The largest weight of a layer times so many rows."""
     x, weight = i.randn(rows, i.s.hidden), i.randn(2 * i.s.intermediate, i.s.hidden)
@@ -374,6 +393,8 @@ CASES = (
     decode_attention,
     add_rms_norm,
     silu_mul,
+    add_layer_norm,
+    quick_gelu,
 )
 CPU_CASES = (linear_decode, linear_text, varlen_attention)  # on CUDA torch's own products and FlashAttention serve
 CUDA_CASES = (

@@ -1,4 +1,6 @@
+#include "dyvte/layer_norm.h"
 #include "dyvte/linear.h"
+#include "dyvte/quick_gelu.h"
 #include "dyvte/rms_norm.h"
 #include "dyvte/silu_mul.h"
 #include "launch.h"
@@ -86,6 +88,34 @@ RmsNormParams check_add_norm(const View& residual, const View& x, const View& we
   return check_norm(x, &residual, weight, eps);
 }
 
+LayerNormParams check_layer_norm(const View& x, const View& weight, const View& bias, double eps) {
+  LayerNormParams p{};
+  p.dtype = data_type(x);
+  check_shape(x, {-1, -1}, "[N, d]");
+  check_dense(x, 1);
+  for (const View* t : {&weight, &bias}) {
+    check_shape(*t, {x.size[1]}, "[d]");
+    check_like(*t, x);
+    check_dense(*t);
+  }
+  check_device(x, {&weight, &bias});
+  p.x = x.data;
+  p.weight = weight.data;
+  p.bias = bias.data;
+  p.rows = x.size[0];
+  p.d = x.size[1];
+  p.x_stride = x.row_stride();
+  p.eps = static_cast<float>(eps);
+  return p;
+}
+
+Tensor run_layer_norm(LayerNormParams p, const View& x) {
+  Tensor out = empty({p.rows, p.d}, x.dtype, x);
+  p.out = out.data_ptr();
+  if (p.rows * p.d > 0) DYVTE_LAUNCH(x, p, layer_norm);
+  return out;
+}
+
 }  // namespace
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
@@ -124,6 +154,34 @@ Tensor silu_mul(const Tensor& gate_up) {
   p.out = out.data_ptr();
   if (p.rows * p.m > 0) DYVTE_LAUNCH(v, p, silu_mul);
   return out;
+}
+
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  constexpr const char* op = "layer_norm";
+  const View vx(op, "x", x);
+  LayerNormParams p = check_layer_norm(vx, View(op, "weight", weight), View(op, "bias", bias), eps);
+  return run_layer_norm(p, vx);
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias,
+                                          double eps) {
+  constexpr const char* op = "add_layer_norm";
+  const View vx(op, "x", x), vy(op, "y", y);
+  LayerNormParams p = check_layer_norm(vx, View(op, "weight", weight), View(op, "bias", bias), eps);
+  check_same(vy, vx);
+  check_dense(vy, 1);
+  p.y = vy.data;
+  p.y_stride = vy.row_stride();
+  Tensor sum = empty({p.rows, p.d}, vx.dtype, vx);
+  p.sum = sum.data_ptr();
+  return {sum, run_layer_norm(p, vx)};
+}
+
+void quick_gelu_(const Tensor& x) {
+  const View v("quick_gelu_", "x", x);
+  check_dense(v);
+  const QuickGeluParams p{v.data, v.numel(), data_type(v)};
+  if (p.n > 0) DYVTE_LAUNCH(v, p, quick_gelu);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {

@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
   m.def("add_rms_norm_into_(Tensor(a!) residual, Tensor x, Tensor weight, float eps, Tensor(b!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def("add_layer_norm(Tensor x, Tensor y, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)");
+  m.def("quick_gelu_(Tensor(a!) x) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("norm_gate_up(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias) -> Tensor");
   m.def("norm_linear(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias) -> Tensor");
@@ -58,6 +61,9 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("add_rms_norm_into_", TORCH_BOX(&add_rms_norm_into_));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("silu_mul", TORCH_BOX(&silu_mul));
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
+  m.impl("quick_gelu_", TORCH_BOX(&quick_gelu_));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("norm_gate_up", TORCH_BOX(&norm_gate_up));
   m.impl("norm_linear", TORCH_BOX(&norm_linear));

@@ -33,6 +33,10 @@ Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weig
 void add_rms_norm_into_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps, const Tensor& out);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor silu_mul(const Tensor& gate_up);
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps);
+std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias,
+                                          double eps);
+void quick_gelu_(const Tensor& x);
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 Tensor norm_gate_up(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight,
                     const std::optional<Tensor>& bias);

@@ -1,7 +1,9 @@
 // Each CPU kernel exists once per instruction set; the first call picks one.
 #include "dyvte/decode_attention.h"
 #include "dyvte/exit_head.h"
+#include "dyvte/layer_norm.h"
 #include "dyvte/linear.h"
+#include "dyvte/quick_gelu.h"
 #include "dyvte/rms_norm.h"
 #include "dyvte/rope_append.h"
 #include "dyvte/silu_mul.h"
@@ -45,5 +47,7 @@ DYVTE_KERNEL(varlen_attention_cpu, VarlenAttentionParams, DYVTE_PICK)
 DYVTE_KERNEL(linear_cpu, LinearParams, DYVTE_PICK_BF16)
 DYVTE_KERNEL(rms_norm_cpu, RmsNormParams, DYVTE_PICK)
 DYVTE_KERNEL(silu_mul_cpu, SiluMulParams, DYVTE_PICK)
+DYVTE_KERNEL(layer_norm_cpu, LayerNormParams, DYVTE_PICK)
+DYVTE_KERNEL(quick_gelu_cpu, QuickGeluParams, DYVTE_PICK)
 
 }  // namespace dyvte

@@ -1,9 +1,11 @@
-// Two launches. `pool_kernel` averages the token states; `mlp_kernel` streams W1 once per group of sequences (the
-// second and later groups find it in L2), and its last block adds the partial logits in a fixed order and decides.
+// Two launches. `pool_kernel` averages the token states. Then W1 is streamed once for each group of sequences (later
+// groups find it in L2): by `tile_kernel` through tensor cores, or by `mlp_kernel` where these do not take the type or
+// the sizes. The last block adds the partial logits in a fixed order and decides.
 #include <type_traits>
 
 #include "common.cuh"
 #include "dyvte/exit_head.h"
+#include "ptx.cuh"
 
 namespace dyvte {
 namespace cuda {
@@ -14,7 +16,17 @@ constexpr int kPoolLanes = 16;  // threads that share a row of the pooled column
 constexpr int kMlpThreads = 128;
 constexpr int kMlpWarps = kMlpThreads / kWarp;
 constexpr int kMlpMinBlocks = 2;  // per multiprocessor; left to itself, ptxas spills some registers to fit more
-constexpr int kMinRows = 2;       // rows of W1 per warp, at least
+constexpr int kRows = 2;          // of W1 per warp
+
+// tile_kernel: one block per multiprocessor, with all of a tile's channels, so that x is read once for 16 rows of W1.
+constexpr int kTileThreads = 512;
+constexpr int kTileWarps = kTileThreads / kWarp;
+constexpr int kTileRegisters = 640;  // for so many threads: there is room for a block of pool_kernel, too
+constexpr int kUnits = 16;           // inner units of a tile: rows of W1, the 16 x 16 operand of an mma
+constexpr int kSeqs = 8;             // sequences at a time: the 16 x 8 one
+constexpr int kStep = 64;            // channels of one step of a warp: 128 bytes of each row, in two loads
+constexpr int kStride = kTileWarps * kStep;
+constexpr int kDepth = 2;  // steps of W1 that a lane has on the way, and as many behind them in the second-level cache
 
 // Regions of the scratch buffer, in floats.
 struct Scratch {
@@ -31,7 +43,7 @@ __host__ __device__ int64_t pool_chunks(const ExitHeadParams& p, int pack) {
 __host__ __device__ int64_t padded(int64_t floats) { return (floats + 3) / 4 * 4; }
 
 __host__ __device__ int64_t max_mlp_blocks(const ExitHeadParams& p) {
-  return (p.inner + kMlpWarps * kMinRows - 1) / (kMlpWarps * kMinRows);
+  return (p.inner + kMlpWarps * kRows - 1) / (kMlpWarps * kRows);
 }
 
 __host__ __device__ Scratch split_scratch(const ExitHeadParams& p) {
@@ -84,6 +96,8 @@ __global__ void __launch_bounds__(kPoolThreads) pool_kernel(ExitHeadParams p) {
   const int chunks = static_cast<int>(pool_chunks(p, V)), chunk = blockIdx.x % chunks;
   const int state = blockIdx.x / chunks % p.n_states, seq = blockIdx.x / chunks / p.n_states;
   const Scratch scratch = split_scratch(p);
+  wait_for_earlier_kernels();
+  let_next_begin();
   if (blockIdx.x == 0 && threadIdx.x == 0) *scratch.done = 0;
 
   const StateRows rows = state_rows(p, seq, nth_state(p.states, state));
@@ -160,6 +174,24 @@ __device__ void dot_products(const ExitHeadParams& p, const Scratch& scratch, in
   }
 }
 
+// What an inner unit adds before its GELU, and how much of that goes into the two logits.
+struct Unit {
+  float bias = 0.0f, keep = 0.0f, exit = 0.0f;
+};
+
+template <class T>
+__device__ Unit load_unit(const ExitHeadParams& p, int unit) {
+  const T *w2 = static_cast<const T*>(p.w2), *b1 = static_cast<const T*>(p.b1);
+  if (unit >= p.inner) return {};
+  return {b1 ? to_float(b1[unit]) : 0.0f, to_float(w2[unit]), to_float(w2[p.inner + unit])};
+}
+
+__device__ float2 logits_of(const Unit& unit, float x) {
+  x += unit.bias;
+  const float gelu = 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+  return make_float2(gelu * unit.keep, gelu * unit.exit);
+}
+
 // This warp's share of the two logits of sequence seq + b, in lanes b < NB, from its R inner units.
 template <class T, int R, int NB>
 __device__ float2 warp_logits(const ExitHeadParams& p, int row, const float (&sum)[R][NB]) {
@@ -173,25 +205,22 @@ __device__ float2 warp_logits(const ExitHeadParams& p, int row, const float (&su
       if (lane == r * NB + b) mine = total;
     }
   }
-  float keep = 0.0f, exit = 0.0f;
-  if (lane < R * NB && unit < p.inner) {
-    const T *w2 = static_cast<const T*>(p.w2), *b1 = static_cast<const T*>(p.b1);
-    if (b1) mine += to_float(b1[unit]);
-    const float gelu = 0.5f * mine * (1.0f + erff(mine * 0.70710678118654752f));
-    keep = gelu * to_float(w2[unit]);
-    exit = gelu * to_float(w2[p.inner + unit]);
-  }
+  float2 logits = make_float2(0.0f, 0.0f);
+  if (lane < R * NB) logits = logits_of(load_unit<T>(p, unit), mine);
 #pragma unroll
   for (int r = R / 2; r > 0; r /= 2) {
-    keep += __shfl_down_sync(kAllLanes, keep, r * NB);
-    exit += __shfl_down_sync(kAllLanes, exit, r * NB);
+    logits.x += __shfl_down_sync(kAllLanes, logits.x, r * NB);
+    logits.y += __shfl_down_sync(kAllLanes, logits.y, r * NB);
   }
-  return make_float2(keep, exit);
+  return logits;
 }
 
+template <int WARPS>
 __device__ void decide(const ExitHeadParams& p, const Scratch& scratch) {
-  for (int seq = threadIdx.x / kWarp; seq < p.batch; seq += kMlpWarps) {
+  for (int seq = threadIdx.x / kWarp; seq < p.batch; seq += WARPS) {
+    const bool active = is_active(p, seq);
     float keep = 0.0f, exit = 0.0f;
+#pragma unroll 4
     for (int64_t block = threadIdx.x % kWarp; block < gridDim.x; block += kWarp) {
       const float* logits = scratch.logits + (block * p.batch + seq) * 2;
       keep += __ldcg(logits);
@@ -200,16 +229,16 @@ __device__ void decide(const ExitHeadParams& p, const Scratch& scratch) {
     keep = warp_sum(keep);
     exit = warp_sum(exit);
     if (threadIdx.x % kWarp != 0) continue;
-    const float probability = is_active(p, seq) ? 1.0f / (1.0f + expf(keep - exit)) : 0.0f;
+    const float probability = active ? 1.0f / (1.0f + expf(keep - exit)) : 0.0f;
     p.p_exit[seq] = probability;
-    p.exit[seq] = is_active(p, seq) && probability > p.threshold;
+    p.exit[seq] = active && probability > p.threshold;
   }
 }
 
 // Each warp owns R inner units, for NB sequences at a time.
 template <class T, int V, int R, int NB>
 __global__ void __launch_bounds__(kMlpThreads, kMlpMinBlocks) mlp_kernel(ExitHeadParams p, int chunks) {
-  static_assert(R >= kMinRows && R * NB <= kWarp, "one lane per (unit, sequence)");
+  static_assert(R * NB <= kWarp, "one lane per (unit, sequence)");
   __shared__ float2 part[kMlpWarps][NB];
   const Scratch scratch = split_scratch(p);
   const int warp = threadIdx.x / kWarp, row = (blockIdx.x * kMlpWarps + warp) * R;
@@ -231,24 +260,142 @@ __global__ void __launch_bounds__(kMlpThreads, kMlpMinBlocks) mlp_kernel(ExitHea
     }
     __syncthreads();
   }
-  if (last_to_arrive(scratch.done, gridDim.x)) decide(p, scratch);
+  if (last_to_arrive(scratch.done, gridDim.x)) decide<kMlpWarps>(p, scratch);
 }
 
-template <class T, int V, int R, int NB>
+// One lane's weights of one step: 8 channels of row lane / 4 of both halves of a tile, and 8 that are kStep / 2
+// further.
+struct Packs {
+  uint4 at[2][2];  // [load][half]
+};
+
+template <class T>
+__device__ __forceinline__ Packs fetch(const T* const (&row)[2], int c, int width) {
+  Packs packs = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (c + i * kStep / 2 >= width) continue;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) packs.at[i][half] = load_once(row[half] + c + i * kStep / 2);
+  }
+  return packs;
+}
+
+// sum += W1 x. Each x is the sum of numbers of T, as many as hold its 24 bits. An mma wants channels 2t, 2t + 1, 2t + 8
+// and 2t + 9 from lane t of four; a sum has no order, so we give it four neighbours of both operands.
+template <class T>
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint4& low, const uint4& high, float (&x)[kVec<T>]) {
+  constexpr int kParts = std::is_same_v<T, __half> ? 2 : 3;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    Pack<T, kVec<T>> part;
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) {
+      from_float(x[j], &part.at[j]);
+      x[j] -= to_float(part.at[j]);
+    }
+    uint4 of_x;
+    memcpy(&of_x, &part, sizeof(of_x));
+    mma(sum, {low.x, high.x, low.y, high.y}, {of_x.x, of_x.y}, T());
+    mma(sum, {low.z, high.z, low.w, high.w}, {of_x.z, of_x.w}, T());
+  }
+}
+
+// A block takes kUnits inner units and kSeqs sequences at a time; its warps share out the channels. The first weights
+// are on the way before the pooled states are there.
+template <class T>
+__global__ void __launch_bounds__(kTileRegisters, 1) tile_kernel(ExitHeadParams p, int chunks) {
+  constexpr int V = kVec<T>;
+  __shared__ float factor[kSeqs][4];  // of each state
+  __shared__ float2 part[kTileWarps][kUnits][kSeqs / 2];
+  const Scratch scratch = split_scratch(p);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, quad = lane % 4;
+  const int d = static_cast<int>(p.d), states = p.n_states, width = states * d, batch = static_cast<int>(p.batch);
+  const int unit0 = blockIdx.x * kUnits, last_unit = static_cast<int>(p.inner) - 1;
+  const int first = warp * kStep + quad * V;  // this lane's first channel
+  const int steps = (width + kStride * kDepth - 1) / (kStride * kDepth) * kDepth;
+
+  const auto w1 = [&](int unit) { return static_cast<const T*>(p.w1) + int64_t{min(unit, last_unit)} * width; };
+  const T* const row[2] = {w1(unit0 + group), w1(unit0 + kUnits / 2 + group)};
+  Packs packs[kDepth];
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) packs[i] = fetch(row, first + i * kStride, width);
+  static_assert(kDepth * kUnits == kWarp, "a line for each lane");
+  const int behind = warp * kStep + (kDepth + lane / kUnits) * kStride;
+  if (behind < width) prefetch(w1(unit0 + lane % kUnits) + behind);
+  const Unit unit = load_unit<T>(p, unit0 + threadIdx.x % kUnits);
+
+  wait_for_earlier_kernels();
+  for (int seq = 0; seq < batch; seq += kSeqs) {
+    const int seqs = min(kSeqs, batch - seq);
+    for (int i = warp; i < seqs * states; i += kTileWarps) {
+      const float found = rms_factor(p, scratch, seq * states + i, chunks);
+      if (lane == 0) factor[i / states][i % states] = found;
+    }
+    __syncthreads();  // and the last sequences' parts have been read
+    const float* x = scratch.pooled + static_cast<int64_t>(seq + group) * width;
+    float sum[4] = {};
+    for (int step = 0; step < steps; step += kDepth) {
+      const bool last = step + kDepth == steps;  // then what follows is for the next sequences, if there are any
+      const int next = last ? first : first + (step + kDepth) * kStride, end = last && seq + kSeqs >= batch ? 0 : width;
+#pragma unroll
+      for (int j = 0; j < kDepth; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int c = first + (step + j) * kStride + i * kStep / 2;
+          float of_x[V] = {};
+          if (group < seqs && c < width) {
+            load(x + c, of_x);
+            const float scale = factor[group][c / d];
+#pragma unroll
+            for (int k = 0; k < V; ++k) of_x[k] *= scale;
+          }
+          multiply<T>(sum, packs[j].at[i][0], packs[j].at[i][1], of_x);
+        }
+        packs[j] = fetch(row, next + j * kStride, end);
+      }
+    }
+    part[warp][group][quad] = make_float2(sum[0], sum[1]);
+    part[warp][kUnits / 2 + group][quad] = make_float2(sum[2], sum[3]);
+    __syncthreads();
+    if (threadIdx.x < kUnits * kSeqs) {
+      const int i = threadIdx.x % kUnits, b = threadIdx.x / kUnits;
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kTileWarps; ++w) {
+        const float2 pair = part[w][i][b / 2];
+        total += b % 2 ? pair.y : pair.x;
+      }
+      float2 logits = logits_of(unit, total);
+#pragma unroll
+      for (int offset = kUnits / 2; offset > 0; offset /= 2) {
+        logits.x += __shfl_xor_sync(kAllLanes, logits.x, offset);
+        logits.y += __shfl_xor_sync(kAllLanes, logits.y, offset);
+      }
+      if (i == 0 && b < seqs) {
+        float* to = scratch.logits + (static_cast<int64_t>(blockIdx.x) * batch + seq + b) * 2;
+        to[0] = logits.x;
+        to[1] = logits.y;
+      }
+    }
+  }
+  if (last_to_arrive(scratch.done, gridDim.x)) decide<kTileWarps>(p, scratch);
+}
+
+template <class T, int V, int NB>
 void run_mlp(const ExitHeadParams& p, void* stream) {
-  const int64_t blocks = ceil_div(p.inner, kMlpWarps * R);
-  launch(mlp_kernel<T, V, R, NB>, blocks, kMlpThreads, stream, p, static_cast<int>(pool_chunks(p, V)));
+  const int64_t blocks = ceil_div(p.inner, kMlpWarps * kRows);
+  launch(mlp_kernel<T, V, kRows, NB>, blocks, kMlpThreads, stream, p, static_cast<int>(pool_chunks(p, V)));
 }
 
 template <class T, int V>
 void run(const ExitHeadParams& p, void* stream) {
-  launch(pool_kernel<T, V>, p.batch * p.n_states * pool_chunks(p, V), kPoolThreads, stream, p);
-  if (p.batch == 1) {
-    run_mlp<T, V, kMinRows, 1>(p, stream);
-  } else if (p.batch <= 4) {
-    run_mlp<T, V, kMinRows, 4>(p, stream);
+  const int64_t chunks = pool_chunks(p, V);
+  launch_early(pool_kernel<T, V>, p.batch * p.n_states * chunks, kPoolThreads, 0, stream, p);
+  if constexpr (sizeof(T) == 2 && V > 1) {
+    launch_early(tile_kernel<T>, ceil_div(p.inner, kUnits), kTileThreads, 0, stream, p, static_cast<int>(chunks));
   } else {
-    run_mlp<T, V, 4, 8>(p, stream);
+    p.batch == 1 ? run_mlp<T, V, 1>(p, stream) : run_mlp<T, V, 4>(p, stream);
   }
 }
 

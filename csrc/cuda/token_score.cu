@@ -1,10 +1,13 @@
-// Three launches, and no map of queries x keys anywhere: `stats_kernel` finds the softmax denominators of every query
-// row, `column_kernel` computes the scores again and adds the probabilities of each key over the query rows of one
-// head, `mean_kernel` averages over the heads. All sums run in a fixed order.
+// Of one query row for each sequence, two launches that read K once: `row_kernel` keeps the scores, [heads, keys], and
+// finds the softmax denominators, `row_mean_kernel` averages the probabilities over the heads. Of more rows, three, and
+// no map of queries x keys anywhere: `stats_kernel` finds the denominators of every query row, `column_kernel` computes
+// the scores again and adds the probabilities of each key over the query rows of one head, `mean_kernel` averages over
+// the heads. All sums run in a fixed order.
 #include <type_traits>
 
 #include "common.cuh"
 #include "dyvte/token_score.h"
+#include "ptx.cuh"
 
 namespace dyvte {
 namespace cuda {
@@ -16,7 +19,10 @@ constexpr int kQueries = 16, kKeys = 64;  // one tile of scores
 constexpr int kChunk = 64;                // channels in shared memory at a time
 constexpr int kPitch = kChunk + 4;        // a row of them, shifted by four banks from the next
 constexpr int kAcross = 16;               // threads across the keys of a tile: 4 keys each, and 2 queries
-constexpr int kMaxSplits = 8;             // splits of the keys in stats_kernel
+constexpr int kMaxSplits = 8;             // splits of the keys in stats_kernel and row_kernel
+constexpr int kLanes = 16;                // row_kernel: threads of one key
+constexpr int kGroups = kThreads / kLanes;
+constexpr int kEach = 8;  // keys of a group at a time, all on the way at once
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Tile {
@@ -42,7 +48,8 @@ int64_t key_splits(const TokenScoreParams& p) {
   return tiles < kMaxSplits ? tiles : kMaxSplits;
 }
 
-// (largest score, sum of exponentials) [splits, rows_q, heads_q], then column sums [heads_q, rows_k].
+// (largest score, sum of exponentials) [splits, rows_q, heads_q], then column sums, or row_kernel's scores, [heads_q,
+// rows_k].
 struct Scratch {
   float2* stats;
   float* columns;
@@ -226,6 +233,118 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) column_kernel(TokenScore
   split_scratch(p, splits).columns[h * p.rows_k + p.cu_k[tile.seq] + tile.first + thread] = static_cast<float>(sum);
 }
 
+// What `more` threads' keys add to a softmax denominator.
+__device__ void merge(float2& stats, float2 more) {
+  const float best = fmaxf(stats.x, more.x);
+  stats.y = stats.y * weight(stats.x, best) + more.y * weight(more.x, best);
+  stats.x = best;
+}
+
+// Block (sequence, split of the keys, head): the scores of the first query row, and the denominators of all rows. The
+// host chooses it by the number of rows; should a sequence have several, the rest are computed in row_mean_kernel.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, kMinBlocks) row_kernel(TokenScoreParams p, int splits) {
+  __shared__ float2 part[kGroups];
+  const int heads = static_cast<int>(p.heads_q), h = blockIdx.x % heads;
+  const int split = blockIdx.x / heads % splits, seq = blockIdx.x / heads / splits;
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  wait_for_earlier_kernels();
+  let_next_begin();
+  const Head<T> head(p, seq, h);
+  const Scratch scratch = split_scratch(p, splits);
+  float* scores = scratch.columns + h * p.rows_k + p.cu_k[seq];
+  const int per_split = (head.nk + splits * kGroups - 1) / (splits * kGroups) * kGroups, begin = split * per_split;
+  for (int query = 0; query < head.nq; ++query) {
+    const int end = min(begin + per_split, head.nk - head.nq + query + 1);
+    float2 stats = make_float2(-INFINITY, 0.0f);
+    for (int key0 = begin; key0 < end; key0 += kGroups * kEach) {
+      float score[kEach] = {};
+      for (int c = lane * V; c < head.dim; c += kLanes * V) {
+        Pack<T, V> k[kEach];
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          k[i] = load_pack<T, V>(head.k + min(key0 + i * kGroups + group, head.nk - 1) * head.k_stride + c);
+        }
+        float q[V];
+        load(head.q + query * head.q_stride + c, q);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+          for (int j = 0; j < V; ++j) score[i] += q[j] * to_float(k[i].at[j]);
+        }
+      }
+      float best = stats.x;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int key = key0 + i * kGroups + group;
+#pragma unroll
+        for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+          score[i] += __shfl_xor_sync(kAllLanes, score[i], offset);
+        }
+        score[i] = key < end ? score[i] * head.scale : -INFINITY;
+        if (key < end && query == 0 && lane == 0) scores[key] = score[i];
+        best = fmaxf(best, score[i]);
+      }
+      stats = make_float2(best, stats.y * weight(stats.x, best));
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) stats.y += weight(score[i], best);
+    }
+    if (lane == 0) part[group] = stats;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int i = 1; i < kGroups; ++i) merge(stats, part[i]);
+      scratch.stats[(static_cast<int64_t>(split) * p.rows_q + p.cu_q[seq] + query) * heads + h] = stats;
+    }
+    __syncthreads();
+  }
+}
+
+// Block (kWarp keys): each warp takes every kWarps-th head.
+template <class T>
+__global__ void __launch_bounds__(kThreads) row_mean_kernel(TokenScoreParams p, int splits) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ float2 stats[kThreads];
+  __shared__ double part[kWarps][kWarp];
+  wait_for_earlier_kernels();
+  const Tile tile = find_tile(p.cu_k, static_cast<int>(p.batch), blockIdx.x, kWarp);
+  if (tile.seq < 0) return;
+  const int heads = static_cast<int>(p.heads_q), warp = threadIdx.x / kWarp, key = tile.first + threadIdx.x % kWarp;
+  const int q0 = p.cu_q[tile.seq], nq = p.cu_q[tile.seq + 1] - q0;
+  const int k0 = p.cu_k[tile.seq], nk = p.cu_k[tile.seq + 1] - k0;
+  const float* scores = split_scratch(p, splits).columns + k0 + key;
+  double sum = 0.0;
+  for (int query = 0; query < nq; ++query) {
+    const bool sees = key < nk && key <= nk - nq + query;
+    for (int h0 = 0; h0 < heads; h0 += kThreads) {
+      __syncthreads();  // the previous stats are no longer read
+      const int mine = h0 + threadIdx.x;
+      if (mine < heads) stats[threadIdx.x] = row_stats(p, splits, q0 + query, mine);
+      __syncthreads();
+      const int end = sees ? min(heads - h0, kThreads) : 0;
+      if (query == 0) {
+#pragma unroll 8
+        for (int i = warp; i < end; i += kWarps) {
+          sum += exp2f(__ldcg(scores + (h0 + i) * p.rows_k) - stats[i].x) * stats[i].y;
+        }
+        continue;
+      }
+      for (int i = warp; i < end; i += kWarps) {
+        const Head<T> head(p, tile.seq, h0 + i);
+        float score = 0.0f;
+        for (int c = 0; c < head.dim; ++c) {
+          score += to_float(head.q[query * head.q_stride + c]) * to_float(head.k[key * head.k_stride + c]);
+        }
+        sum += exp2f(score * head.scale - stats[i].x) * stats[i].y;
+      }
+    }
+  }
+  part[warp][threadIdx.x % kWarp] = sum;
+  __syncthreads();
+  if (warp > 0 || key >= nk) return;
+  for (int i = 1; i < kWarps; ++i) sum += part[i][threadIdx.x];
+  p.score[k0 + key] = nq > 0 ? static_cast<float>(sum / static_cast<double>(static_cast<int64_t>(nq) * heads)) : 0.0f;
+}
+
 __global__ void __launch_bounds__(kThreads) mean_kernel(TokenScoreParams p, int splits) {
   const int64_t key = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (key >= p.rows_k) return;
@@ -239,6 +358,11 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(TokenScoreParams p, int 
 template <class T, int V>
 void run(const TokenScoreParams& p, void* stream) {
   const int splits = static_cast<int>(key_splits(p));
+  if (p.rows_q <= p.batch) {
+    launch_early(row_kernel<T, V>, p.batch * splits * p.heads_q, kThreads, 0, stream, p, splits);
+    launch_early(row_mean_kernel<T>, max_tiles(p.rows_k, p.batch, kWarp), kThreads, 0, stream, p, splits);
+    return;
+  }
   const int64_t query_tiles = max_tiles(p.rows_q, p.batch, kQueries), key_tiles = max_tiles(p.rows_k, p.batch, kKeys);
   launch(stats_kernel<T, V>, query_tiles * p.heads_q * splits, kThreads, stream, p, splits);
   launch(column_kernel<T, V>, key_tiles * p.heads_q, kThreads, stream, p, splits);

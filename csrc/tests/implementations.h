@@ -11,7 +11,9 @@
 #include "dyvte/decode_linear.h"
 #include "dyvte/exit_head.h"
 #include "dyvte/kv_compact.h"
+#include "dyvte/layer_norm.h"
 #include "dyvte/linear.h"
+#include "dyvte/quick_gelu.h"
 #include "dyvte/rms_norm.h"
 #include "dyvte/rope_append.h"
 #include "dyvte/silu_mul.h"
@@ -28,6 +30,8 @@
   Status decode_attention_cpu(const DecodeAttentionParams&, ParallelFor); \
   Status rms_norm_cpu(const RmsNormParams&, ParallelFor);                 \
   Status silu_mul_cpu(const SiluMulParams&, ParallelFor);                 \
+  Status layer_norm_cpu(const LayerNormParams&, ParallelFor);             \
+  Status quick_gelu_cpu(const QuickGeluParams&, ParallelFor);             \
   Status linear_cpu(const LinearParams&, ParallelFor);                    \
   Status varlen_attention_cpu(const VarlenAttentionParams&, ParallelFor); \
   }
@@ -53,6 +57,8 @@ struct Implementation {
   Status (*decode_attention)(const DecodeAttentionParams&, ParallelFor);
   Status (*rms_norm)(const RmsNormParams&, ParallelFor);
   Status (*silu_mul)(const SiluMulParams&, ParallelFor);
+  Status (*layer_norm)(const LayerNormParams&, ParallelFor);
+  Status (*quick_gelu)(const QuickGeluParams&, ParallelFor);
   Status (*linear)(const LinearParams&, ParallelFor);                     // CPU only
   Status (*varlen_attention)(const VarlenAttentionParams&, ParallelFor);  // CPU only
 };
@@ -62,10 +68,11 @@ Status on_cuda(const Params& p, ParallelFor) {
   return kernel(p, nullptr);
 }
 
-#define DYVTE_TEST_CPU(isa)                                                                                         \
-  Implementation {                                                                                                  \
-    #isa, false, isa::exit_head_cpu, kv_compact_cpu, isa::rope_append_cpu, isa::token_score_cpu,                    \
-        isa::decode_attention_cpu, isa::rms_norm_cpu, isa::silu_mul_cpu, isa::linear_cpu, isa::varlen_attention_cpu \
+#define DYVTE_TEST_CPU(isa)                                                                                        \
+  Implementation {                                                                                                 \
+    #isa, false, isa::exit_head_cpu, kv_compact_cpu, isa::rope_append_cpu, isa::token_score_cpu,                   \
+        isa::decode_attention_cpu, isa::rms_norm_cpu, isa::silu_mul_cpu, isa::layer_norm_cpu, isa::quick_gelu_cpu, \
+        isa::linear_cpu, isa::varlen_attention_cpu                                                                 \
   }
 
 inline std::vector<Implementation> implementations() {
@@ -82,7 +89,8 @@ inline std::vector<Implementation> implementations() {
   all.push_back({"cuda", true, on_cuda<ExitHeadParams, exit_head_cuda>, on_cuda<KvCompactParams, kv_compact_cuda>,
                  on_cuda<RopeAppendParams, rope_append_cuda>, on_cuda<TokenScoreParams, token_score_cuda>,
                  on_cuda<DecodeAttentionParams, decode_attention_cuda>, on_cuda<RmsNormParams, rms_norm_cuda>,
-                 on_cuda<SiluMulParams, silu_mul_cuda>, nullptr, nullptr});
+                 on_cuda<SiluMulParams, silu_mul_cuda>, on_cuda<LayerNormParams, layer_norm_cuda>,
+                 on_cuda<QuickGeluParams, quick_gelu_cuda>, nullptr, nullptr});
   return all;
 }
 

@@ -67,6 +67,38 @@ void rms_norm(DType dtype, int64_t outer, int64_t inner, int64_t d, int64_t shif
   });
 }
 
+void layer_norm(DType dtype, int64_t rows, int64_t d, int64_t shift, bool alone) {
+  const Values x(dtype, rows * (d + 8), shift), y(dtype, rows * (d + 16), shift), weight(dtype, d, shift),
+      bias(dtype, d, shift);
+  compare(label("layer_norm", dtype, {rows, d, shift, alone}), rounding(dtype), [&](const Implementation& with) {
+    const Values sum(dtype, rows * d, shift), out(dtype, rows * d, shift);
+    sum.fill(0.0f);
+    out.fill(NAN);
+    const LayerNormParams p{x.data(),      alone ? nullptr : y.data(),
+                            weight.data(), bias.data(),
+                            sum.data(),    out.data(),
+                            rows,          d,
+                            d + 8,         d + 16,
+                            1e-5f,         dtype};
+    check(with.layer_norm(p, threaded_for), "layer_norm");
+    std::vector<float> result;
+    sum.append_to(result);
+    out.append_to(result);
+    return result;
+  });
+}
+
+void quick_gelu(DType dtype, int64_t n, int64_t shift) {
+  const Values start(dtype, n, shift);
+  compare(label("quick_gelu", dtype, {n, shift}), rounding(dtype), [&](const Implementation& with) {
+    const Values x = start;
+    check(with.quick_gelu({x.data(), n, dtype}, threaded_for), "quick_gelu");
+    std::vector<float> result;
+    x.append_to(result);
+    return result;
+  });
+}
+
 // A product's arguments, and itself in float64, of rows that are rounded where rms_norm rounds them.
 struct Product {
   Values x, norm, weight, bias, factors;
@@ -634,6 +666,8 @@ void exit_head(DType dtype, int64_t batch, int64_t d, int64_t inner, int32_t sta
 }
 
 void movement_and_fusions(DType dtype, int64_t shift) {
+  for (int64_t d : {2, 7, 83, 64, 1024, 1152, 5128}) layer_norm(dtype, pick(1, 5), d, shift, d % 2);
+  for (int64_t n : {1, 7, 83, 64, 4104}) quick_gelu(dtype, n, shift);
   for (int64_t m : {1, 7, 83, 64, 769, 4104}) silu_mul(dtype, pick(0, 5), m, shift ? 1 : 8, shift);
   for (int64_t d : {1, 7, 83, 64, 769, 1032, 4104, 5120, 8192, 16392}) {
     rms_norm(dtype, pick(1, 5), 1, d, shift, true);
@@ -683,6 +717,9 @@ void attention(DType dtype, int64_t shift) {
   token_score(dtype, {1}, {83}, 2, 2, 64, shift);
   token_score(dtype, {1, 0, 7, 40, 5, 3}, {149, 9, 7, 67, 0, 1}, 6, 2, 83, shift);
   token_score(dtype, {0, 0}, {3, 4}, 2, 1, 7, shift);
+  token_score(dtype, {1, 1, 1}, {200, 7, 1}, 6, 2, 64, shift);
+  token_score(dtype, {3, 0, 2, 0, 0, 1}, {149, 9, 7, 67, 0, 4}, 6, 2, 83, shift);  // as many rows as sequences
+  token_score(dtype, {5, 0, 0, 0, 0}, {2, 9, 0, 1, 1}, 130, 2, 16, shift);
   token_score(dtype, {65, 16}, {65, 128}, 4, 1, 128, shift);
 }
 
@@ -709,6 +746,8 @@ void heads(DType dtype, int64_t shift) {
     exit_head(dtype, batch, 264, 19, 9, 1e-6f, true, shift);
     exit_head(dtype, batch, 7, 1, 4, -1.0f, true, shift);
   }
+  exit_head(dtype, 9, 1096, 19, 14, 1e-6f, true, shift);  // more channels than the warps of a block take at once
+  exit_head(dtype, 2, 1024, 33, 3, -1.0f, false, shift);
 }
 
 // Pages of K and V beyond element 2^31 of a pool hold what the first pages of a small pool hold. Most of the memory is
@@ -809,6 +848,8 @@ void empty_batches() {
     check(with.decode_attention({}, threaded_for), "decode_attention");
     check(with.rms_norm({}, threaded_for), "rms_norm");
     check(with.silu_mul({}, threaded_for), "silu_mul");
+    check(with.layer_norm({}, threaded_for), "layer_norm");
+    check(with.quick_gelu({}, threaded_for), "quick_gelu");
   }
 }
 

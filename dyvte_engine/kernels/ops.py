@@ -22,16 +22,19 @@ from torch import Tensor
 
 from ..errors import NativeLibraryError
 from .ref import (
+    add_layer_norm_ref,
     add_linear_ref,
     add_rms_norm_ref,
     decode_attention_ref,
     exit_head_ref,
     kv_compact_ref,
+    layer_norm_ref,
     linear_ref,
     norm_gate_up_ref,
     norm_linear_ref,
     norm_qkv_append_ref,
     paged_attention_ref,
+    quick_gelu_ref,
     rms_norm_ref,
     rope_append_attention_ref,
     rope_append_ref,
@@ -46,6 +49,8 @@ __all__ = [
     "MEAN_TEXT",
     "MEAN_VISUAL",
     "PageAllocator",
+    "add_layer_norm",
+    "add_layer_norm_ref",
     "add_linear_",
     "add_linear_ref",
     "add_rms_norm_",
@@ -60,6 +65,8 @@ __all__ = [
     "intel",
     "kv_compact_",
     "kv_compact_ref",
+    "layer_norm",
+    "layer_norm_ref",
     "linear",
     "linear_ref",
     "load_library",
@@ -71,6 +78,8 @@ __all__ = [
     "norm_qkv_append_ref",
     "paged_attention",
     "paged_attention_ref",
+    "quick_gelu_",
+    "quick_gelu_ref",
     "rms_norm",
     "rms_norm_ref",
     "rope_append_",
@@ -128,6 +137,9 @@ _add_rms_norm_into = torch.ops.dyvte.add_rms_norm_into_.default
 _rms_norm = torch.ops.dyvte.rms_norm.default
 _linear = torch.ops.dyvte.linear.default
 _silu_mul = torch.ops.dyvte.silu_mul.default
+_layer_norm = torch.ops.dyvte.layer_norm.default
+_add_layer_norm = torch.ops.dyvte.add_layer_norm.default
+_quick_gelu = torch.ops.dyvte.quick_gelu_.default
 _norm_gate_up = torch.ops.dyvte.norm_gate_up.default
 _norm_linear = torch.ops.dyvte.norm_linear.default
 _add_linear = torch.ops.dyvte.add_linear_.default
@@ -349,6 +361,22 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return _silu_mul(gate_up)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm of x [N, d] with weight and bias [d]; contiguous."""
+    return _layer_norm(x, weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, both [N, d], and `layer_norm` of that rounded sum, bit for bit."""
+    return _add_layer_norm(x, y, weight, bias, eps)
+
+
+def quick_gelu_(x: Tensor) -> Tensor:
+    """x times the sigmoid of 1.702 x, in place; x is contiguous."""
+    _quick_gelu(x)
+    return x
+
+
 def few_rows(dtype: torch.dtype, k: int, packed: bool = False) -> int:
     """Up to so many rows of k elements `linear` is faster than torch's own, or than one with weights packed before.
 
@@ -453,6 +481,7 @@ def _(hidden: Tensor, text_ranges: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("dyvte::kv_compact_")
 @torch.library.register_fake("dyvte::add_linear_")
+@torch.library.register_fake("dyvte::quick_gelu_")
 @torch.library.register_fake("dyvte::add_rms_norm_into_")
 @torch.library.register_fake("dyvte::rope_append_")
 def _(*_: Any) -> None:
@@ -472,10 +501,16 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
+@torch.library.register_fake("dyvte::layer_norm")
 @torch.library.register_fake("dyvte::rms_norm")
 @torch.library.register_fake("dyvte::add_rms_norm_")
 def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("dyvte::add_layer_norm")
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("dyvte::silu_mul")

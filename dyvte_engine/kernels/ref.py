@@ -211,6 +211,18 @@ def silu_mul_ref(gate_up: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
+def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def add_layer_norm_ref(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x + y, layer_norm_ref(x + y, weight, bias, eps)
+
+
+def quick_gelu_ref(x: Tensor) -> Tensor:
+    return x.copy_(x.float() * torch.sigmoid(1.702 * x.float()))
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In float32, unrounded."""
     out = x.float() @ weight.float().T

@@ -6,7 +6,6 @@ tensors, so nothing is held twice and the HF module still works. The module know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,22 +15,8 @@ from torch import Tensor, nn
 from ..config import DecoderShape
 from ..errors import ModelError
 from ..kernels import ops
-from .linear import Linear
+from .linear import Linear, stacked
 from .rotary import rotations
-
-
-def _fuse(linears: Sequence[nn.Linear]) -> Linear:
-    """Stack the weights (and biases) of linears with one input; leaves them as views of the stack."""
-    weight = torch.cat([m.weight.data for m in linears])
-    bias = None if linears[0].bias is None else torch.cat([m.bias.data for m in linears])
-    start = 0
-    for m in linears:
-        rows = slice(start, start + m.out_features)
-        m.weight.data = weight[rows]
-        if bias is not None:
-            m.bias.data = bias[rows]
-        start += m.out_features
-    return Linear(weight, bias)
 
 
 def _linear(module: nn.Linear) -> Linear:
@@ -61,10 +46,10 @@ class DecoderLayer:
             input_norm=layer.input_layernorm.weight.data,
             post_norm=layer.post_attention_layernorm.weight.data,
             eps=layer.input_layernorm.variance_epsilon,
-            qkv=_fuse((attn.q_proj, attn.k_proj, attn.v_proj)),
+            qkv=stacked((attn.q_proj, attn.k_proj, attn.v_proj)),
             qk_norm=None if q_norm is None else (q_norm.weight.data, attn.k_norm.weight.data),
             out=_linear(attn.o_proj),
-            gate_up=_fuse((mlp.gate_proj, mlp.up_proj)),
+            gate_up=stacked((mlp.gate_proj, mlp.up_proj)),
             down=_linear(mlp.down_proj),
         )
 

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU: weights a second time in the layout that oneDNN computes in.
+"""Linear layers; on a CPU with weights a second time in the layout that oneDNN computes in.
 
 torch's own `linear` brings the weight into that layout at every call, which for the few dozen rows of a prompt takes as
 long as the product itself.
@@ -7,8 +7,9 @@ long as the product itself.
 from __future__ import annotations
 
 import functools
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,25 @@ class Linear:
         if self.packed is None or not self._gains(x.shape[:-1].numel()):
             return F.gelu(self(x), approximate=approximate)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu", [], approximate)
+
+
+def stacked(linears: Sequence[nn.Linear]) -> Linear:
+    """Linears with one input as one. Their weights (and biases) become views of the stack, unless they are already."""
+    weight = _stack([m.weight for m in linears])
+    return Linear(weight, None if linears[0].bias is None else _stack([m.bias for m in linears]))
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    first, rows = parts[0].data, sum(map(len, parts))
+    starts = accumulate((p.nbytes for p in parts), initial=first.data_ptr())
+    one = {p.untyped_storage().data_ptr() for p in parts}
+    if len(one) == 1 and all(p.data_ptr() == at and p.is_contiguous() for p, at in zip(parts, starts, strict=False)):
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    with torch.inference_mode(False):  # else nobody could train these weights any more
+        whole = torch.cat([p.data for p in parts])
+        for part, view in zip(parts, whole.split([len(p) for p in parts]), strict=True):
+            part.data = view
+    return whole
 
 
 class PackedLinears:

@@ -1,4 +1,4 @@
-"""Vision towers on a CPU: transformers' code computes its attention with this project's kernel.
+"""Attention of vision towers: on a CPU transformers' code computes it with this project's kernel.
 
 It is one more entry in transformers' registry of attentions, which the configs of a tower name while it runs here.
 """
@@ -70,7 +70,7 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor 
 
     batch, _, n, dim = q.shape
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    ours = getattr(_run, "active", 0) and q.shape == k.shape == v.shape and not learns
+    ours = getattr(_run, "active", 0) and q.shape == k.shape == v.shape and not learns and not q.is_cuda
     if not ours or not _is_plain(module, q.dtype, n, dim, attention_mask, options):
         return sdpa_attention_forward(module, q, k, v, attention_mask, **options)
     # a view, unless the heads of a row are apart
@@ -82,7 +82,9 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor 
 def attend_rows(module: Any, qkv: Tensor, batch: int, mask: Tensor | None, **options: Any) -> Tensor:
     """As `attend` in a run, of qkv [B * n, 3, H, D]: what each row asks for and holds -> [B * n, H * D]."""
     n, dim = len(qkv) // batch, qkv.shape[-1]
-    if _is_plain(module, qkv.dtype, n, dim, mask, options):
+    if qkv.is_cuda and _asks_no_more(module, mask, options) and _has_flash(qkv.dtype, dim):
+        return _flash(qkv.unflatten(0, (batch, n)), module.scale).flatten(2).flatten(0, 1)
+    if not qkv.is_cuda and _is_plain(module, qkv.dtype, n, dim, mask, options):
         q, k, v = qkv.unbind(1)
         return ops.varlen_attention(q, k, v, _starts(batch, n), module.scale, causal=False).flatten(1)
     q, k, v = qkv.unflatten(0, (batch, n)).permute(2, 0, 3, 1, 4)
@@ -90,12 +92,35 @@ def attend_rows(module: Any, qkv: Tensor, batch: int, mask: Tensor | None, **opt
     return out.reshape(len(qkv), -1)
 
 
+def _flash(qkv: Tensor, scale: float) -> Tensor:
+    """[B, n, 3, H, D] -> [B, n, H, D]. One launch, where the kernel of cuDNN that torch prefers waits for a memset."""
+    q, k, v = qkv.unbind(2)
+    n = q.shape[1]
+    return torch.ops.aten._flash_attention_forward(q, k, v, None, None, n, n, 0.0, False, False, scale=scale)[0]
+
+
+@functools.cache
+def _has_flash(dtype: torch.dtype, dim: int) -> bool:
+    """Whether this torch has it for such heads and this GPU."""
+    if dtype == torch.float32 or dim % 8 or dim > MAX_HEAD_DIM:
+        return False
+    try:
+        _flash(torch.zeros(1, 1, 3, 1, dim, dtype=dtype, device="cuda"), 1.0)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _is_plain(module: Any, dtype: torch.dtype, n: int, dim: int, mask: Tensor | None, options: dict[str, Any]) -> bool:
     """Whether our kernel does what is asked for, and gains by it."""
+    return _asks_no_more(module, mask, options) and dim <= MAX_HEAD_DIM and native_gains(dtype, n)
+
+
+def _asks_no_more(module: Any, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Than that all rows see all rows."""
     asked = {name for name, value in options.items() if value is not None}
     causal = options.get("is_causal", getattr(module, "is_causal", True))
-    plain = mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
-    return plain and dim <= MAX_HEAD_DIM and native_gains(dtype, n)
+    return mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
 
 
 @functools.lru_cache(16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Hashable
 from itertools import chain
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import first_line
 from ..kernels.graphs import Replay, capture_cuda
 from .guard import addresses, version
+from .tower_layers import TowerLayers
 from .vision_run import VisionRun
 
 MOST = 8  # shapes that get a graph of their own, for each policy; each holds one block's activations and all features
@@ -25,10 +27,14 @@ class TowerGraphs:
     For towers that see pictures of one size. A call with more tensors than pixels, of a further shape, or of a tower
     that somebody hooked runs without a graph; graphs of weights that were exchanged since are forgotten. What a
     replay gives has fixed addresses and holds until the next one. A tower that cannot be captured runs without.
+
+    layers: the tower's blocks, computed so wherever it runs, captured or not, but for those that a policy replaces.
     """
 
-    def __init__(self, tower: nn.Module, capture: Callable[..., Replay[Any]] = capture_cuda):
-        self.tower, self._capture = tower, capture
+    def __init__(
+        self, tower: nn.Module, capture: Callable[..., Replay[Any]] = capture_cuda, layers: TowerLayers | None = None
+    ):
+        self.tower, self._capture, self._layers = tower, capture, layers
         self._replays: dict[Any, tuple[Tensor, Replay[Any]]] = {}
         self._memory: list[Any] = []
         self._weights: tuple[int, ...] = ()
@@ -65,7 +71,13 @@ class TowerGraphs:
             return
         if weights != self._weights:
             self._forget(weights)
-        plain = self.tower.forward
+        own = self.tower.forward
+        arrange_layers = functools.cache(lambda: self._layers and self._layers.arrange(run))
+
+        def plain(*args: Any, **options: Any) -> Any:
+            arrange_layers()  # where nothing is replayed, and all that a policy replaces has been replaced
+            return own(*args, **options)
+
         run.replace(self.tower, lambda *args, **options: self._forward(plain, inside, *args, **options))
 
     def _forget(self, weights: tuple[int, ...]) -> None:
@@ -73,6 +85,9 @@ class TowerGraphs:
         begun, self._expected = self._expected, None
         if begun is not None and begun[1].is_cuda:  # its graph is not to be destroyed while it runs
             torch.cuda.current_stream(begun[1].device).synchronize()
+        if self._layers is not None:
+            self._layers.settle()
+            weights = addresses(self.tower) or ()
         self._replays, self._weights = {}, weights
         self._storages = [t.untyped_storage() for t in chain(self.tower.parameters(), self.tower.buffers())]
 

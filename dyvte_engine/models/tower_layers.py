@@ -1,8 +1,9 @@
-"""Blocks of a vision tower on a CPU, in eight calls each.
+"""Blocks of a vision tower in eight calls each, on a CPU and in what is captured on CUDA.
 
 transformers' code around the products of a small tower takes as long as half of these products. Here queries, keys and
-values are one product, and the activation is a part of its own. Whatever a block is asked for beyond rows in and rows
-out, and whatever is not as transformers made it, runs as it is.
+values are one product, a residual addition comes with the norm that follows it, also in the next block, and the
+activation is a part of its own. Whatever a block is asked for beyond rows in and rows out, and whatever is not as
+transformers made it, runs as it is.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels import ops
 from .guard import addresses, is_patched, version
-from .linear import Linear
-from .tower_attention import KIND, attend_rows
+from .linear import Linear, stacked
+from .tower_attention import KIND, arrange_attention, attend_rows, attention_configs
 from .vision_run import VisionRun
 
 _CLASSES = {
@@ -51,21 +54,42 @@ def _unchanged(hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
 
 
 class TowerLayers:
-    """Those blocks below `root` that are computed here where a run asks for it."""
+    """Those blocks below `root` that are computed here where a run asks for it.
 
-    def __init__(self, root: nn.Module):
-        self._layers = [_Layer(m) for m in root.modules() if _is_known(type(m))]
+    pack: with weights a second time, in oneDNN's layout. Else with their own, queries', keys' and values' side by side,
+    so that what is written to them counts at once.
+    """
+
+    def __init__(self, root: nn.Module, pack: bool = True):
+        self._root, self._pack = root, pack
+        known = {m: _Layer(m, pack) for m in root.modules() if _is_known(type(m))}
+        rows = [m for m in root.modules() if isinstance(m, nn.ModuleList)]
+        self._next = {known[a]: known[b] for row in rows for a, b in pairwise(row) if a in known and b in known}
+        self._layers = list(known.values())
         self._arranged: set[_Layer] = set()
+
+    def settle(self) -> None:
+        """Where weights must move to be side by side, they do now, and not in a run."""
+        for layer in self._layers:
+            layer.settle()
 
     def arrange(self, run: VisionRun, ahead: BlocksAhead | None = None) -> set[nn.Module]:
         """They are in this run. Returns their linear layers, which then compute nothing themselves.
 
         ahead: blocks that have run already; asked for the same rows, they give what these became.
         """
+        if self._layers and not self._pack:
+            arrange_attention(run, attention_configs([self._root]))
         self._arranged = {layer for layer in self._layers if layer.ready()}
+        heard = {layer for layer in self._arranged if is_patched(layer.module)}
         recalls = {} if ahead is None else ahead.recalls()
         for layer in self._arranged:
+            behind = self._next.get(layer)
+            layer.behind = behind if behind in self._arranged and not heard & {layer, behind} else None
             run.replace(layer.module, recalls.get(layer, layer))
+        if not self._pack:
+            for layer in set(self._layers) - self._arranged:
+                layer.arrange_activation(run)
         return {linear for layer in self._arranged for linear in layer.linears}
 
     def stop_before(self, run: VisionRun, but: Iterable[nn.Module], layer_weights: int) -> bool:
@@ -145,7 +169,7 @@ class BlocksAhead:
 
 def _weights(layers: Iterable[_Layer]) -> list[tuple[int, int]]:
     """Changes when one of theirs does, norms included."""
-    return [(t.data_ptr(), version(t)) for layer in layers for t in layer.module.parameters()]
+    return _state(t for layer in layers for t in layer.module.parameters())
 
 
 def _recalled(
@@ -165,11 +189,15 @@ def _is_known(cls: type) -> bool:
 class _Layer:
     """One block: norm, attention of all rows with all rows, norm, an MLP of two products."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, pack: bool):
         self.module = module
+        self.behind: _Layer | None = None  # the next one, where nobody sees the rows in between
+        self._given: tuple[Tensor, int, Tensor] | None = None  # rows, their version, and those behind its first norm
+        self._join = _packed if pack else stacked
         self._parts: tuple[Any, ...] = ()
         self._plain = False
         self._gelu: str | None = None
+        self._quick = False
         self._state: list[tuple[int, int]] = []
 
     @property
@@ -182,35 +210,65 @@ class _Layer:
         return sum(m.weight.numel() for m in self.linears)
 
     def ready(self) -> bool:
-        """Whether the block still is what its class says; a weight that has changed is packed anew."""
+        """Whether the block still is what its class says, and is asked for torch's attention or ours."""
+        return self.settle() and self._parts[0].config._attn_implementation == KIND
+
+    def settle(self) -> bool:
+        """Whether the block still is what its class says; weights that have changed are put together anew."""
         parts = _parts(self.module)
         if parts != self._parts:  # somebody has put another module in
             self._parts, self._plain, self._state = parts, _are_plain(self.module, parts), []
-            kind = type(parts[4]) if parts else None
-            self._gelu = _GELU.get(kind.__name__) if kind and kind.__module__ == "transformers.activations" else None
+            kind = type(parts[4]) if parts else nn.Module
+            name = kind.__name__ if kind.__module__ == "transformers.activations" else ""
+            self._gelu, self._quick = _GELU.get(name), name == "QuickGELUActivation"
         patched = "forward" in self.module.__dict__ or any(map(is_patched, parts))
-        if not self._plain or patched or self.module.training or parts[0].config._attn_implementation != KIND:
+        if not self._plain or patched or self.module.training:
             return False
-        tensors = [m._parameters.get(name) for m in self.linears for name in ("weight", "bias")]
+        tensors = [m._parameters.get(name) for m in (*parts[2:4], *self.linears) for name in ("weight", "bias")]
         if any(t is None for t in tensors):
             return False
-        state = [(t.data_ptr(), version(t)) for t in tensors]
-        if state != self._state:
-            q, k, v, out, fc1, fc2 = self.linears
-            self._qkv, self._out, self._fc1, self._fc2 = _packed(q, k, v), _packed(out), _packed(fc1), _packed(fc2)
-            self._state = state
+        if _state(tensors) != self._state:
+            if len({t.dtype for t in tensors}) > 1:
+                return False
+            q, k, v, *others = self.linears
+            self._qkv, self._out, self._fc1, self._fc2 = map(self._join, ([q, k, v], *([m] for m in others)))
+            self._state = _state(tensors)
         return True
+
+    def arrange_activation(self, run: VisionRun) -> None:
+        """In this run, of a block that somebody else computes: QuickGELU in one launch."""
+        if self._plain and self._quick and not is_patched(self._parts[4]):
+            run.replace(self._parts[4], ops.quick_gelu_)
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """hidden_states [B, n, d] -> [B, n, d]."""
         attention, _, norm1, norm2, activation = self._parts[:5]
         batch, n, width = hidden_states.shape
-        hidden = hidden_states.reshape(batch * n, width)
-        qkv = self._qkv(_normed(norm1, hidden)).view(batch * n, 3, attention.num_heads, -1)
-        hidden = self._out(attend_rows(attention, qkv, batch, attention_mask, **options)) + hidden
-        rows = _normed(norm2, hidden)
-        wide = self._fc1.gelu(rows, self._gelu) if self._gelu is not None else activation(self._fc1(rows))
-        return (self._fc2(wide) + hidden).view_as(hidden_states)
+        hidden = hidden_states.contiguous().view(batch * n, width)
+        given, self._given = self._given, None
+        if given is not None and given[0] is hidden_states and given[1] == version(hidden_states):
+            rows = given[2]
+        else:
+            rows = ops.layer_norm(hidden, norm1.weight, norm1.bias, norm1.eps)
+        qkv = self._qkv(rows).view(batch * n, 3, attention.num_heads, -1)
+        attended = self._out(attend_rows(attention, qkv, batch, attention_mask, **options))
+        hidden, rows = ops.add_layer_norm(attended, hidden, norm2.weight, norm2.bias, norm2.eps)
+        if self._gelu is not None:
+            wide = self._fc1.gelu(rows, self._gelu)
+        else:
+            wide = self._fc1(rows)
+            wide = ops.quick_gelu_(wide) if self._quick else activation(wide)
+        return self._ended(self._fc2(wide), hidden, hidden_states.shape)
+
+    def _ended(self, x: Tensor, hidden: Tensor, shape: torch.Size) -> Tensor:
+        """Their sum; the block behind gets it with its norm."""
+        if self.behind is None:
+            return (x + hidden).view(shape)
+        norm = self.behind._parts[2]
+        total, rows = ops.add_layer_norm(x, hidden, norm.weight, norm.bias, norm.eps)
+        total = total.view(shape)
+        self.behind._given = total, version(total), rows
+        return total
 
 
 def _parts(layer: Any) -> tuple[Any, ...]:
@@ -235,15 +293,14 @@ def _are_plain(layer: nn.Module, parts: tuple[Any, ...]) -> bool:
     attention, mlp, norm1, norm2, _, *linears = parts
     home = type(layer).__module__
     ours = all(type(m).__module__ == home for m in (attention, mlp))
-    norms = all(type(m) is nn.LayerNorm and m.weight is not None for m in (norm1, norm2))
-    return ours and norms and all(type(m) is nn.Linear for m in linears)
+    return ours and all(type(m) is nn.LayerNorm for m in (norm1, norm2)) and all(type(m) is nn.Linear for m in linears)
 
 
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def _state(tensors: Iterable[Any]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), version(t)) for t in tensors]
 
 
-def _packed(*modules: Any) -> Linear:
+def _packed(modules: Any) -> Linear:
     """Their products as one."""
     weight, bias = (torch.cat([getattr(m, name).data for m in modules]) for name in ("weight", "bias"))
     linear = Linear(weight, bias)

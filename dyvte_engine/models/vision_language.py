@@ -150,7 +150,8 @@ class VisionLanguageModel:
     def capture_tower(self) -> None:
         """From here on the tower runs as CUDA graphs, where it sees pictures of one size."""
         if self.tower_graphs is None and self.family.tiles and hasattr(self.hf.model, "vision_tower"):
-            self.tower_graphs = TowerGraphs(self.hf.model.vision_tower)
+            tower = self.hf.model.vision_tower
+            self.tower_graphs = TowerGraphs(tower, layers=TowerLayers(tower, pack=False))
 
     @property
     def device(self) -> torch.device:

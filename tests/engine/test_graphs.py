@@ -28,11 +28,12 @@ from dyvte_engine import (
     VisualTokenPolicy,
     compose,
 )
-from dyvte_engine.kernels import graphs
+from dyvte_engine.kernels import graphs, ops
 from dyvte_engine.kernels.attention import causal
 from dyvte_engine.kernels.graphs import capture_cuda
 from dyvte_engine.models import PreparedPrompt, VisionLanguageModel, tower_graphs
 from dyvte_engine.models.tower_graphs import TowerGraphs
+from dyvte_engine.models.tower_layers import TowerLayers
 from dyvte_engine.runtime import prefill
 from dyvte_engine.runtime.decode import DecodeGraphs
 from dyvte_engine.runtime.kv_cache import KVCache
@@ -233,12 +234,23 @@ def test_the_bucket_holds_one_more_row(rows):
     assert pages == 10 or (pages & (pages - 1) == 0 and 2 * rows >= 4 * pages - 8)
 
 
+def captured_blocks(engine, capture):
+    """As `VisionLanguageModel.capture_tower` makes them."""
+    tower = engine.model.hf.model.vision_tower
+    return TowerGraphs(tower, capture, TowerLayers(tower, pack=False))
+
+
+def same_rows(got, want):
+    """But for the order of sums: transformers' blocks have three products where ours have one."""
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_a_captured_tower_gives_the_same_rows(vision, device):
     """Pictures in turn, so that a replay that reads or writes elsewhere would give those of another prompt."""
     engine, _ = build(vision=vision, device=device, graphs=False)
-    graphs = TowerGraphs(engine.model.hf.model.vision_tower, Captures() if device == "cpu" else capture_cuda)
+    graphs = captured_blocks(engine, Captures() if device == "cpu" else capture_cuda)
     texts, images = tiny.prompts(seed=93, n=40)
     inputs = engine.model.tokenize(texts, images)
     batches = [inputs[i : i + 1 + i % 3] for i in range(40)]
@@ -246,7 +258,7 @@ def test_a_captured_tower_gives_the_same_rows(vision, device):
     engine.model.tower_graphs = graphs
     for batch, prompts in zip(batches, want):
         for got, plain in zip(engine.model.prepare(batch), prompts):
-            torch.testing.assert_close(got.inputs_embeds, plain.inputs_embeds)
+            same_rows(got.inputs_embeds, plain.inputs_embeds)
     assert len(graphs._replays) > 3, "hardly any number of pictures was captured"
     assert "forward" not in engine.model.hf.model.vision_tower.__dict__
 
@@ -338,20 +350,58 @@ def test_a_tower_that_begins_before_it_is_looked_at_gives_what_it_is_asked_for(c
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
-def test_merging_runs_in_the_captured_tower(vision, device):
+def test_a_captured_tower_follows_its_weights(vision, device):
+    """Those that were put side by side too: written to, behind torch's back or not, and exchanged."""
+    engine, plain = (build(vision=vision, device=device, graphs=False, picture_cache=0)[0] for _ in range(2))
+    graphs = engine.model.tower_graphs = captured_blocks(engine, Captures() if device == "cpu" else capture_cuda)
+    inputs = engine.model.tokenize(*tiny.prompts(seed=93, n=2, images=(1,)))
+    towers = [e.model.hf.model.vision_tower for e in (engine, plain)]
+
+    def weight(tower):
+        return next(m for name, m in tower.named_modules() if name.endswith("layers.0.self_attn.v_proj"))
+
+    def prepared():
+        """Twice: the first of them may capture."""
+        got = [engine.model.prepare(inputs)[0].inputs_embeds for _ in range(2)]
+        want = plain.model.prepare(inputs)[0].inputs_embeds
+        for rows in got:
+            same_rows(rows, want)
+        return want
+
+    seen = [prepared()]
+    for change in (
+        lambda m: m.weight.mul_(3.0),
+        lambda m: m.weight.data.mul_(-2.0),
+        lambda m: setattr(m, "weight", torch.nn.Parameter(-m.weight)),
+    ):
+        with torch.no_grad():
+            for tower in towers:
+                change(weight(tower))
+        seen.append(prepared())
+        assert len(graphs._replays) == 1 and not torch.allclose(seen[-1], seen[-2])
+    made = weight(towers[0]).weight
+    assert made.is_leaf and made.requires_grad == weight(towers[1]).weight.requires_grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_merging_runs_in_the_captured_tower(vision, device, monkeypatch):
     """Policies in turn, on the same shapes of pixels; VisionZip reads the tower by hooks and passes by the graphs."""
     engine, plain = (shared.build(vision, device=device, graphs=False)[0] for _ in range(2))
     capture = Captures() if device == "cpu" else capture_cuda
-    engine.model.tower_graphs = TowerGraphs(engine.model.hf.model.vision_tower, capture)
+    engine.model.tower_graphs = captured_blocks(engine, capture)
     texts, images = tiny.prompts(seed=94, n=6, images=(1, 2))
     merging = [ToMe(0.5), ToMe(0.3), compose(ToMe(0.7), FixedExit(1))]
+    calls, quick = [], ops.quick_gelu_
+    monkeypatch.setattr(ops, "quick_gelu_", lambda x: (calls.append(type(engine.policy)), quick(x))[1])
     for policy in 2 * [KeepAll(), *merging, VisionZip(5, 2)]:
         engine.policy = plain.policy = policy
         for batch in (slice(0, 3), slice(3, 6)):
             got, want = (e.prepare(texts[batch], images[batch], chat=False) for e in (engine, plain))
             assert [g.pictures for g in got] == [w.pictures for w in want]
             for g, w in zip(got, want):
-                torch.testing.assert_close(g.inputs_embeds, w.inputs_embeds)
+                same_rows(g.inputs_embeds, w.inputs_embeds)
+    assert (ToMe in calls) == (vision == "clip"), "CLIP's activation takes three launches"
     shapes = {(inside, pixels[0]) for inside, pixels, *_ in engine.model.tower_graphs._replays}
     numbers = {sum(map(len, images[batch])) for batch in (slice(0, 3), slice(3, 6))}
     assert len(numbers) == 2
@@ -880,7 +930,7 @@ def test_nothing_is_captured_in_a_request_after_warming_up(device):
     """What no graph covers (several texts at once, more pictures than were captured) runs plainly, and right."""
     engine, plain, _, captures = with_layer_graphs(device, EXITS["dynamic"], max_len=96)
     runner, counts = engine.runner, []
-    tower = TowerGraphs(engine.model.hf.model.vision_tower, runner.layer_graphs._capture)
+    tower = captured_blocks(engine, runner.layer_graphs._capture)
     engine.model.tower_graphs = tower
     engine.warm_up()
     assert len(runner.graphs._replays) == len(runner.graphs.buckets())
@@ -900,7 +950,7 @@ def test_a_policy_bound_after_warming_up_is_captured_in_the_tower(device):
     """Where it is bound, not in a request; others still find the graphs sealed."""
     engine, plain = (shared.build("clip", device=device, graphs=False, picture_cache=0)[0] for _ in range(2))
     capture = Captures() if device == "cpu" else capture_cuda
-    tower = engine.model.tower_graphs = TowerGraphs(engine.model.hf.model.vision_tower, capture)
+    tower = engine.model.tower_graphs = captured_blocks(engine, capture)
     engine.policy = ToMe(0.7)
     assert not tower._replays, "captured before it was asked to"
     engine.warm_up()
@@ -927,7 +977,7 @@ def test_a_tower_that_cannot_be_captured_runs_plainly():
         raise RuntimeError("operation not permitted when stream is capturing")
 
     want = [r.token_ids for r in engine.generate(texts, images, chat=False)]
-    engine.model.tower_graphs = TowerGraphs(engine.model.hf.model.vision_tower, fails)
+    engine.model.tower_graphs = captured_blocks(engine, fails)
     with pytest.warns(UserWarning, match="without CUDA graphs"):
         assert [r.token_ids for r in engine.generate(texts, images, chat=False)] == want
     assert [r.token_ids for r in engine.generate(texts, images, chat=False)] == want

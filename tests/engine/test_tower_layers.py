@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from dyvte_engine.kernels import ops
 from dyvte_engine.models import tower_layers
 from dyvte_engine.models.linear import packing_fault
 from dyvte_engine.models.tower_attention import KIND, arrange_attention, attention_configs
@@ -76,14 +77,31 @@ def run(made, layers, x):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "quick_gelu", "silu"])
 @pytest.mark.parametrize("make", TOWERS)
-def test_rows_are_transformers(make, act, dtype):
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_are_transformers(pack, make, act, dtype):
     """The error against float64 is at most twice that of transformers' code."""
     made, x = tower(make, dtype, hidden_act=act), pixels(dtype=dtype)
     with torch.no_grad():
         theirs, exact = made(x).last_hidden_state, copy.deepcopy(made).double()(x.double()).last_hidden_state
-    ours, linears = run(made, TowerLayers(made), x)
+    ours, linears = run(made, TowerLayers(made, pack), x)
     assert linears == 3 * 6 and ours.dtype == dtype
     assert (ours.double() - exact).norm() <= 2 * (theirs.double() - exact).norm() + 1e-6 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "quick_gelu"])
+@pytest.mark.parametrize("width", [48, 64])  # heads that FlashAttention does not take, and such that it does
+@pytest.mark.parametrize("make", TOWERS)
+def test_rows_on_cuda_are_transformers(make, width, act, dtype):
+    made = tower(make, dtype, hidden_act=act, hidden_size=width)
+    exact_tower, made, x = copy.deepcopy(made).double(), made.cuda(), pixels(dtype=dtype)
+    with torch.no_grad():
+        exact = exact_tower(x.double()).last_hidden_state
+        theirs = made(x.cuda()).last_hidden_state.cpu()
+    ours, linears = run(made, TowerLayers(made, pack=False), x.cuda())
+    assert linears == 3 * 6 and ours.dtype == dtype
+    assert (ours.cpu().double() - exact).norm() <= 2 * (theirs.double() - exact).norm() + 1e-6 * exact.norm()
 
 
 def test_a_run_leaves_nothing_behind():
@@ -107,9 +125,10 @@ def another_bias(linear):
 
 
 @pytest.mark.parametrize("change", [in_place, another_tensor, another_bias])
-def test_changed_weights_are_read_anew(change):
+@pytest.mark.parametrize("pack", [True, False])
+def test_changed_weights_are_read_anew(pack, change):
     made, x = tower(), pixels()
-    layers = TowerLayers(made)
+    layers = TowerLayers(made, pack)
     before, _ = run(made, layers, x)
     with torch.no_grad():
         change(made.encoder.layers[1].self_attn.v_proj)
@@ -117,6 +136,52 @@ def test_changed_weights_are_read_anew(change):
     after, linears = run(made, layers, x)
     assert linears == 18 and not torch.allclose(before, want, atol=1e-3)
     torch.testing.assert_close(after, want, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_side_by_side_are_the_models_own():
+    """Nothing is held twice, what is written to a weight counts without a look at it, and another engine moves none."""
+    made, x = tower(), pixels()
+    layers = TowerLayers(made, pack=False)
+    before, _ = run(made, layers, x)
+    attention = made.encoder.layers[1].self_attn
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    places = [m.weight.data_ptr() for m in linears]
+    assert len({m.weight.untyped_storage().data_ptr() for m in linears}) == 1
+    assert places == [places[0] + i * linears[0].weight.nbytes for i in range(3)]
+    again, _ = run(made, TowerLayers(made, pack=False), x)
+    assert [m.weight.data_ptr() for m in linears] == places and torch.equal(again, before)
+    with VisionRun(made) as around, torch.no_grad():
+        layers.arrange(around)
+        attention.v_proj.weight.data.mul_(2.0)
+        got = made(x).last_hidden_state
+    want = made(x).last_hidden_state
+    assert not torch.allclose(before, want, atol=1e-3)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    loss = made.train()(x).last_hidden_state.square().sum()
+    loss.backward()
+    assert all(m.weight.grad.count_nonzero() for m in linears)
+
+
+def test_rows_that_somebody_changes_between_blocks_are_normed_anew():
+    """A block hands its rows on together with their norm."""
+    made, x = tower(), pixels()
+    made.encoder.layers[0].register_forward_hook(lambda m, args, out: out.mul_(0.5))
+    with torch.no_grad():
+        want = made(x).last_hidden_state
+    torch.testing.assert_close(run(made, TowerLayers(made), x)[0], want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", TOWERS)
+def test_a_block_has_eight_calls(make, monkeypatch):
+    """Between two blocks there is no norm of its own, and no addition."""
+    made, x = tower(make, hidden_act="quick_gelu"), pixels()
+    layers, seen = TowerLayers(made, pack=False), []
+    for name in ("layer_norm", "add_layer_norm", "quick_gelu_"):
+        plain = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, n=name, f=plain: seen.append(n) or f(*args))
+    assert run(made, layers, x)[1] == 18
+    block = ["add_layer_norm", "quick_gelu_"]
+    assert seen == ["layer_norm", *block, "add_layer_norm", *block, "add_layer_norm", *block]
 
 
 def hooked(made):

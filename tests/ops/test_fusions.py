@@ -1,4 +1,4 @@
-"""rms_norm, add_rms_norm_ and silu_mul."""
+"""rms_norm, add_rms_norm_, silu_mul, layer_norm, add_layer_norm and quick_gelu_."""
 
 import pytest
 import torch
@@ -101,10 +101,35 @@ def test_silu_mul(device: str, dtype: torch.dtype, rows: int, m: int) -> None:
     assert_as_good_as_torch(out, F.silu(gate) * up, F.silu(gate.double()) * up.double())
 
 
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_add_layer_norm(device: str, dtype: torch.dtype, shift: int, rows: int, d: int) -> None:
+    """Rows that are far from zero: their mean is taken out before squares are summed."""
+    x = (torch.randn(rows, d + 16, device=device) + 3).to(dtype)[:, shift:][:, :d]
+    y = torch.randn(rows, d + 8, device=device).to(dtype)[:, :d]
+    weight, bias = (torch.randn(d, device=device).to(dtype) for _ in range(2))
+    total, out = ops.add_layer_norm(x, y, weight, bias, 1e-5)
+    assert torch.equal(total, x + y) and out.is_contiguous()
+    parts = total, (d,), weight, bias
+    exact = F.layer_norm(*(t if isinstance(t, tuple) else t.double() for t in parts), 1e-5)
+    assert_as_good_as_torch(out, F.layer_norm(*parts, 1e-5), exact)
+    assert torch.equal(out, ops.layer_norm(total, weight, bias, 1e-5))
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (5, 83), (3, 7, 64), (5, 4096)])
+def test_quick_gelu(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = (4 * torch.randn(shape, device=device)).to(dtype)
+    exact, own = (t * torch.sigmoid(1.702 * t) for t in (x.double(), x))
+    assert ops.quick_gelu_(x) is x
+    assert_as_good_as_torch(x, own, exact)
+
+
 def test_extreme_values(device: str) -> None:
     x = torch.tensor([[-300.0, -88.0, 0.0, 88.0, 300.0, torch.inf, torch.nan, -5e-39] + [1.0] * 8], device=device)
     out = ops.silu_mul(x)
     torch.testing.assert_close(out, F.silu(x[:, :8]) * x[:, 8:], equal_nan=True)
+    torch.testing.assert_close(ops.quick_gelu_(x.clone()), x * torch.sigmoid(1.702 * x), equal_nan=True)
     big = torch.full((2, 64), 3e4, device=device, dtype=torch.float16)
     torch.testing.assert_close(ops.rms_norm(big, torch.ones_like(big[0]), 1e-5), torch.ones_like(big))
 
@@ -113,7 +138,14 @@ def test_refs_and_opcheck(device: str, dtype: torch.dtype) -> None:
     x, residual, weight = (torch.randn(s, device=device).to(dtype) for s in ((5, 83), (5, 83), (83,)))
     twin, tolerance = residual.clone(), {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
     even = x[:, :82].contiguous()
-    checks = [("rms_norm", (x, weight, 1e-5)), ("add_rms_norm_", (residual, x, weight, 1e-5)), ("silu_mul", (even,))]
+    checks = [
+        ("rms_norm", (x, weight, 1e-5)),
+        ("add_rms_norm_", (residual, x, weight, 1e-5)),
+        ("silu_mul", (even,)),
+        ("layer_norm", (x, weight, weight, 1e-5)),
+        ("add_layer_norm", (residual, x, weight, weight, 1e-5)),
+        ("quick_gelu_", (x.clone(),)),
+    ]
     for name, args in checks:
         torch.library.opcheck(getattr(torch.ops.dyvte, name).default, args, test_utils=OPCHECK)
     torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), ops.rms_norm_ref(x, weight, 1e-5), **tolerance)
@@ -122,6 +154,10 @@ def test_refs_and_opcheck(device: str, dtype: torch.dtype) -> None:
     )
     assert torch.equal(residual, twin)
     torch.testing.assert_close(ops.silu_mul(even), ops.silu_mul_ref(even), **tolerance)
+    norm = weight, weight, 1e-5
+    torch.testing.assert_close(ops.layer_norm(x, *norm), ops.layer_norm_ref(x, *norm), **tolerance)
+    torch.testing.assert_close(ops.add_layer_norm(x, twin, *norm), ops.add_layer_norm_ref(x, twin, *norm), **tolerance)
+    torch.testing.assert_close(ops.quick_gelu_(x.clone()), ops.quick_gelu_ref(x.clone()), **tolerance)
 
 
 def test_errors(device: str) -> None:
@@ -139,4 +175,12 @@ def test_errors(device: str) -> None:
     check_errors(
         ops.add_rms_norm_, good | {"residual": x.clone()}, [("residual", x[1:].clone(), ""), ("residual", x.half(), "")]
     )
+    bad += [("x", x[0], ""), ("bias", weight[1:], ""), ("bias", x, ""), ("bias", weight.half(), "")]
+    check_errors(ops.layer_norm, good | {"bias": weight}, bad)
+    check_errors(
+        ops.add_layer_norm,
+        good | {"y": x, "bias": weight},
+        [*bad, ("y", x[1:], ""), ("y", x.half(), ""), ("y", x.t(), "")],
+    )
+    check_errors(ops.quick_gelu_, {}, [("x", x.t(), ""), ("x", x.double(), "")])
     check_errors(ops.silu_mul, {}, [("gate_up", x[0], ""), ("gate_up", x[:, :63], ""), ("gate_up", x.t(), "")])

@@ -18,6 +18,12 @@ from . import (
     test_token_score,
 )
 
+
+def norms(dtype: torch.dtype, rows: int, d: int) -> dict:
+    x, y, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, d), (rows, d), (d,), (d,)))
+    return {"x": x, "y": y, "weight": weight, "bias": bias, "eps": 1e-5}
+
+
 CASES = {
     "exit_head": (ops.exit_head, lambda t: test_exit_head.make("cpu", t, 83, 33, 15)),
     "exit_head-wide": (ops.exit_head, lambda t: test_exit_head.make("cpu", t, 264, 33, 12, batch=9)),
@@ -28,6 +34,13 @@ CASES = {
         ops.token_score,
         lambda t: test_token_score.make("cpu", t, [1, 0, 40, 3], [769, 9, 67, 1], (6, 2), 83),
     ),
+    "token_score-row": (
+        ops.token_score,
+        lambda t: test_token_score.make("cpu", t, [1, 0, 2, 1], [769, 9, 67, 1], (6, 2), 64),
+    ),
+    "add_layer_norm": (ops.add_layer_norm, lambda t: norms(t, 5, 1160)),
+    "add_layer_norm-odd": (ops.add_layer_norm, lambda t: norms(t, 3, 83)),
+    "quick_gelu": (ops.quick_gelu_, lambda t: {"x": torch.randn(7, 83).to(t)}),
     "decode_attention": (
         ops.decode_attention,
         lambda t: test_decode_attention.make("cpu", t, [0, 83, 769], (7, 1), 128, 16),
