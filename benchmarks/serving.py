@@ -442,7 +442,7 @@ def tables(data: Data) -> list[Sheet]:
     if not data["equal_memory"]:  # a run that was stopped
         return sheets
     rows = [[*_row(c), _at_once(c, "admitted"), _at_once(c, "decoding"), _memory(c)] for c in data["equal_memory"]]
-    note = "admitted: from its turn to its last token; a request's turn comes when the pool can promise all it may need"
+    note = "admitted: from its turn to its last token; a request's turn comes when the pool can promise what it needs"
     title = f"{data['equal_memory'][0]['load']} within {args['kv_memory']} MiB of K/V: {where}"
     return [*sheets, Sheet(title, [*columns, "admitted", "decoding", "K/V MiB, mean (most)"], rows, note)]
 
