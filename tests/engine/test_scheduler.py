@@ -221,6 +221,31 @@ def test_async_iteration():
     assert asyncio.run(all_of(chosen)) == [answer(spec) for spec in chosen]
 
 
+def test_all_who_wait_in_one_loop_are_woken_by_one_call_into_it(monkeypatch):
+    """Each is a system call, and there is a token for everybody in every step."""
+    engine, _ = build(page_size=4, max_batch=4)
+    handles = queue(engine, *((i, "fixed", "greedy", 0, 3) for i in range(4)))
+    calls = []
+
+    async def read(handle):
+        return [chunk.text async for chunk in handle]
+
+    async def all_of():
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: calls.append(1) or call(*args), raising=False)
+        tasks = [asyncio.create_task(read(handle)) for handle in handles]
+        while not all(handle.done for handle in handles):
+            await asyncio.sleep(0.001)
+            calls.clear()
+            engine._scheduler.step()
+            engine._worker.notify()
+            assert len(calls) <= 1
+        return ["".join(await task) for task in tasks]
+
+    assert asyncio.run(all_of()) == [handle.result().text for handle in handles]
+
+
 def test_a_stream_that_is_left_frees_everything():
     engine, _ = engines()
     for chunk in engine.stream(TEXTS[:4], IMAGES[:4], chat=False, max_new_tokens=20):
