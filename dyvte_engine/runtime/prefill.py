@@ -119,6 +119,11 @@ class Prefill:
             self._run_layer()
         return used
 
+    @property
+    def awaits_decision(self) -> bool:
+        """Whether rows may leave before the next layer attends; `move_out` reads what was decided."""
+        return self._pending is not None
+
     def most_rows(self) -> list[list[int]]:
         """[B][L], rows of each prompt that the layers have or will have at most; nothing where prefixes are shared."""
         if self._known is not None:

@@ -180,6 +180,9 @@ class _Group:
         needs = {b: min(n, self.worst[s]) for b, (s, n) in enumerate(zip(self.sequences, least, strict=True))}
         more = {b: n for b, n in needs.items() if b not in self.errors and n > cache.claims[b]}
         self.waits = sum(n - cache.claims[b] for b, n in more.items()) > pool.claimable
+        if self.waits and prefill.awaits_decision:  # with which it may need less
+            prefill.move_out()
+            return self._promised(prefill)
         if not self.waits:
             for b, n in more.items():
                 cache.claim(b, n)

@@ -58,6 +58,14 @@ class Late(KeepAll):
         return [state.rows.source[:0]] * len(state.rows.n_visual)
 
 
+@dataclass(frozen=True)
+class Awaited(Late):
+    """The same, said when the next layer has begun, as where a decision is on its way from a device."""
+
+    def decide(self, state):
+        return lambda: super(Awaited, self).decide(state)
+
+
 POLICIES = {
     "none": None,
     "keep-all": KeepAll(),
@@ -69,6 +77,7 @@ POLICIES = {
     "random": Random(0, 0.5),
     "pyramid": PyramidDrop(),
     "late": Late(),
+    "awaited": Awaited(),
 }
 SAMPLING = {
     "greedy": {},
@@ -141,7 +150,7 @@ def sharing():
 
 overlapping = st.tuples(
     st.integers(0, len(TEXTS) - 1),
-    st.sampled_from(["dynamic", "fastv+dynamic", "late", "keep-all"]),
+    st.sampled_from(["dynamic", "fastv+dynamic", "awaited", "keep-all"]),
     st.just("greedy"),
     st.just(0),
     st.sampled_from([9, 24]),
@@ -766,10 +775,11 @@ def waiting_group(share, policy, others=0):
     return engine, first, rest
 
 
+@pytest.mark.parametrize("policy", [Late(), Awaited()])
 @pytest.mark.parametrize(("share", "earlier"), [(1.0, False), (0.5, True)])
-def test_what_is_usual_admits_earlier(share, earlier):
+def test_what_is_usual_admits_earlier(share, earlier, policy):
     """Half of the layers will not have the picture, but that is not known before."""
-    engine, first, (second,) = waiting_group(share, Late())
+    engine, first, (second,) = waiting_group(share, policy)
     assert engine._scheduler.counts["waiting"] == 1 - earlier
     assert told(second.result()) == answer((PICTURE, "late", "greedy", 0, 3)) and first.done != earlier
     assert first.result().stats.new_tokens == 24
