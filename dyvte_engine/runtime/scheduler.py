@@ -57,7 +57,7 @@ class _Group:
     errors: of those that fell out between the layers, by their place; cancelled ones too.
     """
 
-    def __init__(self, runner: Runner, sequences: list[Sequence], prefixes: list[Prefix | None], share: float):
+    def __init__(self, runner: Runner, sequences: list[Sequence], prefixes: list[Prefix | None], share: float = 1.0):
         self._runner, self.sequences, self._prefixes, self._share = runner, sequences, prefixes, share
         self.worst: dict[Sequence, int] = {}  # pages
         self._tight = self.waits = False
