@@ -203,7 +203,7 @@ gpu-prebuild: $(VENV)/.torch ## on a machine without a GPU: libraries for one wi
 	$(NATIVE_ENV) $(PY) tools/gpu.py prebuild --arch '$(GPU_ARCH)' --module-python '$(GPU_PYTHON)'
 
 gpu-rehearsal: build ## every part of gpu-check and gpu-bench on the CPU, with tiny models
-	$(PY) tools/gpu.py run --dry a b c d e f g
+	$(PY) tools/gpu.py run --dry a b c d e f g s
 
 clean: ## remove everything built; distclean also removes the virtual environment
 	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info dyvte_engine/*.so $(VENV)/.built $(VENV)/.docs

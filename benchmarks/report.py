@@ -47,11 +47,17 @@ def finish(
             table.add_row(*row)
         console.print(table)
     console.print(limits_line(data))
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.json"
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    path = write(data, out, name)
     save_figure(figure(data), out / f"{name}.png")
     print(path)
+
+
+def write(data: Data, out: Path, name: str) -> Path:
+    """The record `<out>/<name>.json`, whole at any moment."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, new = out / f"{name}.json", out / f"{name}.json.new"
+    new.write_text(json.dumps(data, indent=1) + "\n")
+    return new.replace(path)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -2,11 +2,11 @@
 
 Closed loop: so many clients, each sends a request when its last one is answered. Open loop: requests arrive at a rate,
 whatever becomes of the others. Prompts with and without a picture, answers of mixed length. Engines run in processes of
-their own, in turn, on the same requests: this one under several policies, the release before it had requests
-(`--release`, a checkout of it with its libraries; batches run to their longest answer), transformers' generate in such
-batches, and in continuous batches OpenVINO GenAI and llama.cpp's server, which are made on the first call in
-`build/versus` (they need a package index, llama.cpp a C++ compiler and half an hour of one core).
-`python -m benchmarks.serving --help`.
+their own, in turn, on the same requests: this one under several policies and in static batches, which run to their
+longest answer; the release before it had requests, which knew no other ones (`--release`, a checkout of it with its
+libraries); transformers' generate in such batches; and on a CPU in continuous batches OpenVINO GenAI and llama.cpp's
+server, which are made on the first call in `build/versus` (they need a package index, llama.cpp a C++ compiler and half
+an hour of one core). The record is written anew after every run. `python -m benchmarks.serving --help`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,52 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
 from benchmarks import versus, workload
 from benchmarks.common import Data, header, options, paired_ratio, rounds_within, spread
-from benchmarks.report import COLORS, Sheet, finish, new_figure, percent, scaled
+from benchmarks.report import COLORS, Sheet, finish, new_figure, percent, scaled, write
 from benchmarks.versus import ROOT, Side, Unavailable, Worker
 from dyvte_engine import NANO_HEADS
 from dyvte_engine.assets import resolve_model
 from dyvte_engine.models.presets import PRESETS, preset
 
 BASE = "KeepAll"
-COMPARED = ("release", "transformers", "openvino", "llama.cpp")
-RELEASE, TRANSFORMERS = "last release, static batches", "transformers, static batches"
+COMPARED = ("static", "release", "transformers", "openvino", "llama.cpp")
+STATIC, RELEASE = "this engine, static batches", "last release, static batches"
+TRANSFORMERS = "transformers, static batches"
 OPENVINO, LLAMA = "OpenVINO GenAI, continuous batching", "llama.cpp's server"
 PERCENTILES = (50, 95, 99)
+WARM_UP_TOKENS = 8  # on a GPU, whose graphs are captured before; a CPU makes its tapes while it answers
+DEFAULTS: dict[str, Data] = {
+    "cpu": {
+        "clients": [1, 2, 4, 8, 16, 32],
+        "rates": [],
+        "requests": 32,
+        "new_tokens": [4, 48],
+        "kv_memory": 12,
+        "engines": ["release", "transformers", "openvino", "llama.cpp"],
+        "seconds": 60.0,
+        "least": 3,
+    },
+    "cuda": {  # of 7e9 weights: two minutes and a half
+        "clients": [1, 8, 16, 32],
+        "rates": [16.0],
+        "requests": 8,
+        "new_tokens": [4, 128],
+        "kv_memory": 4096,
+        "engines": ["static", "transformers"],
+        "transformers_clients": [8],
+        "seconds": 0.0,
+        "least": 1,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -54,18 +80,19 @@ class Load:
         return f"{self.clients} clients" if self.rate is None else f"{self.rate:g}/s"
 
     def requests(self, least: int) -> int:
-        """At least three for each client, so that most of a run has all of them at work."""
-        return max(least, 3 * (self.clients or 0))
+        """At least three for each client, so that most of a run has all of them at work; or two seconds of arrivals."""
+        return max(least, 3 * (self.clients or 0), round(2 * (self.rate or 0)))
 
 
 def policies(model: str) -> dict[str, str]:
-    """What this engine is run with, in the notation of policies; exits by nano's heads, else at half depth."""
+    """What this engine is run with, as the worker reads it; exits by nano's heads, else forced as `workload` does."""
     if model == "nano":
         dynamic = f"dynamic:{NANO_HEADS}"
         return {BASE: "keep-all", "VTW (5)": "fixed:5", "DyVTE": dynamic, "DyVTE+FastV": f"fastv:2,0.5+{dynamic}"}
     config = preset(model) if model in PRESETS else AutoConfig.from_pretrained(resolve_model(model))
     half = config.get_text_config().num_hidden_layers // 2 - 1
-    return {BASE: "keep-all", f"VTW ({half})": f"fixed:{half}", f"VTW ({half})+FastV": f"fastv:2,0.5+fixed:{half}"}
+    forced = f"forced:{workload.PAPER_EXITS.get(model, half)}"
+    return {BASE: "keep-all", "DyVTE": forced, "DyVTE+FastV": f"fastv:2,0.5+{forced}"}
 
 
 def trace(questions: Sequence[Data], n: int, seed: int, args: argparse.Namespace, rate: float | None) -> list[Data]:
@@ -186,18 +213,45 @@ def free_port() -> int:
 
 def settings(args: argparse.Namespace) -> Data:
     """What every engine is made with."""
-    return {"slots": args.slots, "dtype": args.dtype, "max_len": args.max_len}
+    random_weights = args.model in PRESETS
+    return {"slots": args.slots, "dtype": args.dtype, "max_len": args.max_len, "random": random_weights}
 
 
-def others(args: argparse.Namespace) -> tuple[dict[str, Side], dict[str, str]]:
+@dataclass(frozen=True)
+class Compared:
+    """A side, and what its worker is asked along with every trace; `only`: in the closed loops of so many clients."""
+
+    side: Side
+    run: Data = field(default_factory=dict)
+    only: Sequence[int] | None = None
+
+
+def ours(args: argparse.Namespace) -> dict[str, Compared]:
+    """This engine, in one process: under its policies, in static batches, with other bounds of its waits."""
+    made = settings(args) | {"device": args.device}
+    side = Side(Path(sys.executable), "dyvte", args.model, json.dumps(made), ROOT)
+    found = {name: Compared(side, {"policy": policy}) for name, policy in policies(args.model).items()}
+    if "static" in args.engines:
+        found[STATIC] = Compared(side, {"policy": "keep-all", "static": True})
+    for stall in args.max_stall:
+        run = {"policy": "keep-all", "max_stall": stall}
+        found[f"{BASE}, max_stall {stall}"] = Compared(side, run, only=[max(args.clients)])
+    return found
+
+
+def others(args: argparse.Namespace) -> tuple[dict[str, Compared], dict[str, str]]:
     """The engines compared with, and why the others cannot be had."""
     here, shared = Path(sys.executable), settings(args)
-    folder = Path(resolve_model(args.model))
+    folder = Path(args.model if args.model in PRESETS else resolve_model(args.model))
 
     def release() -> Side:
         if args.release is None:
             raise Unavailable("--release is not given")
         return Side(here, "release", folder, json.dumps(shared | {"policy": "keep-all"}), args.release.resolve())
+
+    def transformers() -> Side:
+        source = ROOT if args.model in PRESETS else None  # which has the sizes
+        return Side(here, "transformers", folder, json.dumps(shared | {"device": args.device}), source)
 
     def openvino() -> Side:
         side = next(iter(versus.openvino(folder, args.build).values()))
@@ -210,44 +264,91 @@ def others(args: argparse.Namespace) -> tuple[dict[str, Side], dict[str, str]]:
 
     makers: dict[str, tuple[str, Callable[[], Side]]] = {
         "release": (RELEASE, release),
-        "transformers": (TRANSFORMERS, lambda: Side(here, "transformers", folder, json.dumps(shared))),
+        "transformers": (TRANSFORMERS, transformers),
         "openvino": (OPENVINO, openvino),
         "llama.cpp": (LLAMA, llama),
     }
     found, missing = {}, {}
-    for key in args.engines:
+    for key in (key for key in args.engines if key in makers):
         name, make = makers[key]
+        only = args.transformers_clients if key == "transformers" else None
         try:
-            found[name] = make()
+            if key != "transformers" and (args.device != "cpu" or args.model in PRESETS):
+                raise Unavailable("compared on a CPU, with a checkpoint")
+            if only is not None and not set(only) & set(args.clients):
+                raise Unavailable("none of its loads is measured")
+            found[name] = Compared(make(), only=only)
         except Unavailable as e:
             missing[name] = str(e)
     return found, missing
 
 
-@dataclass(frozen=True)
-class Runner:
-    """Sends traces to workers; the name of what is compared -> its worker and policy."""
+@dataclass
+class Workers:
+    """A process for each side, started and warm when it is first asked."""
 
-    compared: dict[str, tuple[Worker, str]]
+    threads: int
+    logs: Path
+    warm_up: Data
+    running: dict[Side, Worker] = field(default_factory=dict)
+
+    def ask(self, side: Side, request: Data) -> Data:
+        """Raises Unavailable where it cannot run, or ends."""
+        if side not in self.running:
+            worker = Worker(side, self.threads, self.logs / f"{len(self.running)}.log", "serving_worker")
+            self.running[side] = worker
+            worker.ask(self.warm_up)
+        return self.running[side].ask(request)
+
+    def close(self) -> None:
+        for worker in self.running.values():
+            worker.close()
+
+
+@dataclass
+class Runner:
+    """Sends traces to the workers of what is compared; `missing`: why some of it is not measured."""
+
+    compared: dict[str, Compared]
     questions: Sequence[Data]
     args: argparse.Namespace
+    workers: Workers
+    missing: dict[str, str]
     limited: bool = False  # to `--kv-memory`
+    runs: dict[tuple[Load, str], list[Run]] = field(default_factory=dict)
 
     def run(self, name: str, load: Load, seed: int) -> Run:
         jobs = trace(self.questions, load.requests(self.args.requests), seed, self.args, load.rate)
-        worker, policy = self.compared[name]
-        found = worker.ask({"jobs": jobs, "clients": load.clients, "policy": policy, "limited": self.limited})
-        return Run(found, sum(job["new_tokens"] for job in jobs))
+        compared = self.compared[name]
+        limit = self.args.kv_memory << 20 if self.limited else None
+        asked = {"jobs": jobs, "clients": load.clients, "kv_memory": limit, **compared.run}
+        return Run(self.workers.ask(compared.side, asked), sum(job["new_tokens"] for job in jobs))
 
-    def rounds(self, loads: Sequence[Load], names: Sequence[str]) -> list[Data]:
-        """Everything once a round, in turn, on the same requests; others in the next one."""
-        runs: dict[tuple[Load, str], list[Run]] = {(load, name): [] for load in loads for name in names}
-        for seed in rounds_within(self.args.seconds, self.args.least):
-            for load, name in runs:
-                runs[load, name].append(self.run(name, load, seed))
+    def rounds(
+        self, seeds: Iterable[int], loads: Sequence[Load], names: Sequence[str], done: Callable[[], object]
+    ) -> None:
+        """Everything once a round, in turn, on the same requests; others in the next one. `done` after every run."""
+        for seed in seeds:
+            for load in loads:
+                for name in names:
+                    only = self.compared[name].only
+                    if name in self.missing or (only is not None and load.clients not in only):
+                        continue
+                    try:
+                        found = self.run(name, load, seed)
+                    except Unavailable as e:
+                        if name == BASE:
+                            raise
+                        self.missing[name] = str(e)
+                        continue
+                    self.runs.setdefault((load, name), []).append(found)
+                    done()
+
+    def cases(self) -> list[Data]:
+        """Figures of what has run so far; the base runs first in every round."""
         return [
-            {"engine": name, "load": load.name, **vars(load), **figures(found, runs[load, names[0]])}
-            for (load, name), found in runs.items()
+            {"engine": name, "load": load.name, **vars(load), **figures(found, self.runs[load, BASE][: len(found)])}
+            for (load, name), found in self.runs.items()
         ]
 
 
@@ -260,38 +361,34 @@ def _questions(args: argparse.Namespace, folder: Path) -> list[Data]:
     return out
 
 
+def _warm_up(questions: Sequence[Data], args: argparse.Namespace) -> Data:
+    low, high = args.new_tokens
+    short = argparse.Namespace(pictures=args.pictures, new_tokens=[min(low, WARM_UP_TOKENS), min(high, WARM_UP_TOKENS)])
+    jobs = trace(questions, args.slots, -1, args if args.device == "cpu" else short, None)
+    return {"jobs": jobs, "clients": args.slots, "policy": "keep-all"}
+
+
 def measure(args: argparse.Namespace, argv: Sequence[str] | None) -> Data:
     data = header("serving", args, argv)
-    sides, missing = others(args) if args.model not in PRESETS else ({}, {})
-    compared: dict[str, tuple[Worker, str]] = {}
-    workers: list[Worker] = []
+    found, missing = others(args)
+    compared = ours(args) | found
     with tempfile.TemporaryDirectory() as folder:
         questions = _questions(args, Path(folder))
+        workers = Workers(data["machine"]["threads"], Path(folder), _warm_up(questions, args))
+        whole, limited = (Runner(compared, questions, args, workers, missing, limit) for limit in (False, True))
 
-        def start(side: Side) -> Worker:
-            log = Path(folder) / f"{len(workers)}.log"
-            workers.append(Worker(side, data["machine"]["threads"], log, "serving_worker"))
-            jobs = trace(questions, args.slots, -1, args, None)
-            workers[-1].ask({"jobs": jobs, "clients": args.slots, "policy": "keep-all", "limited": False})
-            return workers[-1]
+        def done() -> None:
+            data.update(cases=whole.cases(), equal_memory=limited.cases(), missing=missing)
+            write(data, args.out, args.name)
 
-        memory = {"kv_memory": args.kv_memory << 20}
-        worker = start(Side(Path(sys.executable), "dyvte", args.model, json.dumps(settings(args) | memory), ROOT))
-        ours = {name: (worker, policy) for name, policy in policies(args.model).items()}
-        compared |= ours
-        for name, side in sides.items():
-            try:
-                compared[name] = start(side), ""
-            except Unavailable as e:
-                missing[name] = str(e)
-        runner = Runner(compared, questions, args)
         loads = [*(Load(clients=n) for n in args.clients), *(Load(rate=r) for r in args.rates)]
-        data["cases"] = runner.rounds(loads, list(compared))
-        limited = Runner(ours, questions, args, limited=True)
-        data["equal_memory"] = limited.rounds([Load(clients=args.slots)], list(ours))
-        for worker in workers:
-            worker.close()
-    data["missing"] = missing
+        always = [name for name, c in compared.items() if c.only is None]
+        whole.rounds(rounds_within(args.seconds, args.least), loads, always, done)
+        within = rounds_within(args.seconds, args.least)
+        limited.rounds(within, [Load(clients=args.slots)], list(policies(args.model)), done)
+        rest = [name for name in compared if name not in always]
+        whole.rounds(range(args.least), loads, rest, done)  # slow ones last: a run that is stopped has the others
+        workers.close()
     return data
 
 
@@ -336,13 +433,16 @@ def tables(data: Data) -> list[Sheet]:
     for load in dict.fromkeys(c["load"] for c in data["cases"]):
         cases = [c for c in data["cases"] if c["load"] == load]
         rows = [[*_row(c), _at_once(c, "decoding"), _memory(c)] for c in cases]
-        rows += [[name, f"not measured: {why}", *[""] * 7] for name, why in data["missing"].items()]
+        here = {c["engine"] for c in cases}
+        rows += [[name, f"not measured: {why}", *[""] * 7] for name, why in data["missing"].items() if name not in here]
         kind = "closed loop" if cases[0]["rate"] is None else "open loop, Poisson arrivals"
         note = f"{cases[0]['requests']} requests a round; {about}"
         columns_here = [*columns, "decoding", "K/V MiB, mean (most)"]
         sheets.append(Sheet(f"{load}, {kind}: {where}", columns_here, rows, note))
+    if not data["equal_memory"]:  # a run that was stopped
+        return sheets
     rows = [[*_row(c), _at_once(c, "admitted"), _at_once(c, "decoding"), _memory(c)] for c in data["equal_memory"]]
-    note = "admitted: from its turn to its last token; a request's turn comes when the pool can promise all it may need"
+    note = "admitted: from its turn to its last token; a request's turn comes when the pool can promise what it needs"
     title = f"{data['equal_memory'][0]['load']} within {args['kv_memory']} MiB of K/V: {where}"
     return [*sheets, Sheet(title, [*columns, "admitted", "decoding", "K/V MiB, mean (most)"], rows, note)]
 
@@ -370,28 +470,42 @@ def figure(data: Data) -> Figure:
     return fig
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
+    """What is None by default is then as `DEFAULTS` say for the device."""
     parser = options(__doc__, "serving")
     parser.set_defaults(device="cpu")
-    parser.add_argument(
-        "--model", default="nano", help="nano, a checkpoint, or a preset (random weights; this engine alone)"
-    )
-    parser.add_argument("--clients", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32], help="of the closed loops")
-    parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests a second, of the open loops")
-    parser.add_argument("--requests", type=int, default=32, help="of a run, at least; and three for each client")
+    parser.add_argument("--model", default="nano", help="nano, a checkpoint, or a preset (random weights)")
+    parser.add_argument("--clients", type=int, nargs="*", help="of the closed loops")
+    parser.add_argument("--rates", type=float, nargs="*", help="requests a second, of the open loops")
+    parser.add_argument("--requests", type=int, help="of a run, at least; and three for each client")
     parser.add_argument("--pictures", type=float, default=0.75, help="share of the prompts that have one")
-    parser.add_argument("--new-tokens", type=int, nargs=2, default=[4, 48], help="shortest and longest answer")
+    parser.add_argument("--new-tokens", type=int, nargs=2, help="shortest and longest answer")
     parser.add_argument("--slots", type=int, default=32, help="requests decoded at once, in every engine")
-    parser.add_argument("--max-len", type=int, default=256, help="prompt and answer tokens of a request, at most")
-    parser.add_argument("--kv-memory", type=int, default=12, help="MiB of K/V where memory is what limits")
-    parser.add_argument("--engines", nargs="*", default=COMPARED, choices=COMPARED, help="to compare with")
+    parser.add_argument("--max-len", type=int, help="prompt and answer tokens of a request, at most")
+    parser.add_argument("--kv-memory", type=int, help="MiB of K/V where memory is what limits")
+    parser.add_argument("--engines", nargs="*", choices=COMPARED, help="to compare with")
+    parser.add_argument(
+        "--transformers-clients", type=int, nargs="*", help="compare transformers at the end, in these closed loops"
+    )
+    parser.add_argument(
+        "--max-stall", type=int, nargs="*", default=[], help=f"{BASE} with these too, in the largest closed loop"
+    )
     parser.add_argument("--release", type=Path, help="checkout of the last release that ran static batches")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for the rounds, and again at equal memory")
-    parser.add_argument("--least", type=int, default=3, help="rounds, however long they take")
+    parser.add_argument("--seconds", type=float, help="for the rounds, and again at equal memory")
+    parser.add_argument("--least", type=int, help="rounds, however long they take")
     parser.add_argument("--build", type=Path, default=ROOT / "build/versus")
-    args = parser.parse_args(argv)
-    if args.device != "cpu":
-        parser.error("all engines run on the CPU: --device is not for here")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    defaults = DEFAULTS[torch.device(args.device).type]
+    if args.max_len is None:
+        rows = preset(args.model).image_seq_length + 128 if args.model in PRESETS else 208
+        args.max_len = rows + (args.new_tokens or defaults["new_tokens"])[1]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     finish(measure(args, argv), args.out, args.name, tables, figure)
 
 

@@ -6,7 +6,6 @@ engine asked for, so it imports nothing of this project but in the engine "dyvte
 
 import asyncio
 import base64
-import dataclasses
 import io
 import json
 import os
@@ -69,25 +68,44 @@ def chat(job):
 
 
 class Dyvte:
-    """This project; a run names its policy, and whether it has the whole K/V pool or `kv_memory` bytes."""
+    """This project. A run names its policy, and may limit the K/V to `kv_memory` bytes or ask for static batches."""
 
     def __init__(self, folder, options):
         import dyvte_engine
-        from dyvte_engine.models.presets import PRESETS
 
         self.request, self.options = dyvte_engine.Request, {"do_sample": False, "eos_token_id": []}
-        make = dyvte_engine.Engine.from_config if folder in PRESETS else dyvte_engine.Engine.from_pretrained
-        settings = {key: options[key] for key in ("dtype", "max_len")}
+        make = dyvte_engine.Engine.from_config if options["random"] else dyvte_engine.Engine.from_pretrained
+        settings = {key: options[key] for key in ("device", "dtype", "max_len")}
         settings |= dict(picture_cache=0, prefix_cache=0)  # rounds repeat their pictures
-        whole = make(folder, device="cpu", max_batch=options["slots"], **settings)
-        config = dataclasses.replace(whole.config, kv_memory=options["kv_memory"])
-        self.engines = {False: whole, True: dyvte_engine.Engine(whole.model, config)}
+        self.engine = make(folder, max_batch=options["slots"], **settings)
+        self.batches, self.policies = Lists(self.engine, options["slots"]), {}
+        self.taken = self.engine.runner.cache(1, 1)  # what a limit leaves of the pool
 
     def begin(self, run):
-        self.engine, self.held = self.engines[run["limited"]], []
-        self.policy = self.engine.bind(run["policy"])
+        pool, limit, config = self.engine.pool, run.get("kv_memory"), self.engine.config
+        self.taken.claim(0, 0 if limit is None else max(0, pool.n_pages - limit // pool.page_bytes))
+        self.engine._scheduler._max_stall = run.get("max_stall") or config.max_stall
+        self.static, self.held, self.policy = run.get("static", False), [], self.bound(run["policy"])
+
+    def bound(self, notation):
+        """The policy, bound; "forced:N" in it is the paper's exit heads with weights that say to leave after N."""
+        if notation not in self.policies:
+            before, plus, last = notation.rpartition("+")
+            policy = notation
+            if plus:
+                from dyvte_engine.policies import compose, parse
+
+                policy = compose(parse(before), self.bound(last))
+            elif notation.startswith("forced:"):
+                from benchmarks.workload import forced_exit
+
+                policy = forced_exit(self.engine, int(notation.removeprefix("forced:")))
+            self.policies[notation] = self.engine.bind(policy)
+        return self.policies[notation]
 
     async def answer(self, job):
+        if self.static:
+            return await self.batches.answer(job)
         asked = {**self.options, "max_new_tokens": job.new_tokens}
         request = self.request(job.text, job.picture, policy=self.policy, options=asked)
         handle = await asyncio.to_thread(self.engine.submit, request)
@@ -101,7 +119,7 @@ class Dyvte:
         return "".join(job.said)
 
     def about(self, start):
-        return {"held": [(at - start, held) for at, held in self.held], "pool": self.engine.pool.n_pages}
+        return {} if self.static else {"held": [(at - start, held) for at, held in self.held]}
 
 
 class Batches:
@@ -140,19 +158,12 @@ class Batches:
                     tell()
 
 
-class Release(Batches):
-    """This project before it had requests: its `stream` of a list of prompts."""
+class Lists(Batches):
+    """This project's `stream` of a list of prompts."""
 
-    def __init__(self, folder, options):
-        from dyvte_engine import Engine
-        from dyvte_engine.policies import parse
-
-        settings = {key: options[key] for key in ("dtype", "max_len")}
-        policy = parse(options["policy"])
-        self.engine = Engine.from_pretrained(
-            folder, device="cpu", policy=policy, max_batch=options["slots"], **settings
-        )
-        super().__init__(options["slots"])
+    def __init__(self, engine, slots):
+        self.engine = engine
+        super().__init__(slots)
 
     def batch(self, jobs, tells):
         settings = {"max_new_tokens": max(job.new_tokens for job in jobs), "do_sample": False, "eos_token_id": []}
@@ -162,6 +173,19 @@ class Release(Batches):
     text = Dyvte.text
 
 
+class Release(Lists):
+    """This project before it had requests."""
+
+    def __init__(self, folder, options):
+        from dyvte_engine import Engine
+        from dyvte_engine.policies import parse
+
+        settings = {key: options[key] for key in ("dtype", "max_len")}
+        policy = parse(options["policy"])
+        engine = Engine.from_pretrained(folder, device="cpu", policy=policy, max_batch=options["slots"], **settings)
+        super().__init__(engine, options["slots"])
+
+
 class Transformers(Batches):
     """`generate` with SDPA attention, left padding and its dynamic cache."""
 
@@ -169,10 +193,18 @@ class Transformers(Batches):
         import torch
         import transformers
 
-        cls = transformers.AutoModelForImageTextToText
-        dtype = getattr(torch, options["dtype"])
-        self.model = cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-        self.processor = transformers.AutoProcessor.from_pretrained(folder)
+        device, dtype = torch.device(options["device"]), getattr(torch, options["dtype"])
+        if options["random"]:
+            from dyvte_engine.models.presets import preset
+            from dyvte_engine.models.random_model import byte_processor, random_model
+
+            config = preset(folder)
+            self.model, self.processor = random_model(config, 0, dtype, device), byte_processor(config)
+            self.model.set_attn_implementation("sdpa")
+        else:
+            cls = transformers.AutoModelForImageTextToText
+            model = cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+            self.model, self.processor = model.eval().to(device), transformers.AutoProcessor.from_pretrained(folder)
         super().__init__(options["slots"])
 
     def batch(self, jobs, tells):
@@ -182,7 +214,7 @@ class Transformers(Batches):
         inputs = self.processor(text=prompts, images=pictures or None, **settings)
         never = self.model.config.get_text_config().vocab_size
         self.model.generate(
-            **inputs.to(self.model.dtype),
+            **inputs.to(self.model.device, self.model.dtype),
             max_new_tokens=max(job.new_tokens for job in jobs),
             do_sample=False,
             eos_token_id=never,

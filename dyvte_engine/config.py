@@ -93,7 +93,7 @@ class EngineOptions(TypedDict, total=False):
         warm_up: capture all CUDA graphs now, some seconds, with a progress bar; else each at its first use, which
             the request that needs it waits for. A tape takes one step more at its first use.
         kv_memory: bytes of the K/V pool; default: what `max_batch` sequences of `max_len` tokens need, and
-            `prefix_cache`. With less, requests wait until it can promise them all they may need.
+            `prefix_cache`. With less, requests wait until it can promise them what they need.
         max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens, at
             least one layer. A block of the vision tower counts by its share of a layer's weights where a tower can stop
             between blocks (CPU, packed weights, CLIP and SigLIP); elsewhere it runs as a whole. 0 is 1024 on a CPU,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -227,11 +226,6 @@ class Handle:
         return self.result()
 
     async def _until(self, ready: Callable[[], bool]) -> None:
-        loop, came = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            with suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(came.set)
-
-        with self._worker.waking(ready, wake):
+        came = asyncio.Event()
+        with self._worker.waking(ready, came.set, asyncio.get_running_loop()):
             await came.wait()

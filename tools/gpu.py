@@ -100,6 +100,13 @@ def capacity(model: str, options: str = "") -> Step:
     return bench("capacity", model, options, small)
 
 
+def serving(model: str) -> Step:
+    """Half of it in two minutes; the command's own defaults but for what it says of `max_stall`."""
+    small = "--clients 1 2 --rates 4 --requests 2 --new-tokens 2 4 --slots 2 --max-len 128 --kv-memory 1 --max-stall 64"
+    late = "--engines static transformers --transformers-clients 2 --seconds 0 --least 1"
+    return bench("serving", model, "--max-stall 2048 4096 16384", f"{small} {late}")
+
+
 def smol(minutes: float) -> Step:
     """All of it in one stage (docs/smol.md), in outputs/smol."""
     command = ["-m", "dyvte_engine.training.smol.train"]
@@ -176,6 +183,7 @@ PARTS = {
     ),
     "g": Part("exit heads of smol (needs smol's parts)", smol_heads()),
     "h": Part("the paper's figures and tables of smol (needs smol's parts)", smol_findings()),
+    "s": Part("continuous batching, 7B", [serving("llava-1.5-7b")]),
     "full": Part(
         "every size at every batch size, longer answers, growth; about an hour",
         [

@@ -94,7 +94,7 @@ class _Recorder(TorchDispatchMode):
         given = [_memory_of(t) for t in _tensors((args, kwargs))]
         if given and (writes or any(_memory_of(t) not in given for t in _tensors(out))):  # not a view, nor a constant
             self.end()
-            self.calls.append(call if writes else partial(_again, call, out))
+            self.calls.append(call if writes else partial(_again, call, _tensors(out)))
         self._kept.append(out)
         return out
 
@@ -127,7 +127,9 @@ def _memory_of(tensor: Tensor) -> int | None:
     return None if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 
-def _again(call: Callable[[], Any], out: Any) -> None:
+def _again(call: Callable[[], Any], there: Sequence[Tensor]) -> None:
     """`call`, with its results where they were the first time."""
-    for there, value in zip(_tensors(out), _tensors(call()), strict=True):
-        there.copy_(value)
+    result = call()
+    values = [result] if isinstance(result, Tensor) else _tensors(result)
+    for first, value in zip(there, values, strict=True):
+        first.copy_(value)

@@ -7,7 +7,7 @@ has passed through a layer, which a prompt cut into chunks of tokens would not h
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,17 +102,27 @@ class Prefill:
     def done(self) -> bool:
         return self.next == self._layers
 
-    def advance(self, row_layers: float = float("inf"), least: bool = True) -> int:
-        """Run layers while their rows sum to at most `row_layers`; `least`: one, whatever it has. Returns the sum."""
+    def advance(
+        self, row_layers: float = float("inf"), least: bool = True, ready: Callable[[], bool] = lambda: True
+    ) -> int:
+        """Run layers while their rows sum to at most `row_layers`; `least`: one, whatever it has. Returns the sum.
+
+        ready: asked before each layer, whether it may run now.
+        """
         used = 0
         while not self.done:
             if self._known is not None:
                 self._hidden, self._x = self._known.arrange(self.next, self._hidden, self._x)
-            if used + len(self._hidden) > row_layers and (used or not least):
+            if (used + len(self._hidden) > row_layers and (used or not least)) or not ready():
                 break
             used += len(self._hidden)
             self._run_layer()
         return used
+
+    @property
+    def awaits_decision(self) -> bool:
+        """Whether rows may leave before the next layer attends; `move_out` reads what was decided."""
+        return self._pending is not None
 
     def most_rows(self) -> list[list[int]]:
         """[B][L], rows of each prompt that the layers have or will have at most; nothing where prefixes are shared."""
@@ -120,6 +130,19 @@ class Prefill:
             return []
         layers = [*self._seen, *[self.rows] * (self._layers - len(self._seen))]
         return list(map(list, zip(*(rows.lengths.host for rows in layers), strict=True)))
+
+    def least_pages(self, more: Sequence[int]) -> list[int]:
+        """[B], pages for each prompt and so many rows `more` in every layer, if its visual rows leave where they next
+        may. Not less than what the layers hold up to there.
+        """
+        pages, rows, here = self.cache.pool.pages, self.rows, len(self._alike(self.next))
+        behind = self._layers - self.next - here
+        return [
+            sum(pages(seen.lengths.host[b] + new) for seen in self._seen)
+            + here * pages(n + new)
+            + behind * pages(n - rows.n_visual[b] + new)
+            for b, (n, new) in enumerate(zip(rows.lengths.host, more, strict=True))
+        ]
 
     def _run_layer(self) -> None:
         layer, graphs = self.next, self._graphs if self._known is None else None

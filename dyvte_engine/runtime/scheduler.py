@@ -3,13 +3,22 @@
 A step is some blocks of a tower or layers of a prefill, then one token for everybody. A request is admitted when a slot
 is free and the pool can promise the pages that it needs at worst: all its rows in all layers, but for those that its
 policy is sure to take out and those of its prefix that are there already, and its whole answer. Once its exit is known
-the promise shrinks to what it will really hold, which admits others. So nothing is ever preempted, and no running
-sequence can find the pool empty.
+the promise shrinks to what it will really hold, which admits others.
+
+Where others run and the worst case does not fit, what such requests came to hold so far is promised instead
+(`Scheduler._shares`). A group that needs more, since its exits come late, waits between two layers. Nothing is ever
+preempted, no running sequence can find the pool empty, and nobody waits for ever:
+- Who runs has been promised all it will need, and ends. Then its pages are free.
+- One group at a time is on its way through the layers, and only it waits for pages. When nobody runs any more, it can
+  have all that they were promised: at its admission that and what was free covered its worst case.
+- It needs no page before the layer that it waits at, so all it holds is promised.
+What somebody else holds, by `Engine.prefill`, is not waited for: the group ends with an error then, as one that waits.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -31,16 +40,27 @@ from .running import picked
 from .sampling import most_likely, token_logprobs
 from .sequence import Sequence
 
+_REMEMBERED = 8  # requests that the usual share of the worst case is a mean of, about
+
+
+def _usual(s: Sequence, worst: int, share: float) -> int:
+    """Pages that it is promised where its worst case is not there."""
+    return math.ceil(share * worst) if s.may_leave else worst
+
 
 class _Group:
     """Sequences of one policy that are prefilled together: first their vision, then layer by layer.
 
     prefixes: of each what is known of its beginning, as it was admitted with.
+    share: of its worst case, what one with visual tokens is promised where not all of that is there.
+    waits: for pages, before its next layer.
     errors: of those that fell out between the layers, by their place; cancelled ones too.
     """
 
-    def __init__(self, runner: Runner, sequences: list[Sequence], prefixes: list[Prefix | None]):
-        self._runner, self.sequences, self._prefixes = runner, sequences, prefixes
+    def __init__(self, runner: Runner, sequences: list[Sequence], prefixes: list[Prefix | None], share: float = 1.0):
+        self._runner, self.sequences, self._prefixes, self._share = runner, sequences, prefixes, share
+        self.worst: dict[Sequence, int] = {}  # pages
+        self._tight = self.waits = False
         self.errors: dict[int, BaseException] = {}
         self._prepared: list[Seen] = []
         self._one_by_one = False
@@ -56,12 +76,15 @@ class _Group:
         return self.caches[-1]
 
     def claim(self) -> None:
-        """Their worst case, but for what is known; apart from the making, so that an interrupt finds what was taken."""
+        """Their worst case, or their share; apart from the making, so that an interrupt finds what was taken."""
         for b, prefix in enumerate(self._prefixes):  # all of them, before a claim makes one leave that is not in use
             if prefix is not None:
                 self.cache.lease(b, prefix.pages)
-        for b, (s, prefix) in enumerate(zip(self.sequences, self._prefixes, strict=True)):
-            self.cache.claim(b, self._runner.worst_pages(s.rows, s.may_leave, s.policy, prefix))
+        for s, prefix in zip(self.sequences, self._prefixes, strict=True):
+            self.worst[s] = self._runner.worst_pages(s.rows, s.may_leave, s.policy, prefix)
+        self._tight = self._share < 1 and sum(self.worst.values()) > self._runner.pool.claimable
+        for b, s in enumerate(self.sequences):
+            self.cache.claim(b, _usual(s, self.worst[s], self._share) if self._tight else self.worst[s])
             s.begin()
 
     @property
@@ -85,8 +108,9 @@ class _Group:
     def _piece(self, row_layers: float, least: bool) -> float | None:
         """Returns what it cost; None: that would be more than `row_layers`, and it need not be run."""
         if self._prefill is not None:
-            used = self._prefill.advance(row_layers, least)
-            self._shrink(self._prefill)
+            prefill = self._prefill
+            used = prefill.advance(row_layers, least, lambda: not self._tight or self._promised(prefill))
+            self._shrink(prefill)
             return used or None
         done = len(self._prepared)
         if done == len(self.sequences):
@@ -148,6 +172,21 @@ class _Group:
                 later = self.sequences[b].max_new_tokens - 1
                 now = sum(self._runner.pool.pages(n + later) for n in rows)
                 self.cache.claim(b, min(now, self.cache.claims[b]))  # which may count on a later exit already
+
+    def _promised(self, prefill: Prefill) -> bool:
+        """Whether claims cover the next layers, what follows once visual tokens have left, and the answers."""
+        pool, cache = self._runner.pool, self.cache
+        least = prefill.least_pages([s.max_new_tokens - 1 for s in self.sequences])
+        needs = {b: min(n, self.worst[s]) for b, (s, n) in enumerate(zip(self.sequences, least, strict=True))}
+        more = {b: n for b, n in needs.items() if b not in self.errors and n > cache.claims[b]}
+        self.waits = sum(n - cache.claims[b] for b, n in more.items()) > pool.claimable
+        if self.waits and prefill.awaits_decision:  # with which it may need less
+            prefill.move_out()
+            return self._promised(prefill)
+        if not self.waits:
+            for b, n in more.items():
+                cache.claim(b, n)
+        return not self.waits
 
     def _beyond(self, s: Sequence, prepared: PreparedPrompt) -> PromptError | None:
         """With several axes a position may be beyond the number of rows (slow videos)."""
@@ -232,6 +271,7 @@ class Scheduler:
         self._running = runner.nobody(config.max_batch)
         self._sequences: list[Sequence] = []  # those in `_running`
         self._tokens: Tensor | None = None  # int64 [B], theirs, not fed yet
+        self._shares: dict[type, float] = {}  # by policies: pages held behind the prefill, of the worst case, usually
         self._begun: list[Sequence] = []  # those that left `_waiting` and may not be done
         self._changing = False  # somebody is at work on all of these
         self._late: list[Sequence] = []  # cancelled meanwhile
@@ -325,8 +365,11 @@ class Scheduler:
         cost = 0.0
         try:
             cost = group.advance(row_layers, least)
+            if group.waits and not self._sequences:
+                raise self._held_elsewhere()
             if group.done and not group.empty:
                 sequences, cache, logits = group.finish()
+                self._learn(group.worst, sequences, cache.claims)
                 self._running.join(cache, logits)
                 self._sequences += sequences
         except Exception as error:
@@ -352,20 +395,35 @@ class Scheduler:
         with self._mutex:
             chosen = {s: prefix for s, prefix in chosen.items() if s in self._waiting}  # others are cancelled
             if not chosen and waiting and not self._sequences and waiting[0] in self._waiting:
-                free = f"{self.runner.pool.claimable} of {self.runner.pool.n_pages} pages are free"
-                error = CacheError(f"{free}, held by batches of Engine.prefill; close them")
                 self._waiting.remove(waiting[0])
-                waiting[0].fail(error)
+                waiting[0].fail(self._held_elsewhere())
             if chosen:
                 self._begun += chosen  # first: an interrupt finds them here or there
                 self._waiting = [s for s in self._waiting if s not in chosen]
-                self._group = _Group(self.runner, list(chosen), list(chosen.values()))
+                share = self._share(next(iter(chosen)))
+                self._group = _Group(self.runner, list(chosen), list(chosen.values()), share)
                 self._group.claim()
+
+    def _held_elsewhere(self) -> CacheError:
+        free = f"{self.runner.pool.claimable} of {self.runner.pool.n_pages} pages are free"
+        return CacheError(f"{free}, held by batches of Engine.prefill; close them")
+
+    def _share(self, s: Sequence) -> float:
+        """Of its worst case, what one of its policy usually holds; all of it where prefixes are shared."""
+        return self._shares.get(type(s.policy), 1.0) if self.runner.unshared(s.policy) is not None else 1.0
+
+    def _learn(self, worst: dict[Sequence, int], sequences: list[Sequence], held: list[int]) -> None:
+        """From sequences that have come through the layers: `held`, pages each will hold with its answer."""
+        for s, pages in zip(sequences, held, strict=True):
+            if s.may_leave:
+                before = self._shares.get(type(s.policy), 1.0)
+                self._shares[type(s.policy)] = before + (pages / worst[s] - before) / _REMEMBERED
 
     def _fitting(self, waiting: Iterable[Sequence]) -> dict[Sequence, Prefix | None]:
         """Those to begin with, and what is known of their beginnings."""
         chosen: dict[Sequence, Prefix | None] = {}
         room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
+        later = pages + sum(self._running.cache.claims)  # when nobody runs any more
         rows, policy = self._max_stall if self._sequences else float("inf"), None
         for s in waiting:
             if chosen and s.policy is not policy:
@@ -373,8 +431,9 @@ class Scheduler:
             if len(chosen) == room:
                 break
             needed, prefix = self._needs(s, chosen.values(), pages)
-            pages, rows, policy = pages - needed, rows - self.runner.worst_rows(s.prompt, s.policy, prefix), s.policy
-            if pages < 0 or (chosen and rows < 0):
+            pages, later, policy = pages - _usual(s, needed, self._share(s)), later - needed, s.policy
+            rows -= self.runner.worst_rows(s.prompt, s.policy, prefix)
+            if min(pages, later) < 0 or (chosen and rows < 0):
                 break
             chosen[s] = prefix
         return chosen

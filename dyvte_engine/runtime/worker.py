@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from ..errors import DeviceError
 from .scheduler import Scheduler
 
 _LINGER = 5.0  # seconds that the thread waits for more work
 Ready = Callable[[], bool]
+Wake = Callable[[], object]
 
 
 class Worker:
@@ -28,7 +30,7 @@ class Worker:
         self._mutex = threading.RLock()  # of all below; never held while a step runs
         self._free = threading.Condition(self._mutex)  # nobody leads, or there is new work
         self._leader: int | None = None  # a thread's number
-        self._waiters: list[tuple[Ready, Callable[[], object]]] = []
+        self._waiters: list[tuple[Ready, Wake, AbstractEventLoop | None]] = []
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
 
@@ -53,15 +55,17 @@ class Worker:
         return True
 
     @contextmanager
-    def waking(self, ready: Ready, wake: Callable[[], object]) -> Iterator[None]:
+    def waking(self, ready: Ready, wake: Wake, loop: AbstractEventLoop | None = None) -> Iterator[None]:
         """While this runs, `wake` is called when `ready()`: at once, after the step that made it so, or when nobody
         leads; perhaps more than once.
+
+        loop: where it is called, with all others of that loop in one go: each way into a loop costs a system call.
         """
-        waiter = (ready, wake)
+        waiter = (ready, wake, loop)
         with self._mutex:
             self._waiters.append(waiter)
             if ready():
-                wake()
+                _call(loop, [wake])
         try:
             yield
         finally:
@@ -119,9 +123,12 @@ class Worker:
                 self._free.notify()
 
     def _wake(self) -> None:
-        for ready, wake in self._waiters:
+        due: dict[AbstractEventLoop | None, list[Wake]] = {}
+        for ready, wake, loop in self._waiters:
             if ready():
-                wake()
+                due.setdefault(loop, []).append(wake)
+        for loop, wakes in due.items():
+            _call(loop, wakes)
 
     def _serve(self) -> None:
         try:
@@ -137,3 +144,12 @@ class Worker:
             with self._mutex:
                 self._thread = None
             raise
+
+
+def _call(loop: AbstractEventLoop | None, wakes: Iterable[Wake]) -> None:
+    if loop is None:
+        for wake in wakes:
+            wake()
+        return
+    with suppress(RuntimeError):  # it was closed
+        loop.call_soon_threadsafe(_call, None, wakes)

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import serving
 from benchmarks.serving_worker import Batches, Job, offer
+from benchmarks.versus import Unavailable
 from tests import tiny
 from tests.benchmarks.test_commands import check_spread
 
@@ -135,27 +136,88 @@ def test_spans_that_touch_do_not_overlap():
     assert serving.most_at_once([]) == 0
 
 
+def runner(answers):
+    """Of two sides; `answers`: what the workers give, one run after the other."""
+
+    class Workers:
+        def ask(self, side, request):
+            answer = next(answers)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    args = argparse.Namespace(requests=2, pictures=0.5, new_tokens=[2, 2], kv_memory=1)
+    compared = {
+        serving.BASE: serving.Compared("here"),
+        "slow": serving.Compared("there"),
+        "one load": serving.Compared("here", {"max_stall": 5}, only=[2]),
+    }
+    return serving.Runner(compared, QUESTIONS, args, Workers(), {})
+
+
+def test_what_ran_is_kept_and_what_breaks_is_left_out():
+    found = run_of((0.0, 1.0, 2.0)).found
+    run, saved = runner(iter([*[found] * 3, Unavailable("it has ended"), *[found] * 4, Unavailable("all over")])), []
+    loads = [serving.Load(clients=1), serving.Load(clients=2)]
+    run.rounds(range(2), loads, list(run.compared), lambda: saved.append(len(run.cases())))
+    assert run.missing == {"slow": "it has ended"}
+    assert {(load.clients, name): len(found) for (load, name), found in run.runs.items()} == {
+        (1, serving.BASE): 2,
+        (1, "slow"): 1,
+        (2, serving.BASE): 2,
+        (2, "one load"): 2,
+    }
+    assert saved == [1, 2, 3, 4, 4, 4, 4]
+    assert [c["requests_per_s"]["n"] for c in run.cases()] == [2, 1, 2, 2]
+    with pytest.raises(Unavailable, match="all over"):  # nothing can be compared with what all are compared with
+        run.rounds([2], loads, [serving.BASE], lambda: None)
+
+
 def test_serving_measures_what_it_can_and_says_what_it_cannot(tmp_path):
     checkpoint = tiny.save(tmp_path / "tiny")
     sizes = ["--clients", "1", "3", "--rates", "50", "--requests", "4", "--new-tokens", "2", "5", "--slots", "3"]
-    more = ["--max-len", "128", "--kv-memory", "1", "--engines", "release", "transformers", "--seconds", "0"]
-    serving.main(["--model", checkpoint, *sizes, *more, "--least", "2", "--out", str(tmp_path)])
+    more = ["--max-len", "128", "--kv-memory", "1", "--seconds", "0", "--least", "1", "--max-stall", "64"]
+    more += ["--engines", "release", "static", "transformers", "--transformers-clients", "3"]
+    serving.main(["--model", checkpoint, *sizes, *more, "--out", str(tmp_path)])
     data = json.loads((tmp_path / "serving.json").read_text())
     assert data["missing"] == {serving.RELEASE: "--release is not given"}
-    ours = ["KeepAll", "VTW (1)", "VTW (1)+FastV"]
+    ours, always = ["KeepAll", "DyVTE", "DyVTE+FastV"], [*["KeepAll", "DyVTE", "DyVTE+FastV"], serving.STATIC]
     cases = {(c["load"], c["engine"]): c for c in data["cases"]}
     loads = ("1 clients", "3 clients", "50/s")
-    assert set(cases) == {(load, name) for load in loads for name in [*ours, serving.TRANSFORMERS]}
+    late = {("3 clients", serving.TRANSFORMERS), ("3 clients", "KeepAll, max_stall 64")}
+    assert set(cases) == {(load, name) for load in loads for name in always} | late
     for (load, name), c in cases.items():
-        assert c["requests"] == (9 if load == "3 clients" else 4)
+        assert c["requests"] == (9 if load == "3 clients" else 100 if load == "50/s" else 4)
         for part in ("requests_per_s", "tokens_per_s", "speedup", "decoding"):
             check_spread(c[part])
         assert 0 < c["first"]["p50"] <= c["first"]["p95"] <= c["first"]["p99"]
-        assert c["most_decoding"] <= 3 and (load != "1 clients" or c["most_decoding"] == 1)
-        assert ("kv_bytes" in c) == (name in ours)
-        if name in ("KeepAll", serving.TRANSFORMERS):
+        assert c["clients"] is None or c["most_decoding"] <= c["clients"]
+        assert ("kv_bytes" in c) == (name not in (serving.STATIC, serving.TRANSFORMERS))
+        if name not in ("DyVTE", "DyVTE+FastV"):
             assert c["same_text"] == 1.0
-    assert cases["1 clients", "VTW (1)"]["most_kv_bytes"] < cases["1 clients", "KeepAll"]["most_kv_bytes"]
+    assert cases["1 clients", "DyVTE"]["most_kv_bytes"] < cases["1 clients", "KeepAll"]["most_kv_bytes"]
     assert [c["engine"] for c in data["equal_memory"]] == ours
     assert "not measured" in serving.tables(data)[0].rows[-1][1]
     assert (tmp_path / "serving.png").stat().st_size > 2000
+
+
+def test_a_stopped_run_has_tables_and_a_plot(tmp_path):
+    case = {"engine": "KeepAll", "load": "1 clients", "clients": 1, "rate": None}
+    run = [run_of((0.0, 1.0, 2.0, 4.0), held=[(1.0, 10)])]
+    args = dict(model="nano", dtype="float32", slots=3, new_tokens=[2, 5], pictures=0.5, kv_memory=1)
+    data = {"args": args, "cases": [case | serving.figures(run, run)], "equal_memory": [], "missing": {}}
+    assert [sheet.rows[0][0] for sheet in serving.tables(data)] == ["KeepAll"]
+    serving.figure(data).savefig(tmp_path / "plot.png")
+
+
+@pytest.mark.parametrize("model", ["llava-1.5-7b", "nano"])
+def test_defaults_on_a_gpu(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(serving, "measure", lambda args, argv: asked.append(args))
+    monkeypatch.setattr(serving, "finish", lambda *_: None)
+    serving.main(["--device", "cuda", "--model", model, "--rates", "--engines", "openvino", "static"])
+    assert asked[0].clients == [1, 8, 16, 32] and asked[0].rates == [] and asked[0].least == 1
+    assert asked[0].max_len == (576 + 128 if model == "llava-1.5-7b" else 208) + 128
+    found, missing = serving.others(asked[0])
+    assert found == {} and missing == {serving.OPENVINO: "compared on a CPU, with a checkpoint"}
+    assert serving.STATIC in serving.ours(asked[0])

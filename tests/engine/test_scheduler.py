@@ -44,6 +44,7 @@ from tests.engine.test_exit import random_heads
 from tests.engine.traces import Traces, settings_of, told
 
 TEXTS, IMAGES = tiny.prompts(seed=7, n=16)
+PICTURE = max(range(16), key=lambda i: len(IMAGES[i]))
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ class Late(KeepAll):
         return [state.rows.source[:0]] * len(state.rows.n_visual)
 
 
+@dataclass(frozen=True)
+class Awaited(Late):
+    """The same, said when the next layer has begun, as where a decision is on its way from a device."""
+
+    def decide(self, state):
+        return lambda: super(Awaited, self).decide(state)
+
+
 POLICIES = {
     "none": None,
     "keep-all": KeepAll(),
@@ -68,6 +77,7 @@ POLICIES = {
     "random": Random(0, 0.5),
     "pyramid": PyramidDrop(),
     "late": Late(),
+    "awaited": Awaited(),
 }
 SAMPLING = {
     "greedy": {},
@@ -130,6 +140,42 @@ TestTraces = SchedulerTraces.TestCase
 TestTraces.settings = settings_of(30)
 
 
+@functools.cache
+def sharing():
+    """Its pool holds one of the longest requests, and what is usual is promised."""
+    longest = max(map(len, engines()[1].tokenize(TEXTS, IMAGES, chat=False))) + 24
+    memory = 4 * -(-longest // 4) * 4 * 2 * 2 * 16 * 4
+    return build(page_size=4, max_batch=5, max_stall=40, max_len=longest, kv_memory=memory, prefix_cache=0)[0]
+
+
+overlapping = st.tuples(
+    st.integers(0, len(TEXTS) - 1),
+    st.sampled_from(["dynamic", "fastv+dynamic", "awaited", "keep-all"]),
+    st.just("greedy"),
+    st.just(0),
+    st.sampled_from([9, 24]),
+)
+
+
+class UsualTraces(SchedulerTraces):
+    """Whatever part of their worst case requests are promised, all are answered, and right."""
+
+    def __init__(self):
+        Traces.__init__(self, sharing())
+
+    @rule(spec=overlapping, priority=st.integers(-1, 1))
+    def submit(self, spec, priority):
+        self.ask(spec, priority)
+
+    @rule(share=st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0]))
+    def usual(self, share):
+        self.scheduler._shares = {type(policy): share for policy in POLICIES.values()}
+
+
+TestUsualTraces = UsualTraces.TestCase
+TestUsualTraces.settings = settings_of(40)
+
+
 def specs(n):
     policies, sampling = sorted(POLICIES), sorted(SAMPLING)
     return [
@@ -182,6 +228,31 @@ def test_async_iteration():
 
     chosen = specs(10)
     assert asyncio.run(all_of(chosen)) == [answer(spec) for spec in chosen]
+
+
+def test_all_who_wait_in_one_loop_are_woken_by_one_call_into_it(monkeypatch):
+    """Each is a system call, and there is a token for everybody in every step."""
+    engine, _ = build(page_size=4, max_batch=4)
+    handles = queue(engine, *((i, "fixed", "greedy", 0, 3) for i in range(4)))
+    calls = []
+
+    async def read(handle):
+        return [chunk.text async for chunk in handle]
+
+    async def all_of():
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: calls.append(1) or call(*args), raising=False)
+        tasks = [asyncio.create_task(read(handle)) for handle in handles]
+        while not all(handle.done for handle in handles):
+            await asyncio.sleep(0.001)
+            calls.clear()
+            engine._scheduler.step()
+            engine._worker.notify()
+            assert len(calls) <= 1
+        return ["".join(await task) for task in tasks]
+
+    assert asyncio.run(all_of()) == [handle.result().text for handle in handles]
 
 
 def test_a_stream_that_is_left_frees_everything():
@@ -677,6 +748,89 @@ def test_a_claim_falls_with_the_exit_while_the_prefill_is_under_way():
     assert {claim for layer, claim in claims if not layer or layer < 2} == {4 * pages(n)}
     assert {claim for layer, claim in claims if layer and layer >= 2} == {2 * pages(n) + 2 * pages(n - visual)}
     assert [told(handle.result()) for handle in (first, other)] == right
+
+
+def waiting_group(share, policy, others=0):
+    """An engine whose pool one long answer leaves too small for a picture's worst case, and the handles of both.
+
+    The picture's is promised a `share` of it. Behind the picture `others` wait.
+    """
+    engine, _ = engines()
+    (sequence,) = engine._prepare_request(request_of((PICTURE, "late", "greedy", 0, 3)))
+    worst, long = 4 * engine.pool.pages(sequence.rows), 4 * engine.pool.pages(2 + 24 - 1)
+    most = 4 * engine.pool.pages(sequence.rows - sequence.visual_tokens)
+    free = (worst + most) // 2 + 2  # of a late one's worst case half of the layers have the picture
+    page = 4 * 4 * 2 * 2 * 16  # bytes
+    sizes = dict(page_size=4, max_batch=4, max_len=sequence.rows + 1, max_stall=1000, prefix_cache=0)
+    engine, _ = build(kv_memory=(long + free) * page, **sizes)
+    scheduler = engine._scheduler
+    scheduler._shares = {type(engine.bind(policy)): share}
+    request = Request("w1 w2", chat=False, options=dict(max_new_tokens=24))
+    first = engine._enqueue(engine._prepare_request(request))[0]
+    scheduler.step()
+    request = Request(TEXTS[PICTURE], IMAGES[PICTURE], chat=False, policy=policy, options=dict(max_new_tokens=3))
+    rest = [engine._enqueue(engine._prepare_request(request))[0] for _ in range(1 + others)]
+    for _ in range(4):
+        scheduler.step()
+    return engine, first, rest
+
+
+@pytest.mark.parametrize("policy", [Late(), Awaited()])
+@pytest.mark.parametrize(("share", "earlier"), [(1.0, False), (0.5, True)])
+def test_what_is_usual_admits_earlier(share, earlier, policy):
+    """Half of the layers will not have the picture, but that is not known before."""
+    engine, first, (second,) = waiting_group(share, policy)
+    assert engine._scheduler.counts["waiting"] == 1 - earlier
+    assert told(second.result()) == answer((PICTURE, "late", "greedy", 0, 3)) and first.done != earlier
+    assert first.result().stats.new_tokens == 24
+    engine.check_integrity()
+
+
+def test_a_group_that_needs_more_than_usual_waits_between_layers_for_who_runs():
+    """And nobody else begins meanwhile; who runs gets a token in every step."""
+    engine, first, rest = waiting_group(0.2, DynamicExit(random_heads(4), 1.0), others=1)
+    scheduler, steps = engine._scheduler, 0
+    group = scheduler._group
+    while not first.done:
+        assert scheduler._group is group and group.waits and group._prefill.next > 0
+        assert scheduler.counts == dict(waiting=1, prefilling=1, running=1)
+        before = len(first._chunks)
+        scheduler.step()
+        steps += 1
+        assert len(first._chunks) == before + 1
+    assert steps > 10
+    want = answer((PICTURE, "keep-all", "greedy", 0, 3))[0]
+    assert [handle.result().token_ids for handle in rest] == [want, want]
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+
+
+def test_a_group_does_not_wait_for_what_is_held_elsewhere():
+    engine, first, (second,) = waiting_group(0.2, DynamicExit(random_heads(4), 1.0))
+    held = engine.runner.cache(1, 1)
+    held.claim(0, engine.pool.claimable)
+    while not first.done:
+        engine._scheduler.step()
+    held.claim(0, held.claims[0] + engine.pool.claimable)  # before the next step can give it to the group
+    with pytest.raises(CacheError, match=r"Engine\.prefill"):
+        second.result()
+    held.close()
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+
+
+def test_what_is_usual_is_learnt_from_those_with_pictures():
+    engine, _ = build(page_size=4, max_batch=4, prefix_cache=0)
+    scheduler = engine._scheduler
+    assert scheduler._shares == {}
+    for policy in [*[Late()] * 12, KeepAll()]:
+        engine.generate(TEXTS[PICTURE], IMAGES[PICTURE], chat=False, policy=policy, max_new_tokens=3)
+        engine.generate("w1 w2", chat=False, policy=policy, max_new_tokens=3)
+    (sequence,) = engine._prepare_request(request_of((PICTURE, "late", "greedy", 0, 3)))
+    n, visual, pages = sequence.rows, sequence.visual_tokens, engine.pool.pages
+    held = (2 * pages(n) + 2 * pages(n - visual)) / (4 * pages(n))
+    assert scheduler._shares[Late] == pytest.approx(held + (1 - held) * (7 / 8) ** 12)
+    assert scheduler._shares[KeepAll] == 1.0
 
 
 def test_policies_are_bound_once():

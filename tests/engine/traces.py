@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dyvte_engine import RequestCancelledError
 from dyvte_engine.runtime.kv_cache import KVCache
+from dyvte_engine.runtime.scheduler import _Group
 
 TRACES = int(os.environ.get("DYVTE_TRACES", 25))
 
@@ -33,14 +34,25 @@ def settings_of(steps):
 
 
 def forbid_growing_claims(patch):
-    """What a request is admitted with suffices until it ends: an assertion in a step is its error."""
-    claim = KVCache.claim
+    """What a request is admitted with suffices until it ends, unless its group may wait between two layers.
+
+    An assertion in a step is its error.
+    """
+    claim, promised, waiting = KVCache.claim, _Group._promised, []
 
     def checked(cache, sequence, pages):
-        assert cache.claims[sequence] == 0 or pages <= cache.claims[sequence]
+        assert cache.claims[sequence] == 0 or pages <= cache.claims[sequence] or cache is waiting[-1]
         claim(cache, sequence, pages)
 
+    def noted(group, prefill):
+        waiting.append(group.cache)
+        try:
+            return promised(group, prefill)
+        finally:
+            waiting.pop()
+
     patch.setattr(KVCache, "claim", checked)
+    patch.setattr(_Group, "_promised", noted)
 
 
 class Traces(RuleBasedStateMachine):
