@@ -34,7 +34,7 @@ LARGE = ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "qwen2.5-vl-7b")
 GPU_TESTS = (  # other test files import what training and drawing need, which this Python may lack
     "tests/ops",
     "tests/engine/test_gpu.py",
-    "tests/engine/test_graphs.py tests/engine/test_fused.py",
+    "tests/engine/test_graphs.py tests/engine/test_fused.py tests/engine/test_tower_layers.py",
     "tests/policies",
     "tests/analysis/test_attention.py tests/test_doctor.py",
     "tests/families/test_quick_processor.py tests/families/test_picture_scaling.py",
