@@ -208,7 +208,8 @@ class Transformers(Batches):
         super().__init__(options["slots"])
 
     def batch(self, jobs, tells):
-        prompts = [self.processor.apply_chat_template(chat(job), add_generation_prompt=True) for job in jobs]
+        template = self.processor.apply_chat_template
+        prompts = [template(chat(job), add_generation_prompt=True, tokenize=False) for job in jobs]
         settings = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
         pictures = [job.picture for job in jobs if job.picture is not None]
         inputs = self.processor(text=prompts, images=pictures or None, **settings)
