@@ -26,7 +26,7 @@ constexpr int kUnits = 16;           // inner units of a tile: rows of W1, the 1
 constexpr int kSeqs = 8;             // sequences at a time: the 16 x 8 one
 constexpr int kStep = 64;            // channels of one step of a warp: 128 bytes of each row, in two loads
 constexpr int kStride = kTileWarps * kStep;
-constexpr int kDepth = 2;  // steps of W1 that a lane has on the way, and as many behind them in the second-level cache
+constexpr int kDepth = 1;            // steps of W1 that a lane has on the way
 
 // Regions of the scratch buffer, in floats.
 struct Scratch {
@@ -320,9 +320,6 @@ __global__ void __launch_bounds__(kTileRegisters, 1) tile_kernel(ExitHeadParams 
   Packs packs[kDepth];
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) packs[i] = fetch(row, first + i * kStride, width);
-  static_assert(kDepth * kUnits == kWarp, "a line for each lane");
-  const int behind = warp * kStep + (kDepth + lane / kUnits) * kStride;
-  if (behind < width) prefetch(w1(unit0 + lane % kUnits) + behind);
   const Unit unit = load_unit<T>(p, unit0 + threadIdx.x % kUnits);
 
   wait_for_earlier_kernels();

@@ -22,7 +22,7 @@ constexpr int kAcross = 16;               // threads across the keys of a tile: 
 constexpr int kMaxSplits = 8;             // splits of the keys in stats_kernel and row_kernel
 constexpr int kLanes = 16;                // row_kernel: threads of one key
 constexpr int kGroups = kThreads / kLanes;
-constexpr int kEach = 8;  // keys of a group at a time, all on the way at once
+constexpr int kEach = 4;  // keys of a group at a time, all on the way at once
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Tile {

@@ -367,7 +367,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def add_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y, both [N, d], and `layer_norm` of that rounded sum, bit for bit."""
+    """x + y, both [N, d], and `layer_norm` of that rounded sum."""
     return _add_layer_norm(x, y, weight, bias, eps)
 
 

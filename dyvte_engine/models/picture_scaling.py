@@ -2,16 +2,17 @@
 
 PIL scales one axis after the other. Each byte that it makes is a sum of bytes times whole numbers of 2**-22, rounded
 and clipped to 0..255; float64 holds all such sums exactly, in any order. The numbers come from PIL itself: of a picture
-of 32-bit integers, scaled alike, it makes them of single pixels of 2**22.
+of 32-bit integers, scaled alike, it makes them of single pixels of 2**22. Which axis is first depends on its release,
+and is found out by trying.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ from ..kernels.transfer import to_device_together
 MAX_PIXELS = 2**21
 """Of a picture that is left to the device: 6 MB that a waiting request holds, 50 MB on the device for a moment."""
 _ONE = 2**22
-_REACH = 3  # of PIL's widest filter (Lanczos), in pixels of the smaller picture
+_REACH = 5  # of PIL's widest filter, in pixels of the smaller picture
 _TALL = 100  # times its width: beyond that PIL may scale the height first
+
+
+Weights = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +55,7 @@ class Axis:
         return len(self.begins)
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> Weights:
         return self.index, self.weights, self.begins
 
 
@@ -110,6 +114,43 @@ class Unscaled:
         return Unscaled(self.pictures[part])
 
 
+def _never(width: int, height: int, to_width: int, to_height: int) -> bool:
+    return False
+
+
+def _where_it_shrinks_more(width: int, height: int, to_width: int, to_height: int) -> bool:
+    """From release 13 on."""
+    return height - to_height > max(0, 2 * (width - to_width))
+
+
+@cache
+def _order() -> Callable[[int, int, int, int], bool] | None:
+    """Whether the PIL that is here begins with the height; None: nothing known says when."""
+    rng = np.random.default_rng(0)
+    sizes = [(40, 90, 30, 60), (40, 90, 30, 70), (90, 40, 60, 30), (30, 60, 50, 40), (60, 30, 40, 50), (20, 50, 40, 90)]
+    given = [(rng.integers(0, 256, (h, w, 3), dtype=np.uint8), (x, y)) for w, h, x, y in sizes]
+    pictures = [Image.fromarray(pixels) for pixels, _ in given]
+    by_height = [p.resize((p.width, size[1])).resize(size) for p, (_, size) in zip(pictures, given, strict=True)]
+    by_width = [p.resize((size[0], p.height)).resize(size) for p, (_, size) in zip(pictures, given, strict=True)]
+    whole = [p.resize(size) for p, (_, size) in zip(pictures, given, strict=True)]
+    for rule in (_never, _where_it_shrinks_more):
+        firsts = [h if rule(*size) else w for size, h, w in zip(sizes, by_height, by_width, strict=True)]
+        if firsts == whole:
+            return rule
+    return None
+
+
+def _begins_with_height(width: int, height: int, to_width: int, to_height: int) -> bool:
+    rule = _order()
+    assert rule is not None  # asked for in `knows_pil`
+    return rule(width, height, to_width, to_height)
+
+
+def knows_pil() -> bool:
+    """Whether `scaled` may do the work of the PIL that is here."""
+    return _order() is not None
+
+
 def scales_as_pil(width: int, height: int) -> bool:
     """Whether a picture of this size may be left to `scaled`."""
     return width * height <= MAX_PIXELS and height <= _TALL * width
@@ -125,12 +166,20 @@ def scaled(given: Sequence[Unscaled], device: torch.device) -> Tensor:
     height, width = pictures[0].down.count, pictures[0].across.count
     out = torch.empty((len(pictures), 3, height, width), dtype=torch.int64, device=device)
     for made, picture, pixels in zip(out, pictures, there, strict=True):
-        part = pixels[picture.down.looked_at, picture.across.looked_at].permute(1, 2, 0)  # [W, 3, H]
-        numbers = torch.empty(part.shape, dtype=torch.float64, device=device).copy_(part)
-        columns = _summed(numbers.flatten(1), *moved[picture.across.key]).trunc_()  # [w, 3 * H]
-        rows = _summed(columns.view(width * 3, -1).t(), *moved[picture.down.key])  # [h, w * 3]
-        made.copy_(rows.view(height, width, 3).permute(2, 0, 1))
+        down, across, part = picture.down, picture.across, pixels[picture.down.looked_at, picture.across.looked_at]
+        if _begins_with_height(across.key[0], down.key[0], across.key[1], down.key[1]):
+            made.copy_(_passes(part, moved[down.key], moved[across.key]).permute(2, 1, 0))
+        else:
+            made.copy_(_passes(part.transpose(0, 1), moved[across.key], moved[down.key]).permute(2, 0, 1))
     return out
+
+
+def _passes(part: Tensor, first: Weights, second: Weights) -> Tensor:
+    """uint8 [n, m, 3] -> f64 [m', n', 3], to be cut off behind the point: the first axis, then the second one."""
+    numbers = torch.empty(part.shape, dtype=torch.float64, device=part.device).copy_(part)
+    once = _summed(numbers.flatten(1), *first).trunc_()  # [h, W * 3]
+    turned = once.view(len(once), -1, 3).transpose(0, 1)  # [m, n', 3]
+    return _summed(turned.flatten(1), *second).view(-1, len(once), 3)
 
 
 def _summed(rows: Tensor, index: Tensor, weights: Tensor, begins: Tensor) -> Tensor:

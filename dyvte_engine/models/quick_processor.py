@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .image_processors import pil_image_processor
-from .picture_scaling import Axis, Unscaled, UnscaledPicture, axis, scaled, scales_as_pil
+from .picture_scaling import Axis, Unscaled, UnscaledPicture, axis, knows_pil, scaled, scales_as_pil
 
 _KNOWN = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", "llava": "LlavaImageProcessor"}
 _SIZES = ((31, 43), (61, 24), (97, 97), (640, 36))  # of the pictures that are compared at loading
@@ -118,7 +118,7 @@ class ByteImages:
 
     def scales_alike(self, pictures: Sequence[Image.Image]) -> bool:
         """Whether `scaled` makes of these what PIL does, of which there are other builds."""
-        if not self._pil or self._size is None:
+        if not self._pil or self._size is None or not knows_pil():
             return False
         made = scaled([self._unscaled(pictures)], torch.device("cpu"))
         return torch.equal(made, self._bytes(pictures).long())

@@ -82,8 +82,6 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor 
 def attend_rows(module: Any, qkv: Tensor, batch: int, mask: Tensor | None, **options: Any) -> Tensor:
     """As `attend` in a run, of qkv [B * n, 3, H, D]: what each row asks for and holds -> [B * n, H * D]."""
     n, dim = len(qkv) // batch, qkv.shape[-1]
-    if qkv.is_cuda and _asks_no_more(module, mask, options) and _has_flash(qkv.dtype, dim):
-        return _flash(qkv.unflatten(0, (batch, n)), module.scale).flatten(2).flatten(0, 1)
     if not qkv.is_cuda and _is_plain(module, qkv.dtype, n, dim, mask, options):
         q, k, v = qkv.unbind(1)
         return ops.varlen_attention(q, k, v, _starts(batch, n), module.scale, causal=False).flatten(1)
@@ -92,35 +90,12 @@ def attend_rows(module: Any, qkv: Tensor, batch: int, mask: Tensor | None, **opt
     return out.reshape(len(qkv), -1)
 
 
-def _flash(qkv: Tensor, scale: float) -> Tensor:
-    """[B, n, 3, H, D] -> [B, n, H, D]. One launch, where the kernel of cuDNN that torch prefers waits for a memset."""
-    q, k, v = qkv.unbind(2)
-    n = q.shape[1]
-    return torch.ops.aten._flash_attention_forward(q, k, v, None, None, n, n, 0.0, False, False, scale=scale)[0]
-
-
-@functools.cache
-def _has_flash(dtype: torch.dtype, dim: int) -> bool:
-    """Whether this torch has it for such heads and this GPU."""
-    if dtype == torch.float32 or dim % 8 or dim > MAX_HEAD_DIM:
-        return False
-    try:
-        _flash(torch.zeros(1, 1, 3, 1, dim, dtype=dtype, device="cuda"), 1.0)
-    except RuntimeError:
-        return False
-    return True
-
-
 def _is_plain(module: Any, dtype: torch.dtype, n: int, dim: int, mask: Tensor | None, options: dict[str, Any]) -> bool:
     """Whether our kernel does what is asked for, and gains by it."""
-    return _asks_no_more(module, mask, options) and dim <= MAX_HEAD_DIM and native_gains(dtype, n)
-
-
-def _asks_no_more(module: Any, mask: Tensor | None, options: dict[str, Any]) -> bool:
-    """Than that all rows see all rows."""
     asked = {name for name, value in options.items() if value is not None}
     causal = options.get("is_causal", getattr(module, "is_causal", True))
-    return mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
+    plain = mask is None and causal is False and asked <= _KNOWN and not options.get("dropout")
+    return plain and dim <= MAX_HEAD_DIM and native_gains(dtype, n)
 
 
 @functools.lru_cache(16)

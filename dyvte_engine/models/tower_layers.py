@@ -181,9 +181,10 @@ def _recalled(
 
 
 def _is_known(cls: type) -> bool:
-    """Releases before 5 give a tuple."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    return name in _CLASSES and signature(cls.forward).return_annotation in (Tensor, "torch.Tensor")  # type: ignore[attr-defined]
+    """Releases before 5 give a tuple, and some after them say FloatTensor of any tensor."""
+    name, tensors = f"{cls.__module__}.{cls.__qualname__}", (Tensor, torch.FloatTensor)
+    given = (*tensors, "torch.Tensor", "torch.FloatTensor")
+    return name in _CLASSES and signature(cls.forward).return_annotation in given  # type: ignore[attr-defined]
 
 
 class _Layer:

@@ -468,8 +468,8 @@ class Scheduler:
             tokens = picked(tokens, stay)
         self._sequences = [came[i] for i in stay]
         self._tokens = tokens if stay else None
-        if self._queued and any(len(s.new) > 1 for s in came):
-            self._feed()  # the device is at work on the next token while these become text; first ones go out first
+        if self._queued:  # the device is at work on the next token while these become text
+            self._feed()
         for s in came:
             self._emit(s)
 

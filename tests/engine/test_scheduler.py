@@ -37,7 +37,6 @@ from dyvte_engine.models.tower_layers import BlocksAhead
 from dyvte_engine.policies import Composed
 from dyvte_engine.runtime import sequence as sequence_module
 from dyvte_engine.runtime.prefill import Prefill
-from dyvte_engine.runtime.running import Running
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
@@ -968,16 +967,3 @@ def test_one_sequence_steps_with_a_tensor():
     prompts = engine.prepare(texts, images, chat=False)
     with engine.prefill_prepared(prompts) as one, engine.prefill_prepared(prompts) as other:
         torch.testing.assert_close(one.step(torch.tensor([9])), other.step([9]))
-
-
-def test_first_tokens_go_out_before_the_next_step_is_launched(monkeypatch):
-    """As on a device that works by itself: later ones become text while it is at work on the next."""
-    engine, _ = build(page_size=16, prefix_cache=0)
-    scheduler, log = engine._scheduler, []
-    feed, emit = Running.feed, sequence_module.Sequence.emit
-    monkeypatch.setattr(scheduler, "_queued", True)
-    monkeypatch.setattr(Running, "feed", lambda self, tokens: (log.append("feed"), feed(self, tokens)))
-    monkeypatch.setattr(sequence_module.Sequence, "emit", lambda self: (log.append(len(self.new)), emit(self)))
-    texts, images = tiny.prompts(seed=5, n=1)
-    engine.generate(texts, images, chat=False, max_new_tokens=4, eos_token_id=[])
-    assert log == [1, "feed", "feed", 2, "feed", 3, 4]

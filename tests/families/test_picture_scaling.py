@@ -10,11 +10,19 @@ import torch
 from PIL import Image
 from transformers.image_transforms import center_crop
 
+from dyvte_engine.models import picture_scaling
 from dyvte_engine.models.picture_scaling import Unscaled, UnscaledPicture, axis, scaled, scales_as_pil
 from dyvte_engine.runtime.picture_cache import digest_of
 
 FILTERS = list(Image.Resampling)
-SIZES = [(96, 96, 336, 336), (640, 480, 448, 336), (1280, 720, 597, 336), (37, 500, 336, 4540), (224, 224, 224, 224)]
+SIZES = [
+    (96, 96, 336, 336),
+    (400, 1000, 336, 840),
+    (640, 480, 448, 336),
+    (1280, 720, 597, 336),
+    (37, 500, 336, 4540),
+    (224, 224, 224, 224),
+]
 
 
 def noise(width: int, height: int, seed: int) -> np.ndarray:
@@ -57,6 +65,36 @@ def test_the_bytes_that_pil_makes():
     for pixels, size, crop, resample in cases(600, 0):
         made = scaled([left(pixels, size, crop, resample)], torch.device("cpu"))
         assert torch.equal(made[0], by_pil(pixels, size, crop, resample)), (pixels.shape, size, crop, resample)
+
+
+def test_height_first_where_it_shrinks_more(monkeypatch):
+    """As PIL does it from release 13 on; here in two calls, whatever release this is."""
+    monkeypatch.setattr(picture_scaling, "_order", lambda: picture_scaling._where_it_shrinks_more)
+    differ = set()
+    for i, (w, h, *size) in enumerate([(40, 90, 30, 60), (40, 90, 30, 70), (90, 40, 60, 30), (30, 60, 50, 40)]):
+        pixels, (width, height) = noise(w, h, i), size
+        first, second = [(w, height), (width, height)], [(width, h), (width, height)]
+        down_first = h - height > max(0, 2 * (w - width))
+        ways = []
+        for steps in (first, second):
+            picture = Image.fromarray(pixels)
+            for step in steps:
+                picture = picture.resize(step, 3)
+            ways.append(torch.tensor(np.asarray(picture).transpose(2, 0, 1)).long())
+        made = scaled([left(pixels, tuple(size), tuple(size), 3)], torch.device("cpu"))[0]
+        assert torch.equal(made, ways[0] if down_first else ways[1])
+        differ.add((down_first, torch.equal(*ways)))
+    assert {(True, False), (False, False)} <= differ
+
+
+def test_pil_that_scales_in_an_order_of_its_own_is_left_alone(monkeypatch):
+    own = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a, **o: own(own(self, (9, 9)), size, *a, **o))
+    picture_scaling._order.cache_clear()
+    try:
+        assert not picture_scaling.knows_pil()
+    finally:
+        picture_scaling._order.cache_clear()
 
 
 @pytest.mark.parametrize("resample", FILTERS)

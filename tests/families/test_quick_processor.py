@@ -39,6 +39,12 @@ NAMES = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", "llava"
 SIZES = [(28, 28), (20, 31), (200, 4), (4, 200), (5, 5), (97, 97), (160, 120), (35, 21), (1, 40)]
 
 
+def by_pil(own):
+    """Where there is torchvision, transformers takes another image processor."""
+    own.image_processor = pil_image_processor("clip", "CLIPImageProcessor")(**own.image_processor.to_dict())
+    return own
+
+
 def images(kind: str, backend: str = "pil"):
     module, options = KINDS[kind]
     if backend == "pil":
@@ -289,7 +295,7 @@ def test_a_method_replaced_in_the_class(monkeypatch):
 def test_a_model_reads_bytes_and_sees_the_same(unscaled):
     """Tower and projector, with prompts of before and after a change of the processor in one batch."""
     hf, text, pictures = tiny.model(), "w1 <image> w2", [noise((50, 33)), noise((28, 28), 1)]
-    model = VisionLanguageModel(hf, tiny.processor(), "tiny", None)
+    model = VisionLanguageModel(hf, by_pil(tiny.processor()), "tiny", None)
     assert model.slow_because is None
     if unscaled:  # as on CUDA
         model._quick, _ = quick_processor(model.processor, unscaled=True)
@@ -332,7 +338,9 @@ def test_an_engine_answers_alike_with_pictures_left_to_the_device(tmp_path, monk
     """Its caches know a picture that was left by its bytes and by what they are scaled to."""
     options = dict(device="cpu", picture_cache=kept, prefix_cache=kept)
     plain, left = (Engine.from_pretrained(tiny.save(tmp_path / str(i)), **options) for i in range(2))
-    left.model._quick, _ = quick_processor(left.model.processor, unscaled=True)
+    plain.model._quick, left.model._quick = (
+        quick_processor(by_pil(e.model.processor), unscaled=e is left)[0] for e in (plain, left)
+    )
     monkeypatch.setattr(left.runner, "pictures", PictureCache(left.model, kept, digests=kept > 0))
     pictures = [[noise((50, 33))], [noise((28, 28), 1), noise((50, 33))], None]
     texts = ["<image> w1 w2", "<image> w3 <image>", "w4"]
@@ -354,7 +362,8 @@ def test_an_engine_answers_alike_with_pictures_left_to_the_device(tmp_path, monk
 @pytest.mark.gpu
 def test_an_engine_on_a_gpu_scales_there(tmp_path):
     engine = Engine.from_pretrained(tiny.save(tmp_path), device="cuda", dtype="float32")
-    picture = noise((640, 480))
+    own, picture = by_pil(engine.model.processor), noise((640, 480))
+    engine.model = VisionLanguageModel(engine.model.hf, own, "tiny", engine.model.decoder.max_len)
     (prompt,) = engine._tokenize("<image> w1", picture, None, 2.0, False)
     values = engine.model._pixels([prompt.inputs["pixel_values"]]).cpu()
     want = engine.model.processor(text=["<image>"], images=[[picture]], return_tensors="pt")["pixel_values"]
