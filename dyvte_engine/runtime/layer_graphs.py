@@ -25,6 +25,7 @@ from .kv_cache import PagePool
 # Rows. In steps of a tile of a product: from some 250 on arithmetic binds, and what fills up costs like any row. With
 # more than the last, a layer is long enough to hide its launches.
 BUCKETS = (32, *range(64, 1025, 64))
+ALONE_FROM = 128  # rows; below, FlashAttention 2 is ahead of what torch picks for one sequence (H100)
 
 
 @dataclass(eq=False)
@@ -70,7 +71,7 @@ class _Captured:
         ops.rope_append_(q, k, v, cos_sin, numbers, home.cu, pool.k, pool.v, table, home.empty)
         self.queries_keys = q, k
         if layer < len(decoder.layers) - 1:
-            if graphs.alone is not None and len(home.empty) == 2:  # no row sees the padding, which follows it
+            if graphs.alone is not None and len(home.empty) == 2 and self.bucket >= ALONE_FROM:
                 return hidden, graphs.alone(q, k, v, decoder.scale)
             return hidden, graphs.attention(q, k, v, Lengths(home.cu, [self.bucket]), decoder.scale)
         ends = (home.cu[1:] - 1).long()  # the other rows would feed nothing but the cache
@@ -99,7 +100,7 @@ class LayerGraphs:
     These are launched by themselves, so that the device has them to do while the host waits for a decision. What fills
     a bucket up is one more sequence: it attends to itself alone, and its K/V goes to the pool's spare page. It starts
     as zeros in every prompt, so it stays finite; attention kernels may weigh what follows a sequence by 0. `alone`, if
-    given, is the attention of a single prompt, of which what fills up is the end: nothing else sees that either.
+    given, is the attention of a longer prompt by itself, of which what fills up is the end: nothing sees that either.
     `attention` must take the lengths from the device (`attention.CAPTURABLE`). Graphs are made at first use, until
     `sealed`: from then on rows that none covers are not taken. One prefill at a time has its rows here.
     """

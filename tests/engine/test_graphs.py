@@ -35,6 +35,7 @@ from dyvte_engine.models import PreparedPrompt, VisionLanguageModel, tower_graph
 from dyvte_engine.models.tower_graphs import TowerGraphs
 from dyvte_engine.models.tower_layers import TowerLayers
 from dyvte_engine.runtime import prefill
+from dyvte_engine.runtime import layer_graphs
 from dyvte_engine.runtime.decode import DecodeGraphs
 from dyvte_engine.runtime.kv_cache import KVCache
 from dyvte_engine.runtime.layer_graphs import BUCKETS, LayerGraphs, bucket_of
@@ -508,7 +509,8 @@ def test_layers_equal_those_without_graphs(name, drop_early_kv, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("alone", [None, causal])
-def test_a_prompt_alone_attends_with_its_padding_or_apart_from_it(alone, device):
+def test_a_prompt_alone_attends_with_its_padding_or_apart_from_it(alone, device, monkeypatch):
+    monkeypatch.setattr(layer_graphs, "ALONE_FROM", 0)
     engine, plain = with_graphs(device, EXITS["after 1"])
     asked = []
     add_layer_graphs(engine, device, alone and (lambda q, *rest: asked.append(len(q)) or alone(q, *rest)))
