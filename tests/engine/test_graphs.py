@@ -34,8 +34,7 @@ from dyvte_engine.kernels.graphs import capture_cuda
 from dyvte_engine.models import PreparedPrompt, VisionLanguageModel, tower_graphs
 from dyvte_engine.models.tower_graphs import TowerGraphs
 from dyvte_engine.models.tower_layers import TowerLayers
-from dyvte_engine.runtime import prefill
-from dyvte_engine.runtime import layer_graphs
+from dyvte_engine.runtime import layer_graphs, prefill
 from dyvte_engine.runtime.decode import DecodeGraphs
 from dyvte_engine.runtime.kv_cache import KVCache
 from dyvte_engine.runtime.layer_graphs import BUCKETS, LayerGraphs, bucket_of
