@@ -1,8 +1,7 @@
 // Flash-decoding: every (sequence, K/V head, group of query heads, split of the cached rows) is one block with its own
 // online softmax; the last of these blocks, or a second launch, combines the splits. The number of splits follows from
-// the cache's capacity, never from the lengths on the device, so that a graph can capture it. The warps of all splits
-// take turns: which rows a warp begins with does not depend on a length, so their pages are looked up meanwhile. New
-// rows of a decoding step are in no page yet: each block that reads one has it in registers, and one of them writes it.
+// the cache's capacity, never from the lengths on the device, so that a graph can capture it. A decoding step's new
+// rows are in no page yet: each block that reads one has it in registers, and one of them writes it.
 #include <type_traits>
 
 #include "common.cuh"
@@ -18,7 +17,6 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kPerLane = 8;    // channels of a head one lane holds
 constexpr int kMinSplit = 32;  // rows
 constexpr int kMaxSplits = 64;
-constexpr int64_t kAhead = 16 << 20;  // bytes that are asked for before the queries are there
 constexpr float kLog2e = 1.4426950408889634f;
 
 // Whether head sizes and addresses allow 16-byte accesses.
@@ -61,40 +59,9 @@ __host__ __device__ Parts split_scratch(const DecodeAttentionParams& p, int spli
   return {p.scratch + 2 * n, reinterpret_cast<float2*>(p.scratch)};
 }
 
-// Cached rows that a lane has on the way; where there are registers for more, all warps read a short cache in one turn.
-constexpr int rows_at_once(int g, size_t size, bool wide) {
-  return (g == 8 ? 4 : g == 1 && size == 2 && wide ? 16 : 8) / static_cast<int>(size);
-}
-
-// Pages of a size that is 2 to the power `shift`; negative: it is none.
-struct Paging {
-  int size, shift;
-
-  __device__ __forceinline__ int page(int row) const {
-    return shift < 0 ? static_cast<unsigned>(row) / static_cast<unsigned>(size) : row >> shift;
-  }
-  __device__ __forceinline__ int64_t row(int number, int row) const {
-    if (shift < 0)
-      return static_cast<int64_t>(number) * size + static_cast<unsigned>(row) % static_cast<unsigned>(size);
-    return (static_cast<int64_t>(number) << shift) + (row & ((1 << shift) - 1));
-  }
-};
-
-// Asks the second-level cache for the first cached rows of all heads, by the first `blocks` blocks, which alone can
-// begin long before their turn. Lengths and pages may still be written: then it asks for other rows, of this pool.
-__device__ __forceinline__ void prefetch_cache(const DecodeAttentionParams& p, const Paging& paging, int blocks,
-                                               int64_t element) {
-  const unsigned bytes = static_cast<unsigned>(p.pool.heads * p.pool.dim * element);
-  const int most = static_cast<int>(min(kAhead / (2 * bytes) / p.batch, p.max_len));
-  const int number = threadIdx.x * blocks + blockIdx.x;
-  if (static_cast<int>(blockIdx.x) >= blocks || number >= most * p.batch) return;
-  const int seq = number / most, row = number % most;
-  if (row >= p.kv_lens[seq]) return;
-  const int page = p.block_table[seq * p.table_stride + paging.page(row)];
-  if (static_cast<unsigned>(page) >= p.pool.pages) return;
-  const int64_t at = paging.row(page, row) * bytes;
-  prefetch(static_cast<const char*>(p.pool.k) + at, bytes);
-  prefetch(static_cast<const char*>(p.pool.v) + at, bytes);
+__device__ __forceinline__ int64_t cache_row(const int32_t* table, int row, const DecodeAttentionParams& p, int shift) {
+  if (shift < 0) return pool_row(table, row, static_cast<unsigned>(p.pool.page));
+  return (static_cast<int64_t>(table[row >> shift]) << shift) + (row & ((1 << shift) - 1));
 }
 
 // A lane's channels as they are in memory: two of 16 bits would take two registers as numbers.
@@ -232,7 +199,7 @@ __device__ void write_part(const DecodeAttentionParams& p, int64_t head, int spl
 // cache, and several at once, for nothing is left to do meanwhile.
 template <class T>
 __device__ void combine(const DecodeAttentionParams& p, int64_t head, int splits, int channel) {
-  constexpr int kAtOnce = 16;
+  constexpr int kAtOnce = 8;
   const Parts parts = split_scratch(p, splits);
   const float2* stats = parts.stats + head * splits;
   const float* out = parts.out + head * splits * p.pool.dim + channel;
@@ -263,10 +230,10 @@ __device__ void combine(const DecodeAttentionParams& p, int64_t head, int splits
   from_float(total > 0.0f ? sum / total : total, static_cast<T*>(p.out) + head * p.pool.dim + channel);
 }
 
-// `early`: blocks that ask for cached rows before the kernels in front of this one have ended.
+// `shift`: the page size is 2 to this power; negative: it is none.
 template <class T, int LANES, int G, int U, bool WIDE>
 __global__ void __launch_bounds__(kThreads, resident(G))
-    split_kernel(DecodeAttentionParams p, int groups, int splits, Paging paging, int early) {
+    split_kernel(DecodeAttentionParams p, int groups, int splits, int shift) {
   constexpr int kRows = kWarp / LANES,
                 kSeen = kWarps * kRows;  // rows a warp reads at once; partial states of the block
   __shared__ float largest[kSeen][G], weight[kSeen][G], out[kSeen][G][LANES * kPerLane];
@@ -278,54 +245,46 @@ __global__ void __launch_bounds__(kThreads, resident(G))
   const int lane = threadIdx.x % kWarp, sub = lane / LANES, first = lane % LANES * kPerLane;
   const int warp = threadIdx.x / kWarp, seen = warp * kRows + sub;
   const int32_t* table = p.block_table + seq * p.table_stride;
-  const int last_page = static_cast<int>(p.max_pages) - 1;
   constexpr int kLine = 128 / sizeof(int32_t);
   for (int i = threadIdx.x * kLine; i < p.max_pages; i += kThreads * kLine) prefetch(table + i);
-  if (early > 0) prefetch_cache(p, paging, early, sizeof(T));
 
   wait_for_earlier_kernels();
   let_next_begin();
-  const int number = warp * splits + split, turn = splits * kWarps * kRows * U;  // of this warp among all splits'
-  int base = number * kRows * U, pages = 0;
-  static_assert(kRows * U <= kWarp, "each lane looks up the page of one row");
-  const auto look_up = [&](int from) {
-    if (from < p.max_len) pages = table[min(paging.page(from + lane), last_page)];
-  };
-  look_up(base);
-  const int cached = p.kv_lens[seq], end = cached + (p.fresh.k != nullptr);
-  const float* cos = nullptr;
-  if (p.fresh.k) cos = p.fresh.cos_sin + p.fresh.positions[seq] * p.fresh.rot_dim;
+  const int cached = p.kv_lens[seq], len = cached + (p.fresh.k != nullptr), per_split = (len + splits - 1) / splits;
+  const int begin = split * per_split, end = min(len, begin + per_split);
   const int64_t row = p.pool.heads * p.pool.dim;
   T* k_pool = static_cast<T*>(p.pool.k) + static_cast<int64_t>(kv_head) * dim;
   T* v_pool = static_cast<T*>(p.pool.v) + static_cast<int64_t>(kv_head) * dim;
 
   Channels<T> k[U] = {}, v[U] = {};
-  const auto fetch = [&](int from) {
+  const auto fetch = [&](int base) {
 #pragma unroll
-    for (int u = 0; u < U; ++u) {  // no branch: all loads are on the way; for one that is not there, the pool's first
-      const int r = from + u * kRows + sub, page = __shfl_sync(kAllLanes, pages, u * kRows + sub);
-      const int64_t at = r < cached ? paging.row(page, r) * row : 0;
+    for (int u = 0; u < U; ++u) {  // no branch: all loads are on the way; a new row's come from elsewhere
+      const int r = max(min(min(base + u * kRows + sub, end - 1), cached - 1), 0);
+      const int64_t at = cache_row(table, r, p, shift) * row;
       k[u] = load_channels<T, WIDE>(k_pool + at, first, dim);
       v[u] = load_channels<T, WIDE>(v_pool + at, first, dim);
     }
-    look_up(from + turn);
   };
-  const bool has_new = p.fresh.k && cached / (kRows * U) % (splits * kWarps) == number;
-  int new_page = 0;
-  if (has_new) new_page = table[paging.page(cached)];
+  int base = begin + warp * kRows * U;
   if (base < end) fetch(base);
 
-  const int half = static_cast<int>(p.fresh.rot_dim / 2);
+  const float* cos = nullptr;
+  int half = 0;
   Channels<T> new_k = {}, new_v = {};
-  if (has_new) {
-    const T* from = static_cast<const T*>(p.fresh.k) + seq * p.fresh.k_stride + static_cast<int64_t>(kv_head) * dim;
-    new_k = load_rotated<T, WIDE>(from, cos, half, first, dim);
-    from = static_cast<const T*>(p.fresh.v) + seq * p.fresh.v_stride + static_cast<int64_t>(kv_head) * dim;
-    new_v = load_channels<T, WIDE>(from, first, dim);
-    if (group == 0 && sub == 0) {  // nobody reads it in this kernel
-      const int64_t at = paging.row(new_page, cached) * row;
-      store_channels<T, WIDE>(k_pool + at, new_k, first, dim);
-      store_channels<T, WIDE>(v_pool + at, new_v, first, dim);
+  if (p.fresh.k) {
+    cos = p.fresh.cos_sin + p.fresh.positions[seq] * p.fresh.rot_dim;
+    half = static_cast<int>(p.fresh.rot_dim / 2);
+    if (begin <= cached && cached < end) {
+      const T* from = static_cast<const T*>(p.fresh.k) + seq * p.fresh.k_stride + static_cast<int64_t>(kv_head) * dim;
+      new_k = load_rotated<T, WIDE>(from, cos, half, first, dim);
+      from = static_cast<const T*>(p.fresh.v) + seq * p.fresh.v_stride + static_cast<int64_t>(kv_head) * dim;
+      new_v = load_channels<T, WIDE>(from, first, dim);
+      if (group == 0 && seen == 0) {  // nobody reads it in this kernel
+        const int64_t at = cache_row(table, cached, p, shift) * row;
+        store_channels<T, WIDE>(k_pool + at, new_k, first, dim);
+        store_channels<T, WIDE>(v_pool + at, new_v, first, dim);
+      }
     }
   }
   float q[G][kPerLane];
@@ -346,12 +305,13 @@ __global__ void __launch_bounds__(kThreads, resident(G))
     for (int u = 0; u < U; ++u) {
       const int r = base + u * kRows + sub;
       valid[u] = r < end;
-      if (r < cached) continue;
-      k[u] = new_k;  // what was read instead may be no number: of a row that is not there, nothing may count
-      v[u] = r == cached ? new_v : Channels<T>{};
+      if (min(r, end - 1) == cached) {
+        k[u] = new_k;
+        v[u] = new_v;
+      }
     }
     absorb<T, LANES, G, U>(state, q, k, v, valid);
-    base += turn;
+    base += kWarps * kRows * U;
     if (base < end) fetch(base);
   }
 
@@ -390,16 +350,14 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DecodeAttentionParams
 
 template <class T, int LANES, int G, bool WIDE>
 void launch_split(const DecodeAttentionParams& p, int splits, void* stream) {
+  constexpr int U = (G == 8 ? 4 : 8) / sizeof(T);  // cached rows in flight per lane
   const int64_t groups = head_groups(p), blocks = p.batch * p.pool.heads * groups * splits;
-  Paging paging{static_cast<int>(p.pool.page), 0};
-  while (paging.shift < 30 && (1 << paging.shift) < paging.size) ++paging.shift;
-  if ((1 << paging.shift) != paging.size) paging.shift = -1;
-  const auto kernel = split_kernel<T, LANES, G, rows_at_once(G, sizeof(T), WIDE), WIDE>;
-  const int of_pair = static_cast<int>(groups);
-  if (!p.arrived) return launch(kernel, blocks, kThreads, stream, p, of_pair, splits, paging, 0);
-  // With new rows it follows a library's product, which lets nothing begin early.
-  const int early = WIDE && !p.fresh.k ? multiprocessors() : 0;
-  launch_early(kernel, blocks, kThreads, 0, stream, p, of_pair, splits, paging, early);
+  int shift = 0;
+  while (shift < 30 && (int64_t{1} << shift) < p.pool.page) ++shift;
+  if ((int64_t{1} << shift) != p.pool.page) shift = -1;
+  const auto kernel = split_kernel<T, LANES, G, U, WIDE>;
+  if (p.arrived) return launch_early(kernel, blocks, kThreads, 0, stream, p, static_cast<int>(groups), splits, shift);
+  launch(kernel, blocks, kThreads, stream, p, static_cast<int>(groups), splits, shift);
 }
 
 template <class T, int LANES>

@@ -1,8 +1,7 @@
 // Weights are streamed once through tensor cores: they are the 16 x 16 operand of an mma, the up to 8 rows of x the
 // 16 x 8 one. A block takes 16 rows of the weight at a time (a tile: two halves of 8, from where the epilogue needs
 // them), its warps share out the channels and meet at the tile's end. Each lane always has kDepth steps of weights on
-// the way, those of the next tile included. Where a kernel can begin early, it asks for its first weights before it
-// waits for the kernel that makes x: some for registers, more for the second-level cache, so that memory never rests.
+// the way, those of the next tile included, and asks for the first ones before it waits for the kernel that makes x.
 #include "common.cuh"
 #include "dyvte/decode_linear.h"
 #include "ptx.cuh"
@@ -18,9 +17,7 @@ constexpr int kMinBlocks = 3;  // registers for these, and one of the kernel tha
 constexpr int kHalf = 8;       // weight rows of half a tile
 constexpr int kRows = static_cast<int>(kDecodeRows);
 constexpr int kStep = 64;  // channels of one step of a warp: 128 bytes of each weight row, in two loads
-constexpr int kDepth = 2;  // steps in registers
-constexpr int kAhead = 8;  // steps that are asked for, in registers or the cache, before x is there
-constexpr int kTail = 8;   // steps of a block that are left when the next kernel may begin: what it asks for must stay
+constexpr int kDepth = 2;  // steps
 
 // Elements between the normalised rows in shared memory: an odd multiple of 64 bytes, so that the eight lanes that load
 // together meet all banks.
@@ -52,67 +49,45 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint4& low, cons
   mma(sum, {low.z, high.z, low.w, high.w}, {x.z, x.w}, T());
 }
 
-// RMS-normalises all rows of x into shared memory, rounded as rms_norm rounds: all of them are on the way at once, and
-// the norm's weight before it is needed. All threads must call it; a barrier must follow.
+// RMS-normalises all rows of x into shared memory, rounded as rms_norm rounds. All threads must call it; a barrier must
+// follow.
 template <class T>
 __device__ void normalise(const DecodeProduct& p, T* to, int64_t pitch) {
   constexpr int V = kVec<T>;
-  __shared__ float squares[kRows][kWarps], factor[kRows];
-  const T *x = static_cast<const T*>(p.x), *norm = static_cast<const T*>(p.norm);
-  const int rows = static_cast<int>(p.rows), k = static_cast<int>(p.k), first = threadIdx.x * V, step = kThreads * V;
-  for (int b = 0; b < rows; ++b) {
-    for (int c = first; c < k; c += step) copy_async(to + b * pitch + c, x + b * p.x_stride + c);
-  }
-  end_group();
-  Pack<T, V> coming = {};
-  if (first < k) coming = load_pack<T, V>(norm + first);
-  wait_for_groups<0>();
-  float sum[kRows] = {};
-  for (int c = first; c < k; c += step) {
+  __shared__ float squares[kWarps];
+  const int rows = static_cast<int>(p.rows), warp = threadIdx.x / kWarp;
+  const int share = rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 2 : 1;  // warps of one row
+  const int b = warp / share, step = share * kWarp * V;
+  const int first = (warp % share * kWarp + threadIdx.x % kWarp) * V, end = b < rows ? static_cast<int>(p.k) : 0;
+  const T *x = static_cast<const T*>(p.x) + b * p.x_stride, *norm = static_cast<const T*>(p.norm);
+  float sum = 0.0f;
+#pragma unroll 2
+  for (int c = first; c < end; c += step) {
+    float value[V];
+    load(x + c, value);
 #pragma unroll
-    for (int b = 0; b < kRows; ++b) {
-      if (b >= rows) continue;
-      float value[V];
-      load(to + b * pitch + c, value);
-#pragma unroll
-      for (int j = 0; j < V; ++j) sum[b] += value[j] * value[j];
-    }
+    for (int j = 0; j < V; ++j) sum += value[j] * value[j];
   }
-#pragma unroll
-  for (int b = 0; b < kRows; ++b) {
-    if (b >= rows) continue;
-    sum[b] = warp_sum(sum[b]);
-    if (threadIdx.x % kWarp == 0) squares[b][threadIdx.x / kWarp] = sum[b];
-  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarp == 0) squares[warp] = sum;
   __syncthreads();
-  if (static_cast<int>(threadIdx.x) < rows) {
-    float total = 0.0f;
-    for (int w = 0; w < kWarps; ++w) total += squares[threadIdx.x][w];
-    factor[threadIdx.x] = 1.0f / sqrtf(total / static_cast<float>(k) + p.eps);
-  }
-  __syncthreads();
-  constexpr int kTogether = 4;  // rows: what is stored may, for all the compiler knows, be what is read next
-  for (int c = first; c < k; c += step) {
-    const Pack<T, V> w = coming;
-    if (c + step < k) coming = load_pack<T, V>(norm + c + step);
-    for (int b = 0; b < rows; b += kTogether) {
-      Pack<T, V> pack[kTogether];
+  float total = 0.0f;
+  for (int i = 0; i < share; ++i) total += squares[b * share + i];
+  const float factor = 1.0f / sqrtf(total / static_cast<float>(p.k) + p.eps);
+  for (int c = first; c < end; c += step) {
+    float value[V], w[V];
+    load(x + c, value);
+    load(norm + c, w);
+    Pack<T, V> pack;
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) pack[i] = load_pack<T, V>(to + min(b + i, rows - 1) * pitch + c);
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        if (b + i >= rows) continue;
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          T rounded;
-          from_float(to_float(pack[i].at[j]) * factor[b + i], &rounded);
-          from_float(to_float(rounded) * to_float(w.at[j]), &pack[i].at[j]);
-        }
-        uint4 raw;  // stored as such: `store` is for global memory
-        memcpy(&raw, &pack[i], sizeof(raw));
-        *reinterpret_cast<uint4*>(to + (b + i) * pitch + c) = raw;
-      }
+    for (int j = 0; j < V; ++j) {
+      T rounded;
+      from_float(value[j] * factor, &rounded);
+      from_float(to_float(rounded) * w[j], &pack.at[j]);
     }
+    uint4 raw;  // stored as such: `store` is for global memory
+    memcpy(&raw, &pack, sizeof(raw));
+    *reinterpret_cast<uint4*>(to + b * pitch + c) = raw;
   }
 }
 
@@ -229,22 +204,6 @@ struct NormQkvAppend : Holds<NormQkvAppendParams> {
   }
 };
 
-// Rows that are read as they are: a lane's channels of a step are on the way to shared memory as long as its weights
-// are. Each lane reads only what it has asked for itself.
-template <class T>
-struct Coming {
-  uint4 (*at)[2][kThreads];  // [step][load][thread]
-  const T* x;                // this lane's row, or null
-
-  __device__ void ask(int d, int c, int k) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (x && c + i * kStep / 2 < k) copy_async(&at[d][i][threadIdx.x], x + c + i * kStep / 2);
-    }
-    end_group();
-  }
-};
-
 template <class Job>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) product_kernel(Job job) {
   using T = typename Job::T;
@@ -263,11 +222,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) product_kernel(Job job) 
   Packs packs[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) packs[d] = fetch(row, first + d * kWarps * kStep, k);
-  if (threadIdx.x < 2 * kHalf) {
-    const T* from = weight + job.row(tile, threadIdx.x / kHalf, threadIdx.x % kHalf) * p.weight_stride;
-    const int begin = kDepth * kWarps * kStep, end = min(k, kAhead * kWarps * kStep);
-    if (begin < end) prefetch(from + begin, (end - begin) * sizeof(T));
-  }
   if constexpr (Job::kNorm) {
     constexpr int kLine = 128 / sizeof(T);
 #pragma unroll 1
@@ -275,17 +229,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) product_kernel(Job job) 
   }
 
   wait_for_earlier_kernels();
-  const T* x = group < rows ? static_cast<const T*>(p.x) + group * p.x_stride : nullptr;
-  __shared__ uint4 of_steps[Job::kNorm ? 1 : kDepth][2][kThreads];
-  const Coming<T> coming{of_steps, x};
+  let_next_begin();
+  const T* x = static_cast<const T*>(p.x) + group * p.x_stride;
   if constexpr (Job::kNorm) {
     T* normalised = static_cast<T*>(dynamic_shared());
     normalise(p, normalised, shared_pitch(k));
     __syncthreads();
-    x = group < rows ? normalised + group * shared_pitch(k) : nullptr;
-  } else {
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) coming.ask(d, first + d * kWarps * kStep, k);
+    x = normalised + group * shared_pitch(k);
   }
 
   for (int turn = 0; tile < tiles; turn ^= 1) {
@@ -293,7 +243,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) product_kernel(Job job) 
     float sum[4] = {};
     for (int step = 0; step < steps; step += kDepth) {
       const bool last = step + kDepth == steps;  // then what follows is of the next tile, if there is one
-      if (next >= tiles && step + kTail >= steps) let_next_begin();
       if (last && next < tiles) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) row[half] = weight + job.row(next, half, group) * p.weight_stride;
@@ -302,17 +251,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) product_kernel(Job job) 
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
         const int c = first + (step + d) * kWarps * kStep;
-        if constexpr (!Job::kNorm) wait_for_groups<kDepth - 1>();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           uint4 of_x = {};
-          if (x && c + i * kStep / 2 < k) {
-            of_x = Job::kNorm ? *reinterpret_cast<const uint4*>(x + c + i * kStep / 2) : of_steps[d][i][threadIdx.x];
-          }
+          if (group < rows && c + i * kStep / 2 < k) of_x = *reinterpret_cast<const uint4*>(x + c + i * kStep / 2);
           multiply<T>(sum, packs[d].at[i][0], packs[d].at[i][1], of_x);
         }
         packs[d] = fetch(row, behind + d * kWarps * kStep, end);
-        if constexpr (!Job::kNorm) coming.ask(d, behind + d * kWarps * kStep, end);
       }
     }
     part[turn][warp][group][quad] = make_float2(sum[0], sum[1]);

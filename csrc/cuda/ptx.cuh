@@ -1,6 +1,6 @@
 // What CUDA's C++ has no function for: tensor cores on single registers, loads that pass by the first-level cache,
-// copies that wait for nothing, memory whose size the launch decides, kernels that begin before the one before them has
-// ended. The emulator has its own forms.
+// memory whose size the launch decides, kernels that begin before the one before them has ended. The emulator has its
+// own forms.
 #pragma once
 
 #include "common.cuh"
@@ -22,28 +22,6 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
 
 // Begins to bring the line of `at` into the second-level cache.
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" : : "l"(at)); }
-
-// The same of `bytes`, a multiple of 16, at a multiple of 16; on GPUs whose kernels can begin early.
-__device__ __forceinline__ void prefetch(const void* at, unsigned bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(at), "r"(bytes));
-#endif
-}
-
-// Begins to copy 16 bytes into shared memory, for this thread alone until it has waited.
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(from) : "memory");
-}
-
-// Ends a group of copies.
-__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" : : : "memory"); }
-
-// Returns when all groups of this thread's copies but the last `BUT` have arrived.
-template <int BUT>
-__device__ __forceinline__ void wait_for_groups() {
-  asm volatile("cp.async.wait_group %0;" : : "n"(BUT) : "memory");
-}
 
 // sum += a b of 16 x 16 and 16 x 8 numbers, as mma.m16n8k16 spreads them over a warp.
 __device__ __forceinline__ void mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], __nv_bfloat16) {
@@ -82,18 +60,12 @@ __device__ __forceinline__ void let_next_begin() {
 
 #else
 
-using emulate::copy_async;
 using emulate::dynamic_shared;
-using emulate::end_group;
 using emulate::let_next_begin;
 using emulate::mma;
 using emulate::wait_for_earlier_kernels;
-using emulate::wait_for_groups;
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
-inline void prefetch(const void* at) { (void)*static_cast<const volatile char*>(at); }
-inline void prefetch(const void* at, unsigned bytes) {
-  for (unsigned i = 0; i < bytes; ++i) prefetch(static_cast<const char*>(at) + i);
-}
+inline void prefetch(const void* at) { (void)*static_cast<const char*>(at); }
 
 #endif
 

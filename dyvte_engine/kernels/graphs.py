@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,7 +35,8 @@ def capture_cuda(step: Callable[[], T], memory: list[Any]) -> Replay[T]:
     """
     graph = torch.cuda.CUDAGraph()
     stream = _stream(torch.cuda.current_device())
-    with torch.cuda.graph(graph, pool=memory[0] if memory else None, stream=stream):
+    options: dict[str, Any] = dict(stream=stream, capture_error_mode="thread_local")  # others may do what they like
+    with _nothing_collected(), torch.cuda.graph(graph, pool=memory[0] if memory else None, **options):
         out = step()
     if not memory:
         memory.append(graph.pool())
@@ -43,6 +46,18 @@ def capture_cuda(step: Callable[[], T], memory: list[Any]) -> Replay[T]:
         return out
 
     return replay
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Among garbage there may be graphs, and to destroy one breaks a capture of the same thread."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def capture_cpu(step: Callable[[], T], memory: list[Any]) -> Replay[T] | None:

@@ -409,6 +409,40 @@ def test_merging_runs_in_the_captured_tower(vision, device, monkeypatch):
     assert shapes == set(itertools.product(inside, numbers))
 
 
+def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch):
+    """Garbage may hold graphs, and one that is destroyed meanwhile breaks the capture."""
+
+    class Died:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            seen.append(capturing[0])
+
+    @contextlib.contextmanager
+    def captured(*_, **options):
+        assert options["capture_error_mode"] == "thread_local"
+        capturing[0] = True
+        try:
+            yield
+        finally:
+            capturing[0] = False
+
+    seen, capturing, before = [], [False], gc.get_threshold()
+    for name, value in dict(graph=captured, CUDAGraph=Mock, current_device=lambda: 0, Stream=lambda _: None).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    gc.set_threshold(1)
+    try:
+        capture_cuda(lambda: [Died() for _ in range(50)], [])
+        with pytest.raises(ZeroDivisionError):
+            capture_cuda(lambda: 1 / 0, [])
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert len(seen) == 50 and not any(seen)
+
+
 def attend_by_offsets(q, k, v, lengths, scale):
     """Knows where sequences begin from the device alone, and weighs the rows of all others by 0."""
     rows = torch.arange(len(q), dtype=torch.int32, device=q.device)

@@ -363,10 +363,10 @@ def test_an_engine_answers_alike_with_pictures_left_to_the_device(tmp_path, monk
 def test_an_engine_on_a_gpu_scales_there(tmp_path):
     engine = Engine.from_pretrained(tiny.save(tmp_path), device="cuda", dtype="float32")
     own, picture = by_pil(engine.model.processor), noise((640, 480))
-    engine.model = VisionLanguageModel(engine.model.hf, own, "tiny", engine.model.decoder.max_len)
-    (prompt,) = engine._tokenize("<image> w1", picture, None, 2.0, False)
-    values = engine.model._pixels([prompt.inputs["pixel_values"]]).cpu()
-    want = engine.model.processor(text=["<image>"], images=[[picture]], return_tensors="pt")["pixel_values"]
+    model = VisionLanguageModel(engine.model.hf, own, "tiny", None)
+    (prompt,) = model.tokenize(["<image> w1"], [[picture]])
+    values = model._pixels([prompt.inputs["pixel_values"]]).cpu()
+    want = own(text=["<image>"], images=[[picture]], return_tensors="pt")["pixel_values"]
     assert isinstance(prompt.inputs["pixel_values"], Unscaled) and torch.equal(values, want)
 
 

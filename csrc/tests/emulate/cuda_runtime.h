@@ -56,14 +56,6 @@ void* dynamic_shared();
 void check_global(const void* at);  // dies where it is in shared memory
 inline void wait_for_earlier_kernels() {}
 inline void let_next_begin() {}
-// 16 bytes, which are there when the thread has waited for the group, and not before.
-void copy_async(void* to, const void* from);
-void end_group();
-void wait_for_groups(size_t but);
-template <int BUT>
-void wait_for_groups() {
-  wait_for_groups(BUT);
-}
 
 }  // namespace emulate
 
@@ -75,13 +67,6 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 inline float __shfl_down_sync(unsigned, float value, int delta) {
   const unsigned source = emulate::lane() + delta;
   return emulate::exchange(value, source < 32 ? source : emulate::lane());
-}
-inline int __shfl_sync(unsigned, int value, int source) {
-  float bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  bits = emulate::exchange(bits, static_cast<unsigned>(source));
-  std::memcpy(&value, &bits, sizeof(bits));
-  return value;
 }
 inline unsigned atomicInc(unsigned* at, unsigned most) {
   const unsigned old = *at;

@@ -7,7 +7,6 @@
 #include <memory>
 #include <numeric>
 #include <random>
-#include <utility>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -30,7 +29,6 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::ready;
   unsigned exchanges = 0;
-  std::vector<std::vector<std::pair<void*, const void*>>> copies;  // groups of them; the last one is open
 };
 
 [[noreturn]] void die(const char* what) {
@@ -64,7 +62,6 @@ void start(unsigned thread) {
   Fiber& fiber = fibers[thread];
   fiber.state = State::ready;
   fiber.exchanges = 0;
-  fiber.copies.assign(1, {});
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStack;
@@ -144,21 +141,6 @@ const unsigned (*gather(const unsigned (&mine)[6]))[6] {
 }
 
 void* dynamic_shared() { return shared.get(); }
-
-void copy_async(void* to, const void* from) {
-  check_global(from);
-  fibers[threadIdx.x].copies.back().emplace_back(to, from);
-}
-
-void end_group() { fibers[threadIdx.x].copies.emplace_back(); }
-
-void wait_for_groups(size_t but) {
-  auto& copies = fibers[threadIdx.x].copies;
-  while (copies.size() > but + 1) {
-    for (const auto& [to, from] : copies.front()) std::memcpy(to, from, 16);
-    copies.erase(copies.begin());
-  }
-}
 
 void check_global(const void* at) {
   const char* byte = static_cast<const char*>(at);
