@@ -16,9 +16,9 @@ from ..kernels import ops
 from .decoder import Decoder
 
 MOST_ROWS = 8  # one of each sequence
-_MEASURED: dict[str, int] = {"NVIDIA H100 80GB HBM3": 4}
-"""By the GPU's name: up to so many rows it is faster than the usual way (`benchmarks.decoding`). GPUs of one compute
-capability differ in memory, which is what decoding waits for."""
+_MEASURED: dict[tuple[str, int], int] = {("NVIDIA H100 80GB HBM3", 4096): 4}
+"""By the GPU's name and the hidden size: up to so many rows it is faster than the usual way (`benchmarks.decoding`).
+GPUs of one compute capability differ in memory, which is what decoding waits for."""
 
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}  # CUDA's guide
 
@@ -66,7 +66,11 @@ def fused_layers(decoder: Decoder, asked: bool | str) -> FusedLayers | None:
     if not asked or reason is not None:
         return None
     device = decoder.norm.device
-    wanted = MOST_ROWS if asked is True else _MEASURED.get(torch.cuda.get_device_name(device), 0)
+    wanted = (
+        MOST_ROWS
+        if asked is True
+        else _MEASURED.get((torch.cuda.get_device_name(device), decoder.shape.hidden_size), 0)
+    )
     most = min(wanted, _fitting(decoder.shape.hidden_size, _shared_bytes(device)))
     return FusedLayers(decoder, most) if most > 0 else None
 
