@@ -361,6 +361,23 @@ def test_an_interrupt_leaves_those_who_wait(steps, monkeypatch):
     assert engine.pool.claimed == 0
 
 
+def test_an_interrupt_between_two_halves_of_a_cancel_loses_nobody(monkeypatch):
+    """Nor where one who waits is refused: who is not done yet is still there."""
+    engine, _ = build(page_size=4, max_batch=1, max_len=96, prefix_cache=0)
+    spec = 1, "fixed", "greedy", 0, 3
+    (handle,) = queue(engine, spec)
+    scheduler, held = engine._scheduler, engine.runner.cache(1, 1)
+    held.claim(0, engine.pool.n_pages)
+    monkeypatch.setattr(handle, "fail", lambda error: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for interrupted in (handle.cancel, scheduler.step):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert not handle.done and scheduler.counts["waiting"] == 1
+    monkeypatch.undo()
+    held.close()
+    assert told(handle.result()) == answer(spec)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("sampling", [{}, dict(do_sample=True), dict(repetition_penalty=1.2)])
 def test_logits_that_are_not_finite_end_their_request_alone(value, sampling, monkeypatch):
