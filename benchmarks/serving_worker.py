@@ -373,7 +373,15 @@ def answered(engine, run):
     return {"jobs": found, **engine.about(start)}
 
 
+def end(args):
+    """After an error in a thread: nobody would answer those who wait for it."""
+    threading.__excepthook__(args)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def main():
+    threading.excepthook = end
     name, folder, options = sys.argv[1:4]
     sys.path.pop(0)  # this file's folder: `kernels` there is not the package that transformers looks for
     answers = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -234,6 +235,29 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path):
         time.sleep(0.05)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     pytest.fail("the server is still there")
+
+
+def test_an_error_in_a_batch_ends_the_process():
+    """Its clients wait for an answer that nobody is at work on."""
+    script = """
+import sys
+from benchmarks import serving_worker
+
+class Broken(serving_worker.Batches):
+    def __init__(self, folder, options):
+        super().__init__(4)
+
+    def batch(self, jobs, tells):
+        raise MemoryError("too many at once")
+
+serving_worker.ENGINES["broken"] = Broken
+sys.argv[1:] = ["broken", "", "{}"]
+sys.path.insert(0, "")
+serving_worker.main()
+"""
+    run = json.dumps({"jobs": [{"text": "", "picture": None, "new_tokens": 1}], "clients": 1}) + "\n"
+    done = subprocess.run([sys.executable, "-c", script], input=run, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().endswith("MemoryError: too many at once")
 
 
 def test_serving_measures_what_it_can_and_says_what_it_cannot(tmp_path):
