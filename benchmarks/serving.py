@@ -285,20 +285,26 @@ def others(args: argparse.Namespace) -> tuple[dict[str, Compared], dict[str, str
 
 @dataclass
 class Workers:
-    """A process for each side, started and warm when it is first asked."""
+    """A process for each side, started and warm when it is first asked, and anew after one that has ended."""
 
     threads: int
     logs: Path
     warm_up: Data
     running: dict[Side, Worker] = field(default_factory=dict)
+    started: int = 0
 
     def ask(self, side: Side, request: Data) -> Data:
         """Raises Unavailable where it cannot run, or ends."""
-        if side not in self.running:
-            worker = Worker(side, self.threads, self.logs / f"{len(self.running)}.log", "serving_worker")
-            self.running[side] = worker
-            worker.ask(self.warm_up)
-        return self.running[side].ask(request)
+        try:
+            if side not in self.running:
+                self.started += 1
+                self.running[side] = Worker(side, self.threads, self.logs / f"{self.started}.log", "serving_worker")
+                self.running[side].ask(self.warm_up)
+            return self.running[side].ask(request)
+        except Unavailable:
+            if side in self.running:
+                self.running.pop(side).close()
+            raise
 
     def close(self) -> None:
         for worker in self.running.values():

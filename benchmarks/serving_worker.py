@@ -5,6 +5,7 @@ engine asked for, so it imports nothing of this project but in the engine "dyvte
 """
 
 import asyncio
+import atexit
 import base64
 import io
 import json
@@ -301,6 +302,7 @@ class LlamaServer:
         command += ["--host", "127.0.0.1", "--port", str(self.port), "-ctk", "f32", "-ctv", "f32", "--jinja"]
         command += ["--threads-http", "4", "--no-webui", "--cache-ram", "0", "-fa", "on"]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, stderr=sys.stderr)
+        atexit.register(self.process.terminate)  # however this process ends: the others are measured without it
         end = time.monotonic() + 60
         while not asyncio.run(self.healthy()):
             if time.monotonic() > end or self.process.poll() is not None:
@@ -345,9 +347,6 @@ class LlamaServer:
         if usage.get("completion_tokens") != job.new_tokens:
             raise RuntimeError(f"llama.cpp's server says {said[-300:]!r}")
 
-    def close(self):
-        self.process.terminate()
-
 
 ENGINES = {
     "dyvte": Dyvte,
@@ -374,7 +373,15 @@ def answered(engine, run):
     return {"jobs": found, **engine.about(start)}
 
 
+def end(args):
+    """After an error in a thread: nobody would answer those who wait for it."""
+    threading.__excepthook__(args)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def main():
+    threading.excepthook = end
     name, folder, options = sys.argv[1:4]
     sys.path.pop(0)  # this file's folder: `kernels` there is not the package that transformers looks for
     answers = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
@@ -383,7 +390,6 @@ def main():
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answered(engine, json.loads(line))), file=answers, flush=True)
-    getattr(engine, "close", lambda: None)()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ TAPE_BYTES = 16 << 20
 tape would save nothing."""
 
 
+_one_at_a_time = threading.RLock()  # captures of all threads: of one stream, and while nothing is collected
+
+
 @functools.cache
 def _stream(device: int) -> torch.cuda.Stream:
     """Where graphs of one device are captured: torch's own default is a stream of the device that captured first."""
@@ -36,7 +40,8 @@ def capture_cuda(step: Callable[[], T], memory: list[Any]) -> Replay[T]:
     graph = torch.cuda.CUDAGraph()
     stream = _stream(torch.cuda.current_device())
     options: dict[str, Any] = dict(stream=stream, capture_error_mode="thread_local")  # others may do what they like
-    with _nothing_collected(), torch.cuda.graph(graph, pool=memory[0] if memory else None, **options):
+    pool = memory[0] if memory else None
+    with _one_at_a_time, _nothing_collected(), torch.cuda.graph(graph, pool=pool, **options):
         out = step()
     if not memory:
         memory.append(graph.pool())

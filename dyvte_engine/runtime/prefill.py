@@ -197,10 +197,15 @@ class Prefill:
         return hidden, done.x[: len(self.rows.n_visual)].clone()  # the next replay writes over it
 
     def move_out(self) -> None:
-        """The rows stay as they are, in memory of their own; a decision on them is read before."""
+        """The rows stay as they are, in memory of their own; a decision on them is read before.
+
+        Pages that were taken ahead for those that leave go back: the next layer may have to wait.
+        """
         stay = slice(None) if self._pending is None else self._settle()
         self._hidden, self._x = self._hidden[stay].clone(), self._x[stay].clone()
         self.leave_graphs()
+        if self.next < len(self._reserved):
+            self._give_back(self.next)
 
     def leave_graphs(self) -> None:
         """The rows are no longer those in the graphs' memory."""

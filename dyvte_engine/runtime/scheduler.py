@@ -298,8 +298,7 @@ class Scheduler:
         """End it and free what it holds, unless it is done."""
         with self._mutex:
             if sequence in self._waiting:
-                self._waiting.remove(sequence)
-                sequence.fail(RequestCancelledError("the request was cancelled"))
+                self._give_up(sequence, RequestCancelledError("the request was cancelled"))
                 return
         with self.runner.lock:
             if self._changing:  # a step of this thread: a policy cancels, or a stream is collected as garbage
@@ -307,6 +306,11 @@ class Scheduler:
                 return
             with self._change():
                 self._drop(sequence, RequestCancelledError("the request was cancelled"))
+
+    def _give_up(self, waiting: Sequence, error: BaseException) -> None:
+        """It ends before its turn; in this order, so that an interrupt leaves nobody who is neither done nor here."""
+        waiting.fail(error)
+        self._waiting.remove(waiting)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -395,8 +399,7 @@ class Scheduler:
         with self._mutex:
             chosen = {s: prefix for s, prefix in chosen.items() if s in self._waiting}  # others are cancelled
             if not chosen and waiting and not self._sequences and waiting[0] in self._waiting:
-                self._waiting.remove(waiting[0])
-                waiting[0].fail(self._held_elsewhere())
+                self._give_up(waiting[0], self._held_elsewhere())
             if chosen:
                 self._begun += chosen  # first: an interrupt finds them here or there
                 self._waiting = [s for s in self._waiting if s not in chosen]

@@ -5,14 +5,20 @@ import asyncio
 import itertools
 import json
 import math
+import os
+import signal
+import socket
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks import serving
 from benchmarks.serving_worker import Batches, Job, offer
-from benchmarks.versus import Unavailable
+from benchmarks.versus import Side, Unavailable, Worker
 from tests import tiny
 from tests.benchmarks.test_commands import check_spread
 
@@ -171,6 +177,87 @@ def test_what_ran_is_kept_and_what_breaks_is_left_out():
     assert [c["requests_per_s"]["n"] for c in run.cases()] == [2, 1, 2, 2]
     with pytest.raises(Unavailable, match="all over"):  # nothing can be compared with what all are compared with
         run.rounds([2], loads, [serving.BASE], lambda: None)
+
+
+def test_a_process_that_has_ended_is_started_anew(monkeypatch, tmp_path):
+    """One policy's end leaves the others of its process measured, and says what it was itself."""
+    started, closed = [], []
+
+    class Process:
+        def __init__(self, side, threads, log, script):
+            started.append(log)
+            self.ended = False
+
+        def ask(self, request):
+            self.ended |= request == "too much"
+            if self.ended:
+                raise Unavailable("out of memory" if request == "too much" else "it has ended")
+            return request
+
+        def close(self):
+            closed.append(self)
+
+    monkeypatch.setattr(serving, "Worker", Process)
+    workers = serving.Workers(1, tmp_path, "warm up")
+    assert [workers.ask("side", request) for request in ("one", "two")] == ["one", "two"]
+    with pytest.raises(Unavailable, match="out of memory"):
+        workers.ask("side", "too much")
+    assert workers.ask("side", "three") == "three"
+    assert len(set(started)) == 2 and len(closed) == 1
+    workers.close()
+    assert len(closed) == 2
+
+
+def test_a_server_ends_with_the_process_that_started_it(tmp_path):
+    """However that ends, an error too: it would take its share of what is measured next."""
+    server, port = tmp_path / "server", serving.free_port()
+    server.write_text(
+        f"#!{sys.executable}\n"
+        "import os, pathlib, sys\n"
+        "from http.server import BaseHTTPRequestHandler, HTTPServer\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "class Healthy(BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200)\n"
+        "        self.end_headers()\n"
+        "HTTPServer(('127.0.0.1', int(sys.argv[sys.argv.index('--port') + 1])), Healthy).serve_forever()\n"
+    )
+    server.chmod(0o755)
+    options = json.dumps({"server": str(server), "port": port, "slots": 1, "max_len": 8})
+    worker = Worker(Side(Path(sys.executable), "llama.cpp", tmp_path, options), 1, tmp_path / "log", "serving_worker")
+    with pytest.raises(Unavailable):
+        worker.ask({"jobs": "none"})
+    worker.close()
+    for _ in range(100):
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.05)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    pytest.fail("the server is still there")
+
+
+def test_an_error_in_a_batch_ends_the_process():
+    """Its clients wait for an answer that nobody is at work on."""
+    script = """
+import sys
+from benchmarks import serving_worker
+
+class Broken(serving_worker.Batches):
+    def __init__(self, folder, options):
+        super().__init__(4)
+
+    def batch(self, jobs, tells):
+        raise MemoryError("too many at once")
+
+serving_worker.ENGINES["broken"] = Broken
+sys.argv[1:] = ["broken", "", "{}"]
+sys.path.insert(0, "")
+serving_worker.main()
+"""
+    run = json.dumps({"jobs": [{"text": "", "picture": None, "new_tokens": 1}], "clients": 1}) + "\n"
+    done = subprocess.run([sys.executable, "-c", script], input=run, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().endswith("MemoryError: too many at once")
 
 
 def test_serving_measures_what_it_can_and_says_what_it_cannot(tmp_path):

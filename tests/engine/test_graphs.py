@@ -8,6 +8,9 @@ import contextlib
 import functools
 import gc
 import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from unittest.mock import Mock
 
@@ -105,7 +108,7 @@ def test_each_device_captures_on_a_stream_of_its_own(monkeypatch):
     streams = []
 
     @contextlib.contextmanager
-    def graph(graph, pool, stream):
+    def graph(graph, pool, stream, **options):
         streams.append(stream)
         yield
 
@@ -429,7 +432,8 @@ def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch):
             capturing[0] = False
 
     seen, capturing, before = [], [False], gc.get_threshold()
-    for name, value in dict(graph=captured, CUDAGraph=Mock, current_device=lambda: 0, Stream=lambda _: None).items():
+    monkeypatch.setattr(graphs, "_stream", lambda device: None)
+    for name, value in dict(graph=captured, CUDAGraph=Mock, current_device=lambda: 0).items():
         monkeypatch.setattr(torch.cuda, name, value)
     gc.set_threshold(1)
     try:
@@ -441,6 +445,34 @@ def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch):
         gc.set_threshold(*before)
     gc.collect()
     assert len(seen) == 50 and not any(seen)
+
+
+def test_two_engines_do_not_capture_at_once(monkeypatch):
+    """Their graphs share a stream of the device, and what ends first would have garbage collected in the other."""
+    at_work, first = [], threading.Event()
+
+    @contextlib.contextmanager
+    def captured(*_, **options):
+        at_work.append(1)
+        yield
+        at_work.pop()
+
+    def step():
+        first.set()
+        for _ in range(20):
+            time.sleep(0.002)
+            assert len(at_work) == 1 and not gc.isenabled()
+
+    monkeypatch.setattr(graphs, "_stream", lambda device: None)
+    for name, value in dict(graph=captured, CUDAGraph=Mock, current_device=lambda: 0).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with ThreadPoolExecutor(3) as threads:
+        captures = [threads.submit(capture_cuda, step, [])]
+        assert first.wait(20)
+        captures += [threads.submit(capture_cuda, step, []) for _ in range(2)]
+        for capture in captures:
+            capture.result()
+    assert gc.isenabled()
 
 
 def attend_by_offsets(q, k, v, lengths, scale):

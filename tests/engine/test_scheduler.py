@@ -6,6 +6,8 @@ Random traces of submit, step and cancel with mixed policies, lengths, pictures,
 import asyncio
 import functools
 import itertools
+import math
+import random
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -359,6 +361,23 @@ def test_an_interrupt_leaves_those_who_wait(steps, monkeypatch):
     assert [told(handle.result()) for handle in others] == [answer(spec) for spec in chosen[1:]]
     engine.check_integrity()
     assert engine.pool.claimed == 0
+
+
+def test_an_interrupt_between_two_halves_of_a_cancel_loses_nobody(monkeypatch):
+    """Nor where one who waits is refused: who is not done yet is still there."""
+    engine, _ = build(page_size=4, max_batch=1, max_len=96, prefix_cache=0)
+    spec = 1, "fixed", "greedy", 0, 3
+    (handle,) = queue(engine, spec)
+    scheduler, held = engine._scheduler, engine.runner.cache(1, 1)
+    held.claim(0, engine.pool.n_pages)
+    monkeypatch.setattr(handle, "fail", lambda error: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for interrupted in (handle.cancel, scheduler.step):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert not handle.done and scheduler.counts["waiting"] == 1
+    monkeypatch.undo()
+    held.close()
+    assert told(handle.result()) == answer(spec)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -801,6 +820,50 @@ def test_a_group_that_needs_more_than_usual_waits_between_layers_for_who_runs():
     want = answer((PICTURE, "keep-all", "greedy", 0, 3))[0]
     assert [handle.result().token_ids for handle in rest] == [want, want]
     engine.check_integrity()
+    assert engine.pool.claimed == 0
+
+
+@dataclass(frozen=True)
+class ShortLeaves(KeepAll):
+    """Asked after each layer but the last, and read later: two pictures leave after layer 2, more stay."""
+
+    def layers(self, num_layers):
+        return set(range(num_layers - 1))
+
+    def decide(self, state):
+        leave = [state.layer == 2 and n == 2 * tiny.VISUAL_TOKENS for n in state.rows.n_visual]
+        return lambda: [state.rows.source[:0] if this else None for this in leave]
+
+
+def test_a_group_that_waits_holds_nothing_beyond_its_claims():
+    """Pages that were taken ahead, before a decision was read, go back before the claim falls."""
+    engine, _ = build(page_size=1, max_batch=1, max_len=192)
+
+    def asked(words, pictures, n, policy=None):
+        text = " ".join(["<image>"] * pictures + [f"w{i}" for i in range(words)])
+        images = [tiny.picture(random.Random(i)) for i in range(pictures)] or None
+        options = dict(max_new_tokens=n, eos_token_id=[])
+        return Request(text, images, chat=False, policy=policy, options=options)
+
+    runs, long, short = asked(2, 0, 100), asked(60, 3, 80, ShortLeaves()), asked(10, 2, 7, ShortLeaves())
+    worst = [4 * engine._prepare_request(request)[0].rows for request in (runs, long, short)]
+    usual = sum(math.ceil(0.94 * n) for n in worst[1:])
+    want = [told(engine.submit(request).result()) for request in (long, short)]
+    sizes = dict(page_size=1, max_batch=3, max_len=192, max_stall=1000, prefix_cache=0)
+    engine, _ = build(kv_memory=max(worst[0] + usual + 6, sum(worst[1:])) * engine.pool.page_bytes, **sizes)
+    scheduler, held = engine._scheduler, engine.runner.cache(1, 1)
+    scheduler._shares = {ShortLeaves: 0.94}
+    engine._enqueue(engine._prepare_request(runs))
+    scheduler.step()
+    held.claim(0, engine.pool.claimable - usual - 6)
+    handles = [engine._enqueue(engine._prepare_request(request))[0] for request in (long, short)]
+    for _ in range(4):
+        scheduler.step()
+    group = scheduler._group
+    assert group.waits and group._prefill.next == 3 and group._prefill.rows.n_visual[1] == 0
+    assert all(group.cache.held(b) <= claim for b, claim in enumerate(group.cache.claims))
+    held.close()
+    assert [told(handle.result()) for handle in handles] == want
     assert engine.pool.claimed == 0
 
 
