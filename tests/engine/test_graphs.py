@@ -266,6 +266,27 @@ def test_a_captured_tower_gives_the_same_rows(vision, device):
     assert "forward" not in engine.model.hf.model.vision_tower.__dict__
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("modes", [*itertools.product([False, True], repeat=2)])
+def test_a_tower_captured_in_one_mode_is_replayed_in_another(modes, device):
+    """transformers' generate may be called in inference mode or not, time and again."""
+
+    def capture(step, memory):
+        replay = (Captures() if device == "cpu" else capture_cuda)(step, memory)
+        return torch.inference_mode()(replay)  # a graph asks for no mode
+
+    engine, plain = (build(device=device, graphs=False)[0].model for _ in range(2))
+    engine.tower_graphs = TowerGraphs(engine.hf.model.vision_tower, capture)
+    for seed, mode in enumerate([*modes, *modes]):
+        (prompt,) = engine.tokenize(*tiny.prompts(seed=seed, n=1, images=(1,)))
+        ids = torch.tensor([prompt.input_ids], device=device)
+        given = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **engine._pictures([prompt]))
+        with torch.inference_mode(mode):
+            got, want = (model.prepare_inputs(given, [ids.shape[1]], 1)[0] for model in (engine, plain))
+        torch.testing.assert_close(got.inputs_embeds, want.inputs_embeds)
+    assert len(engine.tower_graphs._replays) == 1
+
+
 def first_linear(model):
     return next(m for m in model.vision_tower.modules() if isinstance(m, torch.nn.Linear))
 
