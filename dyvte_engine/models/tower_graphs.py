@@ -109,7 +109,8 @@ class TowerGraphs:
         if key not in self._replays:
             out = plain(pixel_values, **options)  # libraries set themselves up
             if sum(known == inside for known, *_ in self._replays) < MOST and not self.sealed:
-                pixels = pixel_values.clone()
+                with torch.inference_mode(False):  # others may write there in any mode
+                    pixels = pixel_values.clone()
                 try:
                     self._replays[key] = pixels, self._capture(lambda: plain(pixels, **options), self._memory)
                 except RuntimeError as error:

@@ -204,8 +204,7 @@ class Prefill:
         stay = slice(None) if self._pending is None else self._settle()
         self._hidden, self._x = self._hidden[stay].clone(), self._x[stay].clone()
         self.leave_graphs()
-        if self.next < len(self._reserved):
-            self._give_back(self.next)
+        self._give_back(self.next)
 
     def leave_graphs(self) -> None:
         """The rows are no longer those in the graphs' memory."""
@@ -287,22 +286,25 @@ class Prefill:
         if layer < len(self._reserved):
             return False
         visual = self.rows.n_visual
-        most = [at_most(self._policy, n, self._layers)[layer:] for n in visual]
-        rows = np.array(most).T + np.subtract(self.rows.lengths.host, visual)  # [layers, B]
+        most = np.array([at_most(self._policy, n, self._layers)[layer:] for n in self.rows.n_entered]).T
+        rows = np.minimum(most, visual) + np.subtract(self.rows.lengths.host, visual)  # [layers, B]
         taken = self.cache.reserve_claimed(range(layer, self._layers), rows)
         if taken:
             self._have_reserved(layer, rows.tolist())
         return taken
 
     def _have_reserved(self, layer: int, rows: list[list[int]]) -> None:
-        self._reserved[layer:] = rows
+        self._reserved[layer : layer + len(rows)] = rows
         if self._graphs is not None:
             self._graphs.unload(self)
 
     def _give_back(self, layer: int) -> None:
-        """What the layer and those behind it have beyond the rows that are left; when it is on its way."""
+        """What this layer and those behind it have beyond the rows that are left.
+
+        When it is on its way; earlier where nothing waits for it, since claims may fall to what `most_rows` says.
+        """
         host, ahead = self.rows.lengths.host, self._reserved[layer:]
-        if ahead[0] != host:
+        if ahead and ahead[0] != host:
             self.cache.trim(range(layer, len(self._reserved)), host)
             self._reserved[layer:] = [list(map(min, rows, host)) for rows in ahead]
 
@@ -335,6 +337,7 @@ class Prefill:
             if not isinstance(stay, slice):
                 self.leave_graphs()
                 self._hidden, self._x = self._hidden[stay], self._x[stay]
+                self._give_back(self.next)
 
     def _settle(self) -> Tensor | slice:
         """Carry the pending decision out. Returns an index of the rows that stay."""

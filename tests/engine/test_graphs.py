@@ -266,6 +266,27 @@ def test_a_captured_tower_gives_the_same_rows(vision, device):
     assert "forward" not in engine.model.hf.model.vision_tower.__dict__
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("modes", [*itertools.product([False, True], repeat=2)])
+def test_a_tower_captured_in_one_mode_is_replayed_in_another(modes, device):
+    """transformers' generate may be called in inference mode or not, time and again."""
+
+    def capture(step, memory):
+        replay = (Captures() if device == "cpu" else capture_cuda)(step, memory)
+        return torch.inference_mode()(replay)  # a graph asks for no mode
+
+    engine, plain = (build(device=device, graphs=False)[0].model for _ in range(2))
+    engine.tower_graphs = TowerGraphs(engine.hf.model.vision_tower, capture)
+    for seed, mode in enumerate([*modes, *modes]):
+        (prompt,) = engine.tokenize(*tiny.prompts(seed=seed, n=1, images=(1,)))
+        ids = torch.tensor([prompt.input_ids], device=device)
+        given = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **engine._pictures([prompt]))
+        with torch.inference_mode(mode):
+            got, want = (model.prepare_inputs(given, [ids.shape[1]], 1)[0] for model in (engine, plain))
+        torch.testing.assert_close(got.inputs_embeds, want.inputs_embeds)
+    assert len(engine.tower_graphs._replays) == 1
+
+
 def first_linear(model):
     return next(m for m in model.vision_tower.modules() if isinstance(m, torch.nn.Linear))
 
@@ -702,6 +723,65 @@ def test_pages_taken_ahead_of_a_decision_go_back_where_rows_leave(policy, graphs
         assert a.stats.kv_bytes == b.stats.kv_bytes
     assert ahead and all(ahead) and any(trimmed)
     assert engine.pool.bytes_held == 0
+
+
+@dataclass(frozen=True, eq=False)
+class Undecided(VisualTokenPolicy):
+    """Asked after layers 1 and 2, and says later that all stay."""
+
+    def layers(self, num_layers):
+        return {1, 2}
+
+    def decide(self, state):
+        return lambda: [None] * len(state.rows.n_visual)
+
+
+def test_pages_taken_ahead_are_of_the_rows_that_entered(monkeypatch):
+    """FastV halves those, not what it left: no layer has to look for more."""
+    engine, _ = with_graphs("cpu")
+    taken, take = [], KVCache._take
+
+    def taking(cache, layers, missing):
+        taken.append((layers, bool(missing.any())))
+        take(cache, layers, missing)
+
+    monkeypatch.setattr(KVCache, "_take", taking)
+    texts, images = tiny.prompts(seed=97, n=1, images=(1,))
+    engine.generate(texts, images, policy=compose(FastV(1, 0.5), Undecided()), chat=False, max_new_tokens=1)
+    assert taken == [(range(1), True), (range(1, 2), True), (range(2, LAYERS), True)]
+
+
+@dataclass(frozen=True, eq=False)
+class LeaveSecond(VisualTokenPolicy):
+    """All stay after layer 0, which is said later, and none after layer 1, which is said at once, or later too."""
+
+    at_once: bool
+
+    def layers(self, num_layers):
+        return {0, 1}
+
+    def decide(self, state):
+        nothing = state.rows.source[:0] if state.layer else None
+        decision = [nothing] * len(state.rows.n_visual)
+        return decision if state.layer and self.at_once else lambda: decision
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_pages_taken_ahead_go_back_with_a_decision_that_no_layer_follows(at_once):
+    """A prefill may be left there for long."""
+    engine, _ = with_graphs("cpu")
+    runner = engine.runner
+    prompts = engine.model.prepare(engine.model.tokenize(*tiny.prompts(seed=97, n=2, images=(1,))))
+    with torch.inference_mode():
+        prefill = runner.prefill(runner.cache(2, 2), prompts, LeaveSecond(at_once))
+        runner._claim_worst(prefill.cache, prefill.rows, LeaveSecond(at_once))
+        prefill.advance(1)
+        prefill.advance(1)
+        if prefill.awaits_decision:
+            prefill.move_out()
+        assert not any(prefill.rows.n_visual)
+        for b, rows in enumerate(prefill.most_rows()):
+            assert prefill.cache.held(b) == sum(map(engine.pool.pages, rows))
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,6 +67,18 @@ class Awaited(Late):
         return lambda: super(Awaited, self).decide(state)
 
 
+@dataclass(frozen=True)
+class AwaitedThenLate(Late):
+    """Asked after layer 0 too, when it says later that all stay."""
+
+    def layers(self, num_layers):
+        return {0, 1}
+
+    def decide(self, state):
+        nobody = [None] * len(state.rows.n_visual)
+        return super().decide(state) if state.layer else lambda: nobody
+
+
 POLICIES = {
     "none": None,
     "keep-all": KeepAll(),
@@ -79,6 +91,7 @@ POLICIES = {
     "pyramid": PyramidDrop(),
     "late": Late(),
     "awaited": Awaited(),
+    "awaited, then late": AwaitedThenLate(),
 }
 SAMPLING = {
     "greedy": {},
@@ -766,6 +779,21 @@ def test_a_claim_falls_with_the_exit_while_the_prefill_is_under_way():
     assert {claim for layer, claim in claims if not layer or layer < 2} == {4 * pages(n)}
     assert {claim for layer, claim in claims if layer and layer >= 2} == {2 * pages(n) + 2 * pages(n - visual)}
     assert [told(handle.result()) for handle in (first, other)] == right
+
+
+@pytest.mark.parametrize("name", ["awaited", "late", "awaited, then late"])
+def test_a_claim_never_falls_below_the_pages_that_are_held(name):
+    """Those of later layers, taken while a decision was under way, are back before others may claim them."""
+    engine, _ = build(page_size=4, max_batch=4, max_stall=1, prefix_cache=0)
+    scheduler = engine._scheduler
+    queue(engine, (0, "keep-all", "greedy", 0, 24))
+    scheduler.step()
+    (other,) = queue(engine, (PICTURE, name, "greedy", 0, 1))
+    while not other.done:
+        scheduler.step()
+        for cache in engine.runner._caches:
+            assert all(cache.held(b) <= cache.claims[b] for b in range(cache.count))
+    assert told(other.result()) == answer((PICTURE, name, "greedy", 0, 1))
 
 
 def waiting_group(share, policy, others=0):

@@ -41,6 +41,7 @@ def forbid_growing_claims(patch):
     claim, promised, waiting = KVCache.claim, _Group._promised, []
 
     def checked(cache, sequence, pages):
+        assert pages >= cache.held(sequence)
         assert cache.claims[sequence] == 0 or pages <= cache.claims[sequence] or cache is waiting[-1]
         claim(cache, sequence, pages)
 
