@@ -24,6 +24,8 @@ from ..kernels.transfer import to_device_together
 
 MAX_PIXELS = 2**21
 """Of a picture that is left to the device: 6 MB that a waiting request holds, 50 MB on the device for a moment."""
+MAX_SIDE = 4096
+"""Its weights are found in memory that grows with the square of a side: 20 MB for this one scaled to 336."""
 _ONE = 2**22
 _REACH = 5  # of PIL's widest filter, in pixels of the smaller picture
 _TALL = 100  # times its width: beyond that PIL may scale the height first
@@ -153,7 +155,7 @@ def knows_pil() -> bool:
 
 def scales_as_pil(width: int, height: int) -> bool:
     """Whether a picture of this size may be left to `scaled`."""
-    return width * height <= MAX_PIXELS and height <= _TALL * width
+    return width * height <= MAX_PIXELS and max(width, height) <= MAX_SIDE and height <= _TALL * width
 
 
 def scaled(given: Sequence[Unscaled], device: torch.device) -> Tensor:

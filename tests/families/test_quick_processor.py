@@ -171,6 +171,8 @@ def test_what_pil_scales_although_a_device_could():
     for one, size, left in (
         (quick, (2048, MAX_PIXELS // 2048), True),
         (quick, (2048, MAX_PIXELS // 2048 + 1), False),
+        (quick, (4096, 8), True),
+        (quick, (4097, 8), False),
         (quick, (4, 400), True),
         (quick, (4, 401), False),
         (padded, (side, 4), True),
