@@ -35,9 +35,10 @@ def is_patched(module: nn.Module) -> bool:
     return _is_touched(module.__dict__) and _patch_of(module) is not None
 
 
-def addresses(module: nn.Module) -> tuple[int, ...] | None:
-    """Where the weights of a module tree are; None if a part of it has hooks or a forward of its own."""
+def addresses(module: nn.Module) -> tuple[Any, ...] | None:
+    """Where the weights of a module tree are, and what runs them; None if a part has hooks or a forward of its own."""
     tensors: list[Tensor | None] = []
+    classes: list[type] = []
     waiting: list[nn.Module | None] = [module]
     while waiting:  # as `_tree`, written out: a tower is looked at before every run, while the device waits
         m = waiting.pop()
@@ -45,11 +46,13 @@ def addresses(module: nn.Module) -> tuple[int, ...] | None:
             continue
         if is_patched(m):
             return None
+        classes.append(m.__class__)
         if m._parameters:  # not of `state`: a traced module keeps them elsewhere
             tensors += m._parameters.values()
         if m._modules:
             waiting += m._modules.values()
-    return tuple([t.data_ptr() for t in tensors if t is not None])
+    forwards = [getattr(cls, "forward", None) for cls in dict.fromkeys(classes)]
+    return module.training, *classes, *forwards, *[t.data_ptr() for t in tensors if t is not None]
 
 
 def _is_touched(state: dict[str, Any]) -> bool:
