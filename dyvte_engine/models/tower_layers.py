@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
-from .guard import addresses, is_patched, version
+from .guard import addresses, is_heard, version
 from .linear import Linear, some_bits, stacked
 from .tower_attention import KIND, arrange_attention, attend_rows, attention_configs
 from .vision_run import VisionRun
@@ -81,7 +81,7 @@ class TowerLayers:
         if self._layers and not self._pack:
             arrange_attention(run, attention_configs([self._root]))
         self._arranged = {layer for layer in self._layers if layer.ready()}
-        heard = {layer for layer in self._arranged if is_patched(layer.module)}
+        heard = {layer for layer in self._arranged if is_heard(layer.module)}
         recalls = {} if ahead is None else ahead.recalls()
         for layer in self._arranged:
             behind = self._next.get(layer)
@@ -316,7 +316,7 @@ def _runs_its_class(module: nn.Module) -> bool:
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    return _runs_its_class(module) and not is_patched(module)
+    return _runs_its_class(module) and not is_heard(module)
 
 
 def _state(tensors: Iterable[Any]) -> list[tuple[int, int]]:

@@ -234,10 +234,27 @@ def test_what_a_hook_gets_or_gives_is_not_written_over():
 def test_rows_that_somebody_changes_between_blocks_are_normed_anew():
     """A block hands its rows on together with their norm."""
     made, x = tower(), pixels()
-    made.encoder.layers[0].register_forward_hook(lambda m, args, out: out.mul_(0.5))
+    made.encoder.layers[0].register_forward_hook(lambda m, args, out: out.cos_())
     with torch.no_grad():
         want = made(x).last_hidden_state
     torch.testing.assert_close(run(made, TowerLayers(made), x)[0], want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_what_a_policy_arranges_inside_counts(pack):
+    """Under inference mode, where no tensor counts what is written to it."""
+    made, x, rows = tower(), pixels(), []
+    first, _, third = made.encoder.layers
+    with torch.inference_mode():
+        for layers in (None, TowerLayers(made, pack)):
+            with VisionRun(made) as around:
+                around.after(first, lambda out: out.cos_())
+                around.after(third.self_attn.k_proj, lambda out: 2 * out)
+                if layers is not None:
+                    arrange_attention(around, attention_configs([made]))
+                    assert len(layers.arrange(around)) == 12
+                rows.append(made(x).last_hidden_state)
+    torch.testing.assert_close(*rows, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("make", TOWERS)
