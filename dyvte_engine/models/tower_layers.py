@@ -235,7 +235,8 @@ class _Layer:
         if _state(tensors) != self._state or (self._some and not torch.equal(torch.cat(self._some), self._written)):
             q, k, v, *others = self.linears
             kinds, shapes = {(t.dtype, t.device) for t in tensors}, {m.weight.shape for m in (q, k, v)}
-            if len(kinds) > 1 or len(shapes) > 1:
+            tied = len({t.data_ptr() for t in tensors}) < len(tensors)  # one weight cannot be in two places of a stack
+            if tied or len(kinds) > 1 or len(shapes) > 1:
                 return False
             self._qkv, self._out, self._fc1, self._fc2 = map(self._join, ([q, k, v], *([m] for m in others)))
             self._state = _state(tensors)

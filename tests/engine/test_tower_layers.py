@@ -293,6 +293,12 @@ def without_bias(made):
     made.encoder.layers[1].mlp.fc1.bias = None
 
 
+def tied(made):
+    attention = made.encoder.layers[1].self_attn
+    attention.k_proj.weight = attention.q_proj.weight
+    attention.q_proj.weight.data.mul_(2.0)
+
+
 def dropping(made):
     attention = made.encoder.layers[1].self_attn.train()
     attention.dropout = 1.0
@@ -328,7 +334,7 @@ def pruned(made):
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before", "between two runs"])
-@pytest.mark.parametrize("change", [hooked, another_part, own_forward, pruned, without_bias, dropping, quantised])
+@pytest.mark.parametrize("change", [hooked, another_part, own_forward, pruned, without_bias, tied, dropping, quantised])
 @pytest.mark.parametrize("pack", [True, False])
 def test_a_changed_block_runs_as_it_is(pack, change, early):
     made, x = tower(), pixels()
