@@ -35,9 +35,15 @@ def is_patched(module: nn.Module) -> bool:
     return _is_touched(module.__dict__) and _patch_of(module) is not None
 
 
-def addresses(module: nn.Module) -> tuple[int, ...] | None:
-    """Where the weights of a module tree are; None if a part of it has hooks or a forward of its own."""
+def is_heard(module: nn.Module) -> bool:
+    """As `is_patched`, and also by what a `VisionRun` arranged there."""
+    return _is_touched(module.__dict__) and _patch_of(module, _HARMLESS[:1]) is not None
+
+
+def addresses(module: nn.Module) -> tuple[Any, ...] | None:
+    """Where the weights of a module tree are, and what runs them; None if a part has hooks or a forward of its own."""
     tensors: list[Tensor | None] = []
+    classes: list[type] = []
     waiting: list[nn.Module | None] = [module]
     while waiting:  # as `_tree`, written out: a tower is looked at before every run, while the device waits
         m = waiting.pop()
@@ -45,11 +51,13 @@ def addresses(module: nn.Module) -> tuple[int, ...] | None:
             continue
         if is_patched(m):
             return None
+        classes.append(m.__class__)
         if m._parameters:  # not of `state`: a traced module keeps them elsewhere
             tensors += m._parameters.values()
         if m._modules:
             waiting += m._modules.values()
-    return tuple([t.data_ptr() for t in tensors if t is not None])
+    forwards = [getattr(cls, "forward", None) for cls in dict.fromkeys(classes)]
+    return module.training, *classes, *forwards, *[t.data_ptr() for t in tensors if t is not None]
 
 
 def _is_touched(state: dict[str, Any]) -> bool:
@@ -215,7 +223,7 @@ def _tree(module: nn.Module) -> Iterator[nn.Module]:
         waiting += [m for m in module._modules.values() if m is not None]
 
 
-def _patch_of(module: nn.Module) -> str | None:
+def _patch_of(module: nn.Module, harmless: tuple[str, ...] = _HARMLESS) -> str | None:
     """What was put on a module that changes its forward, in words."""
     state = module.__dict__
     own = getattr(module.__class__, "forward", None)  # a scripted module's class has none
@@ -225,7 +233,7 @@ def _patch_of(module: nn.Module) -> str | None:
         for hook in state[name].values():
             where = getattr(hook, "__module__", type(hook).__module__)
             called = getattr(hook, "__name__", type(hook).__name__)
-            if where not in _HARMLESS and not (called in _MARKS_ONLY and where.startswith(("transformers.", "peft."))):
+            if where not in harmless and not (called in _MARKS_ONLY and where.startswith(("transformers.", "peft."))):
                 return f"a {name[1:-1].replace('_', ' ')} ({called})"
     return None
 

@@ -84,34 +84,54 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
     one = {p.untyped_storage().data_ptr() for p in parts}
     if len(one) == 1 and all(p.data_ptr() == at and p.is_contiguous() for p, at in zip(parts, starts, strict=False)):
         return first.as_strided((rows, *first.shape[1:]), first.stride())
-    with torch.inference_mode(False):  # else nobody could train these weights any more
+    with torch.inference_mode(first.is_inference()):  # weights that could be trained can be, and the others keep none
         whole = torch.cat([p.data for p in parts])
         for part, view in zip(parts, whole.split([len(p) for p in parts]), strict=True):
             part.data = view
     return whole
 
 
+def some_bits(tensor: Tensor) -> Tensor:
+    """Some of a weight's numbers, where they are. Of a weight that was copied they tell what its version does not.
+
+    What writes through `.data` counts no change, as peft where it merges; and who holds them keeps the address.
+    """
+    return tensor.data.view(_BITS[tensor.element_size()]).flatten()[:: tensor.numel() // 64 + 1]
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class PackedLinears:
     """`nn.Linear`s of a live model that compute with packed weights where a run asks for it."""
 
     def __init__(self, modules: list[nn.Linear]):
-        self._packed: list[tuple[nn.Linear, tuple[int, int], Linear]] = [(m, (0, 0), _linear(m)) for m in modules]
+        self._modules = modules
+        self._packed: dict[nn.Linear, tuple[tuple[int, ...], Tensor, Tensor, Linear]] = {}
 
     def arrange(self, run: VisionRun, but: Set[nn.Module] = frozenset()) -> None:
         """They do in this run; a weight that has changed is packed anew, a module that was patched stays as it is.
 
         but: those that are not called.
         """
-        for number, (module, packed, linear) in enumerate(self._packed):
+        for module in self._modules:
             weight = module._parameters.get("weight")  # a module's own getattr takes longer than all of this
-            if module in but or type(module) is not nn.Linear or "forward" in module.__dict__ or weight is None:
+            if module in but or type(module) is not nn.Linear or "forward" in module.__dict__:
                 continue
-            state = weight.data_ptr(), version(weight)
-            if state != packed:
+            if type(weight) is not nn.Parameter:  # missing, or quantised
+                continue
+            bias = module._parameters.get("bias")
+            state = weight.data_ptr(), version(weight), 0 if bias is None else bias.data_ptr()
+            held, some, written, linear = self._packed.get(module, _NOT_YET)
+            if state != held or not torch.equal(some, written):
                 linear = _linear(module)
                 linear.pack()
-                self._packed[number] = module, state, linear
+                some = some_bits(weight)
+                self._packed[module] = state, some, some.clone(), linear
             run.replace(module, linear)
+
+
+_NOT_YET = (), torch.empty(0), torch.empty(0), Linear(torch.empty(0))
 
 
 def _linear(module: nn.Linear) -> Linear:

@@ -37,7 +37,7 @@ class TowerGraphs:
         self.tower, self._capture, self._layers = tower, capture, layers
         self._replays: dict[Any, tuple[Tensor, Replay[Any]]] = {}
         self._memory: list[Any] = []
-        self._weights: tuple[int, ...] = ()
+        self._weights: tuple[Any, ...] = ()
         self._storages: list[Any] = []  # theirs, until the next look: no graph reads freed memory
         self._expected: tuple[Any, Tensor, int, Any] | None = None  # key, pixels, their version, what a replay gave
         self._as_expected = False  # whether the last run was
@@ -80,7 +80,7 @@ class TowerGraphs:
 
         run.replace(self.tower, lambda *args, **options: self._forward(plain, inside, *args, **options))
 
-    def _forget(self, weights: tuple[int, ...]) -> None:
+    def _forget(self, weights: tuple[Any, ...]) -> None:
         """There are others now."""
         begun, self._expected = self._expected, None
         if begun is not None and begun[1].is_cuda:  # its graph is not to be destroyed while it runs

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
-from .guard import addresses, is_patched, version
-from .linear import Linear, stacked
+from .guard import addresses, is_heard, version
+from .linear import Linear, some_bits, stacked
 from .tower_attention import KIND, arrange_attention, attend_rows, attention_configs
 from .vision_run import VisionRun
 
@@ -81,7 +81,7 @@ class TowerLayers:
         if self._layers and not self._pack:
             arrange_attention(run, attention_configs([self._root]))
         self._arranged = {layer for layer in self._layers if layer.ready()}
-        heard = {layer for layer in self._arranged if is_patched(layer.module)}
+        heard = {layer for layer in self._arranged if is_heard(layer.module)}
         recalls = {} if ahead is None else ahead.recalls()
         for layer in self._arranged:
             behind = self._next.get(layer)
@@ -200,6 +200,8 @@ class _Layer:
         self._gelu: str | None = None
         self._quick = False
         self._state: list[tuple[int, int]] = []
+        self._some: list[Tensor] = []  # numbers of weights that were copied, and all of them as they were then
+        self._written = torch.empty(0)
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -222,24 +224,34 @@ class _Layer:
             kind = type(parts[4]) if parts else nn.Module
             name = kind.__name__ if kind.__module__ == "transformers.activations" else ""
             self._gelu, self._quick = _GELU.get(name), name == "QuickGELUActivation"
-        patched = "forward" in self.module.__dict__ or any(map(is_patched, parts))
-        if not self._plain or patched or self.module.training:
+        own = _runs_its_class(self.module) and "forward" not in self.module.__dict__
+        if not self._plain or not own or not all(map(_is_untouched, parts)):
+            return False
+        if self.module.training or parts[0].training:  # which draws what attention drops
             return False
         tensors = [m._parameters.get(name) for m in (*parts[2:4], *self.linears) for name in ("weight", "bias")]
-        if any(t is None for t in tensors):
+        if any(type(t) is not nn.Parameter for t in tensors):  # missing, or quantised
             return False
-        if _state(tensors) != self._state:
-            if len({t.dtype for t in tensors}) > 1:
-                return False
+        if _state(tensors) != self._state or (self._some and not torch.equal(torch.cat(self._some), self._written)):
             q, k, v, *others = self.linears
+            kinds, shapes = {(t.dtype, t.device) for t in tensors}, {m.weight.shape for m in (q, k, v)}
+            tied = len({t.data_ptr() for t in tensors}) < len(tensors)  # one weight cannot be in two places of a stack
+            if tied or len(kinds) > 1 or len(shapes) > 1:
+                return False
             self._qkv, self._out, self._fc1, self._fc2 = map(self._join, ([q, k, v], *([m] for m in others)))
             self._state = _state(tensors)
+            if self._join is _packed:
+                self._some = [some_bits(t) for t in tensors]
+                self._written = torch.cat(self._some)
         return True
 
     def arrange_activation(self, run: VisionRun) -> None:
         """In this run, of a block that somebody else computes: QuickGELU in one launch."""
-        if self._plain and self._quick and not is_patched(self._parts[4]):
-            run.replace(self._parts[4], ops.quick_gelu_)
+        if not self._plain or not self._quick:
+            return
+        _, mlp, _, _, activation, *_, fc1, _ = self._parts
+        if all(map(_is_untouched, (mlp, activation, fc1))):  # else somebody may hold what is written over
+            run.replace(activation, ops.quick_gelu_)
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """hidden_states [B, n, d] -> [B, n, d]."""
@@ -251,7 +263,8 @@ class _Layer:
             rows = given[2]
         else:
             rows = ops.layer_norm(hidden, norm1.weight, norm1.bias, norm1.eps)
-        qkv = self._qkv(rows).view(batch * n, 3, attention.num_heads, -1)
+        qkv = self._qkv(rows)
+        qkv = qkv.view(batch * n, 3, qkv.shape[1] // (3 * attention.head_dim), attention.head_dim)  # some may be pruned
         attended = self._out(attend_rows(attention, qkv, batch, attention_mask, **options))
         hidden, rows = ops.add_layer_norm(attended, hidden, norm2.weight, norm2.bias, norm2.eps)
         if self._gelu is not None:
@@ -295,6 +308,16 @@ def _are_plain(layer: nn.Module, parts: tuple[Any, ...]) -> bool:
     home = type(layer).__module__
     ours = all(type(m).__module__ == home for m in (attention, mlp))
     return ours and all(type(m) is nn.LayerNorm for m in (norm1, norm2)) and all(type(m) is nn.Linear for m in linears)
+
+
+def _runs_its_class(module: nn.Module) -> bool:
+    """Whether its class has the forward that it was written with."""
+    cls = type(module)
+    return getattr(getattr(cls, "forward", None), "__module__", None) == cls.__module__
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    return _runs_its_class(module) and not is_heard(module)
 
 
 def _state(tensors: Iterable[Any]) -> list[tuple[int, int]]:

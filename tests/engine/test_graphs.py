@@ -372,6 +372,38 @@ def test_a_tower_that_begins_before_it_is_looked_at_gives_what_it_is_asked_for(c
         assert runs[3:] == [["replay", "look", "replay"], ["look", "replay"]]
 
 
+def another_activation(model, monkeypatch):
+    block = next(m for m in model.modules() if type(m).__name__ == "CLIPMLP")
+    block.activation_fn = torch.nn.ReLU()
+
+
+def another_class(model, monkeypatch):
+    cls = type(next(m for m in model.modules() if type(m).__name__ == "CLIPMLP"))
+    monkeypatch.setattr(cls, "forward", lambda self, x, own=cls.forward: own(self, x) / 2)
+
+
+def test_a_tower_in_training_mode_is_another():
+    tower = tiny.model().model.vision_tower.eval()
+    assert tower_graphs.addresses(tower) == tower_graphs.addresses(tower) != tower_graphs.addresses(tower.train())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("change", [another_activation, another_class])
+def test_a_captured_tower_follows_its_code(change, device, monkeypatch):
+    engine, plain = (build(device=device, graphs=False, picture_cache=0)[0] for _ in range(2))
+    engine.model.tower_graphs = captured_blocks(engine, Captures() if device == "cpu" else capture_cuda)
+    inputs = engine.model.tokenize(*tiny.prompts(seed=93, n=2, images=(1,)))
+    seen = []
+    for changed in (False, True):
+        for model in (engine.model.hf.model, plain.model.hf.model) if changed else ():
+            change(model, monkeypatch)
+        got = [engine.model.prepare(inputs)[0].inputs_embeds for _ in range(2)]
+        seen.append(plain.model.prepare(inputs)[0].inputs_embeds)
+        for rows in got:
+            same_rows(rows, seen[-1])
+    assert not torch.allclose(seen[0], seen[1])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_a_captured_tower_follows_its_weights(vision, device):

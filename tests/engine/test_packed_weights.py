@@ -61,6 +61,34 @@ def test_modules_are_packed_only_in_a_run():
             module.weight.add_(1.0)
 
 
+def through_data(module):
+    module.weight.data.mul_(2)
+
+
+def another_bias(module):
+    module.bias = torch.nn.Parameter(module.bias + 1)
+
+
+def same_address(module):
+    """Other numbers where the weight was, whose version they have."""
+    at = module.weight.data
+    module.weight.data = torch.zeros_like(at)
+    module.weight.data = at.mul_(2)
+
+
+@pytest.mark.parametrize("change", [through_data, another_bias, same_address])
+def test_what_no_version_counts_is_noticed(change):
+    module = torch.nn.Linear(32, 24)
+    packed, x = PackedLinears([module]), torch.randn(4, 90, 32)
+    for changed in (False, True):
+        if changed:
+            change(module)
+        want = module(x)
+        with VisionRun(module) as run, torch.no_grad():
+            packed.arrange(run)
+            torch.testing.assert_close(module(x), want)
+
+
 @pytest.mark.parametrize(("decoder", "vision"), FAMILIES)
 def test_greedy_tokens_equal_generate(decoder, vision):
     engine, hf = build(decoder, vision, pack_weights=True)
