@@ -26,7 +26,7 @@ constexpr int kUnits = 16;           // inner units of a tile: rows of W1, the 1
 constexpr int kSeqs = 8;             // sequences at a time: the 16 x 8 one
 constexpr int kStep = 64;            // channels of one step of a warp: 128 bytes of each row, in two loads
 constexpr int kStride = kTileWarps * kStep;
-constexpr int kDepth = 1;            // steps of W1 that a lane has on the way
+constexpr int kDepth = 1;  // steps of W1 that a lane has on the way
 
 // Regions of the scratch buffer, in floats.
 struct Scratch {
