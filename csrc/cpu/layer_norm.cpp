@@ -31,21 +31,29 @@ struct Moments {
   float mean, variance;
 };
 
+// Channels that are summed by themselves, so that the sums of a wide row are not less exact than their parts.
+constexpr int64_t kBlock = 256 * kLanes;
+
 // From a mean that need only be near: what it is off by comes out of the distances to it.
 template <class T>
 Moments moments(const T* x, float near, int64_t d) {
-  Vec sum = {}, squares = {};
-  int64_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) {
-    const Vec v = load(x + i) - near;
-    sum += v;
-    squares += v * v;
-  }
-  float off = hsum(sum), all = hsum(squares);
-  for (; i < d; ++i) {
-    const float v = to_float(x[i]) - near;
-    off += v;
-    all += v * v;
+  float off = 0.0f, all = 0.0f;
+  for (int64_t begin = 0; begin < d; begin += kBlock) {
+    const int64_t end = d - begin < kBlock ? d : begin + kBlock;
+    Vec sum = {}, squares = {};
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      const Vec v = load(x + i) - near;
+      sum += v;
+      squares += v * v;
+    }
+    off += hsum(sum);
+    all += hsum(squares);
+    for (; i < end; ++i) {
+      const float v = to_float(x[i]) - near;
+      off += v;
+      all += v * v;
+    }
   }
   off /= static_cast<float>(d);
   return {near + off, all / static_cast<float>(d) - off * off};
