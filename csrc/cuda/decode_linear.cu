@@ -4,7 +4,7 @@
 // the way, those of the next tile included, and asks for the first ones before it waits for the kernel that makes x.
 #include "common.cuh"
 #include "dyvte/decode_linear.h"
-#include "ptx.cuh"
+#include "tile.cuh"
 
 namespace dyvte {
 namespace cuda {
@@ -16,38 +16,11 @@ constexpr int kBlocks = 2;     // per multiprocessor: one computes while the oth
 constexpr int kMinBlocks = 3;  // registers for these, and one of the kernel that follows
 constexpr int kHalf = 8;       // weight rows of half a tile
 constexpr int kRows = static_cast<int>(kDecodeRows);
-constexpr int kStep = 64;  // channels of one step of a warp: 128 bytes of each weight row, in two loads
 constexpr int kDepth = 2;  // steps
 
 // Elements between the normalised rows in shared memory: an odd multiple of 64 bytes, so that the eight lanes that load
 // together meet all banks.
 __host__ __device__ int64_t shared_pitch(int64_t k) { return (k + kStep - 1) / kStep * kStep + kStep / 2; }
-
-// One lane's weights of one step: 8 channels of row lane / 4 of both halves of a tile, and 8 that are kStep / 2
-// further.
-struct Packs {
-  uint4 at[2][2];  // [load][half]
-};
-
-template <class T>
-__device__ __forceinline__ Packs fetch(const T* const (&row)[2], int c, int k) {
-  Packs packs = {};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (c + i * kStep / 2 >= k) continue;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) packs.at[i][half] = load_once(row[half] + c + i * kStep / 2);
-  }
-  return packs;
-}
-
-// An mma wants channels 2t, 2t + 1, 2t + 8 and 2t + 9 from lane t of four. A sum has no order, so we give it four that
-// are neighbours, the same ones of the weight and of x.
-template <class T>
-__device__ __forceinline__ void multiply(float (&sum)[4], const uint4& low, const uint4& high, const uint4& x) {
-  mma(sum, {low.x, high.x, low.y, high.y}, {x.x, x.y}, T());
-  mma(sum, {low.z, high.z, low.w, high.w}, {x.z, x.w}, T());
-}
 
 // RMS-normalises all rows of x into shared memory, rounded as rms_norm rounds. All threads must call it; a barrier must
 // follow.

@@ -5,7 +5,7 @@
 
 #include "common.cuh"
 #include "dyvte/exit_head.h"
-#include "ptx.cuh"
+#include "tile.cuh"
 
 namespace dyvte {
 namespace cuda {
@@ -24,9 +24,7 @@ constexpr int kTileWarps = kTileThreads / kWarp;
 constexpr int kTileRegisters = 640;  // for so many threads: there is room for a block of pool_kernel, too
 constexpr int kUnits = 16;           // inner units of a tile: rows of W1, the 16 x 16 operand of an mma
 constexpr int kSeqs = 8;             // sequences at a time: the 16 x 8 one
-constexpr int kStep = 64;            // channels of one step of a warp: 128 bytes of each row, in two loads
 constexpr int kStride = kTileWarps * kStep;
-constexpr int kDepth = 1;  // steps of W1 that a lane has on the way
 
 // Regions of the scratch buffer, in floats.
 struct Scratch {
@@ -263,28 +261,10 @@ __global__ void __launch_bounds__(kMlpThreads, kMlpMinBlocks) mlp_kernel(ExitHea
   if (last_to_arrive(scratch.done, gridDim.x)) decide<kMlpWarps>(p, scratch);
 }
 
-// One lane's weights of one step: 8 channels of row lane / 4 of both halves of a tile, and 8 that are kStep / 2
-// further.
-struct Packs {
-  uint4 at[2][2];  // [load][half]
-};
-
+// sum += W1 x. Each x is the sum of numbers of T, as many as hold its 24 bits.
 template <class T>
-__device__ __forceinline__ Packs fetch(const T* const (&row)[2], int c, int width) {
-  Packs packs = {};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (c + i * kStep / 2 >= width) continue;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) packs.at[i][half] = load_once(row[half] + c + i * kStep / 2);
-  }
-  return packs;
-}
-
-// sum += W1 x. Each x is the sum of numbers of T, as many as hold its 24 bits. An mma wants channels 2t, 2t + 1, 2t + 8
-// and 2t + 9 from lane t of four; a sum has no order, so we give it four neighbours of both operands.
-template <class T>
-__device__ __forceinline__ void multiply(float (&sum)[4], const uint4& low, const uint4& high, float (&x)[kVec<T>]) {
+__device__ __forceinline__ void multiply_exactly(float (&sum)[4], const uint4& low, const uint4& high,
+                                                 float (&x)[kVec<T>]) {
   constexpr int kParts = std::is_same_v<T, __half> ? 2 : 3;
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
@@ -296,8 +276,7 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint4& low, cons
     }
     uint4 of_x;
     memcpy(&of_x, &part, sizeof(of_x));
-    mma(sum, {low.x, high.x, low.y, high.y}, {of_x.x, of_x.y}, T());
-    mma(sum, {low.z, high.z, low.w, high.w}, {of_x.z, of_x.w}, T());
+    multiply<T>(sum, low, high, of_x);
   }
 }
 
@@ -313,13 +292,10 @@ __global__ void __launch_bounds__(kTileRegisters, 1) tile_kernel(ExitHeadParams 
   const int d = static_cast<int>(p.d), states = p.n_states, width = states * d, batch = static_cast<int>(p.batch);
   const int unit0 = blockIdx.x * kUnits, last_unit = static_cast<int>(p.inner) - 1;
   const int first = warp * kStep + quad * V;  // this lane's first channel
-  const int steps = (width + kStride * kDepth - 1) / (kStride * kDepth) * kDepth;
 
   const auto w1 = [&](int unit) { return static_cast<const T*>(p.w1) + int64_t{min(unit, last_unit)} * width; };
   const T* const row[2] = {w1(unit0 + group), w1(unit0 + kUnits / 2 + group)};
-  Packs packs[kDepth];
-#pragma unroll
-  for (int i = 0; i < kDepth; ++i) packs[i] = fetch(row, first + i * kStride, width);
+  Packs packs = fetch(row, first, width);
   const Unit unit = load_unit<T>(p, unit0 + threadIdx.x % kUnits);
 
   wait_for_earlier_kernels();
@@ -332,25 +308,21 @@ __global__ void __launch_bounds__(kTileRegisters, 1) tile_kernel(ExitHeadParams 
     __syncthreads();  // and the last sequences' parts have been read
     const float* x = scratch.pooled + static_cast<int64_t>(seq + group) * width;
     float sum[4] = {};
-    for (int step = 0; step < steps; step += kDepth) {
-      const bool last = step + kDepth == steps;  // then what follows is for the next sequences, if there are any
-      const int next = last ? first : first + (step + kDepth) * kStride, end = last && seq + kSeqs >= batch ? 0 : width;
+    for (int step = 0; step < width; step += kStride) {
+      const bool last = step + kStride >= width;  // then what follows is for the next sequences, if there are any
 #pragma unroll
-      for (int j = 0; j < kDepth; ++j) {
+      for (int i = 0; i < 2; ++i) {
+        const int c = first + step + i * kStep / 2;
+        float of_x[V] = {};
+        if (group < seqs && c < width) {
+          load(x + c, of_x);
+          const float scale = factor[group][c / d];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int c = first + (step + j) * kStride + i * kStep / 2;
-          float of_x[V] = {};
-          if (group < seqs && c < width) {
-            load(x + c, of_x);
-            const float scale = factor[group][c / d];
-#pragma unroll
-            for (int k = 0; k < V; ++k) of_x[k] *= scale;
-          }
-          multiply<T>(sum, packs[j].at[i][0], packs[j].at[i][1], of_x);
+          for (int k = 0; k < V; ++k) of_x[k] *= scale;
         }
-        packs[j] = fetch(row, next + j * kStride, end);
+        multiply_exactly<T>(sum, packs.at[i][0], packs.at[i][1], of_x);
       }
+      packs = fetch(row, last ? first : first + step + kStride, last && seq + kSeqs >= batch ? 0 : width);
     }
     part[warp][group][quad] = make_float2(sum[0], sum[1]);
     part[warp][kUnits / 2 + group][quad] = make_float2(sum[2], sum[3]);
