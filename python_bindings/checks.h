@@ -70,8 +70,8 @@ struct View {
   // Dense in all dimensions from `first` on.
   bool dense_from(int64_t first) const {
     int64_t expected = 1;
+    if (numel() == 0) return true;
     for (int64_t i = dim - 1; i >= first; --i) {
-      if (size[i] == 0) return true;
       if (size[i] != 1 && stride[i] != expected) return false;
       expected *= size[i];
     }

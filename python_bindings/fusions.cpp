@@ -1,5 +1,6 @@
 #include "dyvte/layer_norm.h"
 #include "dyvte/linear.h"
+#include "dyvte/packed_linear.h"
 #include "dyvte/quick_gelu.h"
 #include "dyvte/rms_norm.h"
 #include "dyvte/silu_mul.h"
@@ -184,6 +185,21 @@ void quick_gelu_(const Tensor& x) {
   if (p.n > 0) DYVTE_LAUNCH(v, p, quick_gelu);
 }
 
+namespace {
+
+// Null where there is no bias.
+void* check_bias(const char* op, const std::optional<Tensor>& bias, int64_t n, const View& x) {
+  if (!bias) return nullptr;
+  const View b(op, "bias", *bias);
+  check_shape(b, {n}, "[n]");
+  check_dense(b);
+  check_like(b, x);
+  check_device(x, {&b});
+  return b.data;
+}
+
+}  // namespace
+
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   constexpr const char* op = "linear";
   const View vx(op, "x", x), w(op, "weight", weight);
@@ -202,17 +218,44 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   p.x_stride = vx.row_stride();
   p.weight = w.data;
   p.weight_stride = w.row_stride();
-  if (bias) {
-    const View b(op, "bias", *bias);
-    check_shape(b, {p.n}, "[n]");
-    check_dense(b);
-    check_like(b, vx);
-    check_device(vx, {&b});
-    p.bias = b.data;
-  }
+  p.bias = check_bias(op, bias, p.n, vx);
   Tensor out = empty({p.rows, p.n}, vx.dtype, vx);
   p.out = out.data_ptr();
   if (p.rows * p.n > 0) launch_cpu(op, DYVTE_CPU_WITH_SCRATCH(p, linear));
+  return out;
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t n) {
+  constexpr const char* op = "packed_linear";
+  const View vx(op, "x", x), w(op, "weight", weight);
+  if (vx.on_cuda()) fail(op, ": x must be on the CPU; torch.nn.functional.linear serves CUDA");
+  PackedLinearParams p{};
+  p.dtype = data_type(vx);
+  p.weight_dtype = data_type(w);
+  if (p.dtype == DType::f16) fail(op, ": x must be float32 or bfloat16, got float16");
+  if (p.weight_dtype != DType::bf16 && p.weight_dtype != p.dtype)
+    fail(op, ": weight must be bfloat16", p.dtype == DType::f32 ? " or float32" : "", ", got ", dtype_name(w.dtype));
+  check_shape(vx, {-1, -1}, "[N, k]");
+  p.rows = vx.size[0];
+  p.k = vx.size[1];
+  p.n = n;
+  if (n < 0) fail(op, ": n must not be negative, got ", n);
+  const int64_t panels = (n + kPanel - 1) / kPanel;
+  if (p.weight_dtype == DType::f32) {
+    check_shape(w, {panels, p.k, kPanel}, "[panels, k, 64]");
+  } else {
+    check_shape(w, {panels, (p.k + 1) / 2, kPanel, 2}, "[panels, ceil(k / 2), 64, 2]");
+  }
+  check_dense(vx, 1);
+  check_dense(w);
+  check_device(vx, {&w});
+  p.x = vx.data;
+  p.x_stride = vx.row_stride();
+  p.weight = w.data;
+  p.bias = check_bias(op, bias, n, vx);
+  Tensor out = empty({p.rows, n}, vx.dtype, vx);
+  p.out = out.data_ptr();
+  if (p.rows * n > 0) launch_cpu(op, [p] { return packed_linear_cpu(p, torch_parallel_for); });
   return out;
 }
 

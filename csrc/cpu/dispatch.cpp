@@ -3,6 +3,7 @@
 #include "dyvte/exit_head.h"
 #include "dyvte/layer_norm.h"
 #include "dyvte/linear.h"
+#include "dyvte/packed_linear.h"
 #include "dyvte/quick_gelu.h"
 #include "dyvte/rms_norm.h"
 #include "dyvte/rope_append.h"
@@ -45,6 +46,7 @@ DYVTE_KERNEL(token_score_cpu, TokenScoreParams, DYVTE_PICK)
 DYVTE_KERNEL(decode_attention_cpu, DecodeAttentionParams, DYVTE_PICK)
 DYVTE_KERNEL(varlen_attention_cpu, VarlenAttentionParams, DYVTE_PICK)
 DYVTE_KERNEL(linear_cpu, LinearParams, DYVTE_PICK_BF16)
+DYVTE_KERNEL(packed_linear_cpu, PackedLinearParams, DYVTE_PICK_BF16)
 DYVTE_KERNEL(rms_norm_cpu, RmsNormParams, DYVTE_PICK)
 DYVTE_KERNEL(silu_mul_cpu, SiluMulParams, DYVTE_PICK)
 DYVTE_KERNEL(layer_norm_cpu, LayerNormParams, DYVTE_PICK)

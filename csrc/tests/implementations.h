@@ -13,6 +13,7 @@
 #include "dyvte/kv_compact.h"
 #include "dyvte/layer_norm.h"
 #include "dyvte/linear.h"
+#include "dyvte/packed_linear.h"
 #include "dyvte/quick_gelu.h"
 #include "dyvte/rms_norm.h"
 #include "dyvte/rope_append.h"
@@ -33,6 +34,7 @@
   Status layer_norm_cpu(const LayerNormParams&, ParallelFor);             \
   Status quick_gelu_cpu(const QuickGeluParams&, ParallelFor);             \
   Status linear_cpu(const LinearParams&, ParallelFor);                    \
+  Status packed_linear_cpu(const PackedLinearParams&, ParallelFor);       \
   Status varlen_attention_cpu(const VarlenAttentionParams&, ParallelFor); \
   }
 
@@ -42,7 +44,8 @@ DYVTE_TEST_ISA(avx2)
 DYVTE_TEST_ISA(avx512)
 namespace dyvte::avx512_bf16 {
 Status linear_cpu(const LinearParams&, ParallelFor);
-}
+Status packed_linear_cpu(const PackedLinearParams&, ParallelFor);
+}  // namespace dyvte::avx512_bf16
 #endif
 
 namespace dyvte::test {
@@ -60,6 +63,7 @@ struct Implementation {
   Status (*layer_norm)(const LayerNormParams&, ParallelFor);
   Status (*quick_gelu)(const QuickGeluParams&, ParallelFor);
   Status (*linear)(const LinearParams&, ParallelFor);                     // CPU only
+  Status (*packed_linear)(const PackedLinearParams&, ParallelFor);        // CPU only
   Status (*varlen_attention)(const VarlenAttentionParams&, ParallelFor);  // CPU only
 };
 
@@ -72,7 +76,7 @@ Status on_cuda(const Params& p, ParallelFor) {
   Implementation {                                                                                                 \
     #isa, false, isa::exit_head_cpu, kv_compact_cpu, isa::rope_append_cpu, isa::token_score_cpu,                   \
         isa::decode_attention_cpu, isa::rms_norm_cpu, isa::silu_mul_cpu, isa::layer_norm_cpu, isa::quick_gelu_cpu, \
-        isa::linear_cpu, isa::varlen_attention_cpu                                                                 \
+        isa::linear_cpu, isa::packed_linear_cpu, isa::varlen_attention_cpu                                         \
   }
 
 inline std::vector<Implementation> implementations() {
@@ -84,13 +88,14 @@ inline std::vector<Implementation> implementations() {
     all.push_back(DYVTE_TEST_CPU(avx512));
     all.back().name = "avx512_bf16";
     all.back().linear = avx512_bf16::linear_cpu;
+    all.back().packed_linear = avx512_bf16::packed_linear_cpu;
   }
 #endif
   all.push_back({"cuda", true, on_cuda<ExitHeadParams, exit_head_cuda>, on_cuda<KvCompactParams, kv_compact_cuda>,
                  on_cuda<RopeAppendParams, rope_append_cuda>, on_cuda<TokenScoreParams, token_score_cuda>,
                  on_cuda<DecodeAttentionParams, decode_attention_cuda>, on_cuda<RmsNormParams, rms_norm_cuda>,
                  on_cuda<SiluMulParams, silu_mul_cuda>, on_cuda<LayerNormParams, layer_norm_cuda>,
-                 on_cuda<QuickGeluParams, quick_gelu_cuda>, nullptr, nullptr});
+                 on_cuda<QuickGeluParams, quick_gelu_cuda>, nullptr, nullptr, nullptr});
   return all;
 }
 

@@ -50,6 +50,24 @@ void linear(DType dtype, int64_t rows, int64_t n, int64_t k, int64_t shift) {
   });
 }
 
+void packed_linear(DType dtype, DType weight_dtype, int64_t rows, int64_t n, int64_t k, int64_t shift) {
+  const int64_t panels = (n + kPanel - 1) / kPanel, part = weight_dtype == DType::f32 ? 1 : 2;
+  const Values x(dtype, rows * (k + shift), shift),
+      weight(weight_dtype, panels * (k + part - 1) / part * part * kPanel);
+  const Values bias(dtype, n, shift);
+  for (int64_t i = 0; i < weight.size(); ++i) weight.set(i, weight.get(i) / std::sqrt(static_cast<float>(k)));
+  compare(label("packed_linear", dtype, {rows, n, k, shift}), rounding(dtype), [&](const Implementation& with) {
+    const Values out(dtype, rows * n, shift);
+    out.fill(NAN);
+    const PackedLinearParams p{
+        x.data(), weight.data(), shift ? bias.data() : nullptr, out.data(), rows, n, k, k + shift, dtype, weight_dtype};
+    check((with.packed_linear ? with.packed_linear : generic::packed_linear_cpu)(p, threaded_for), "packed_linear");
+    std::vector<float> result;
+    out.append_to(result);
+    return result;
+  });
+}
+
 void rms_norm(DType dtype, int64_t outer, int64_t inner, int64_t d, int64_t shift, bool add) {
   const int64_t row = inner * d + 8 + shift;
   const Values x(dtype, outer * row, shift), weight(dtype, d, shift), start(dtype, outer * row, shift);
@@ -673,7 +691,11 @@ void movement_and_fusions(DType dtype, int64_t shift) {
     rms_norm(dtype, pick(1, 5), 1, d, shift, true);
     rms_norm(dtype, pick(1, 9), 3, d, shift, false);
   }
-  for (int64_t k : {1, 7, 83, 64, 769}) linear(dtype, pick(1, 9), pick(1, 200), k, shift);
+  for (int64_t k : {1, 7, 83, 64, 769}) {
+    linear(dtype, pick(1, 9), pick(1, 200), k, shift);
+    if (dtype != DType::f16) packed_linear(dtype, DType::bf16, pick(1, 120), pick(1, 200), k, shift);
+    if (dtype == DType::f32) packed_linear(dtype, dtype, pick(1, 120), pick(1, 200), 2 * k, shift);
+  }
   kv_compact(dtype, 4, 16, 2, 64, shift);
   kv_compact(dtype, 3, 301, 1, 83, shift);
   kv_compact(dtype, 7, 1, 3, 7, shift);

@@ -206,6 +206,13 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _product(x, weight, bias).to(x.dtype)
 
 
+def packed_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    if weight.dim() == 4:  # two elements of each column together
+        weight = weight.transpose(2, 3).flatten(1, 2)
+    rows = weight.transpose(1, 2).flatten(0, 1)  # [panels * 64, k, or one more]
+    return linear_ref(x, rows[:n, : x.shape[1]], bias)
+
+
 def silu_mul_ref(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)

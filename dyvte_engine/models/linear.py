@@ -1,7 +1,7 @@
-"""Linear layers; on a CPU with weights a second time in the layout that oneDNN computes in.
+"""Linear layers; on a CPU with weights a second time in the layout that they are multiplied in.
 
-torch's own `linear` brings the weight into that layout at every call, which for the few dozen rows of a prompt takes as
-long as the product itself.
+torch's own `linear` brings the weight into such a layout at every call, which for the few dozen rows of a prompt takes
+as long as the product itself.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ _ROWS = 64  # oneDNN picks a layout for about so many
 
 @dataclass(eq=False)
 class Linear:
-    """weight [n, k], bias [n] or None; `packed` is that weight in oneDNN's layout, where there is one."""
+    """weight [n, k], bias [n] or None; where it was packed, also in `panels` for our own kernel, or as oneDNN has it."""
 
     weight: Tensor
     bias: Tensor | None = None
+    panels: Tensor | None = None
     packed: Tensor | None = None
 
     def pack(self) -> None:
         """Make the packed copy. The weight must not change afterwards."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS)
+        if ops.multiplies_panels(self.weight.dtype):
+            self.panels = ops.in_panels(self.weight)
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS)
 
     def _gains(self, rows: int) -> bool:
         """On Intel's processors MKL, torch's float32, is ahead for long prompts and in narrow layers (measured)."""
@@ -41,12 +45,17 @@ class Linear:
         return rows <= 48 or (rows <= 256 and self.weight.shape[1] >= 1024)
 
     def __call__(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
-        """x [..., k] -> [..., n]. Our kernel is for a few rows on a CPU: it reads the weight once, as it is.
+        """x [..., k] -> [..., n]. Without panels our kernel is for a few rows: it reads the weight once, as it is.
 
         workspace: [rows, n] of at least as many rows as x [N, k]; the result may be there.
         """
         if x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
+        x = x if x.stride(-1) == 1 else x.contiguous()  # which our kernels ask for
+        if self.panels is not None:
+            rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+            out = ops.packed_linear(rows, self.panels, self.bias, len(self.weight))
+            return out if x.dim() == 2 else out.view(*x.shape[:-1], len(self.weight))
         if x.dim() == 2 and len(x) <= ops.few_rows(x.dtype, x.shape[1], self.packed is not None):
             return ops.linear(x, self.weight, self.bias)
         if self.packed is None or not self._gains(x.shape[:-1].numel()):

@@ -16,17 +16,20 @@ DTYPES = [pytest.param(d, marks=pytest.mark.skipif(bool(packing_fault(d)), reaso
           (torch.float32, torch.bfloat16)]  # fmt: skip
 
 
+@pytest.mark.parametrize("panels", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 5, 16, 17, 48, 49, 300])
 @pytest.mark.parametrize(("k", "n"), [(48, 96), (1024, 40), (7, 3)])
-def test_products(k, n, rows, dtype):
+def test_products(k, n, rows, dtype, panels, monkeypatch):
     """The error against float64 is at most twice that of torch's own product, with every layout and for every size."""
+    monkeypatch.setattr(linear.ops, "multiplies_panels", lambda _: panels)
     x, weight, bias = (t.to(dtype) for t in (torch.randn(rows, k), torch.randn(n, k), torch.randn(n)))
     packed, plain = Linear(weight, bias), Linear(weight, bias)
     packed.pack()
     want = x.double() @ weight.double().T + bias.double()
     theirs = (torch.nn.functional.linear(x, weight, bias).double() - want).norm()
-    for got in (packed(x), plain(x), packed(x[None])[0]):
+    assert (packed.panels is None) != panels
+    for got in (packed(x), plain(x), packed(x[None])[0], packed(x.t().contiguous().t())):
         assert got.shape == (rows, n) and got.dtype == dtype
         assert (got.double() - want).norm() <= 2 * theirs + 1e-6 * want.norm()
     space = torch.full((rows + 2, n), torch.nan, dtype=dtype)
@@ -38,6 +41,7 @@ def test_products(k, n, rows, dtype):
 @pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD"])
 def test_long_float32_products_are_left_to_mkl_on_intel_only(maker, monkeypatch):
     monkeypatch.setattr(linear.ops, "intel", lambda: maker == "GenuineIntel")
+    monkeypatch.setattr(linear.ops, "multiplies_panels", lambda _: False)
     monkeypatch.setattr(linear.ops, "few_rows", lambda *_: 0)
     calls, product = [], torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(a) or product(*a))

@@ -103,3 +103,104 @@ def test_errors() -> None:
 def test_refuses_cuda() -> None:
     x = torch.randn(2, 64, device="cuda")
     check_errors(ops.linear, {"x": x, "weight": x}, [("x", x, "x must be on the CPU")])
+
+
+PANELS = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("dtype", "stored"), PANELS)
+@pytest.mark.parametrize(
+    "n,k", [(1, 1), (83, 7), (64, 64), (50, 83), (769, 33), (130, 1032), (96, 4097), (0, 8), (8, 0)]
+)
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 13, 24, 96, 199])
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_panels(dtype: torch.dtype, stored: torch.dtype, rows: int, n: int, k: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, k + 8).to(dtype)[:, :k]
+    weight = (torch.randn(n, k + 3) / max(k, 1) ** 0.5).to(stored)[:, :k].to(dtype)
+    b = torch.randn(n).to(dtype) if bias else None
+    panels = ops.in_panels(weight)
+    assert panels.dtype == stored or not weight.numel()
+    out = ops.packed_linear(x, panels, b, n)
+    assert out.shape == (rows, n) and out.dtype == dtype and out.is_contiguous()
+    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert_as_good_as_torch(out, F.linear(x, weight, b), exact)
+    torch.testing.assert_close(ops.packed_linear_ref(x, panels, b, n).double(), exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), PANELS)
+@pytest.mark.parametrize("k", [97, 1500])
+def test_panels_know_no_other_rows(dtype: torch.dtype, stored: torch.dtype, k: int) -> None:
+    """Bit for bit: alone or among others of any kind and number, on any number of threads."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(200, k).to(dtype), torch.randn(700, k).to(stored).to(dtype)
+    panels, threads = ops.in_panels(weight), torch.get_num_threads()
+    alone = torch.cat([ops.packed_linear(row[None], panels, None, 700) for row in x])
+    others = x.clone()
+    others[1::2] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, 0.0]).to(dtype)[torch.arange(k) % 5]
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(ops.packed_linear(others, panels, None, 700)[::2], alone[::2])
+            for first, last in ((0, 2), (3, 10), (20, 115), (0, 200)):
+                assert torch.equal(ops.packed_linear(x[first:last], panels, None, 700), alone[first:last])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("dtype", "stored"), PANELS)
+def test_nan_and_infinity_spread_through_panels(dtype: torch.dtype, stored: torch.dtype, value: float) -> None:
+    """The zeros beside a last odd element meet nothing."""
+    for at in (0, 31, 82):
+        x, weight = torch.ones(5, 83, dtype=dtype), torch.full((40, 83), 1.0 if stored != dtype else 1.1).to(dtype)
+        x[2, at] = weight[33, at] = value
+        out = ops.packed_linear(x, ops.in_panels(weight), None, 40)
+        torch.testing.assert_close(out, F.linear(x, weight), equal_nan=True, rtol=1e-2, atol=1e-2)
+
+
+def test_panels_keep_every_number() -> None:
+    """As bfloat16 if that has all of them, subnormal ones too; else as they are."""
+    torch.manual_seed(0)
+    weight = torch.randn(70, 9).bfloat16().float()
+    weight[0, :4] = torch.tensor([1e-40, -1e-40, 3e38, 0.0]).bfloat16().float()
+    assert ops.in_panels(weight).dtype == torch.bfloat16
+    units = torch.eye(9)
+    assert torch.equal(ops.packed_linear(units, ops.in_panels(weight), None, 70), weight.t())
+    weight[69, 8] *= 1 + 2**-12
+    assert ops.in_panels(weight).dtype == torch.float32
+    assert torch.equal(ops.packed_linear(units, ops.in_panels(weight), None, 70)[8], weight[:, 8])
+    weight[3, 3] = torch.nan
+    assert ops.in_panels(weight).dtype == torch.float32, "which equals no number"
+
+
+def test_where_panels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    for isa, want in (("avx2", (False,) * 3), ("avx512", (True, False, False)), ("avx512_bf16", (True, True, False))):
+        monkeypatch.setattr(ops, "build_info", lambda isa=isa: {"cpu_isa": isa})
+        for intel in (False, True):
+            monkeypatch.setattr(ops, "intel", lambda intel=intel: intel)
+            assert tuple(map(ops.multiplies_panels, types)) == (want if not intel else (False,) * 3)
+
+
+def test_panels_opcheck_and_errors() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 83), torch.randn(70, 83), torch.randn(70)
+    panels, half = ops.in_panels(weight), ops.in_panels(weight.bfloat16())
+    for args in ((x, panels, bias, 70), (x, half, None, 70), (x.bfloat16(), half, bias.bfloat16(), 70)):
+        torch.library.opcheck(torch.ops.dyvte.packed_linear.default, args, test_utils=OPCHECK)
+    bad = [
+        ("x", x[0], ""),
+        ("x", x[:, :81], "weight must"),
+        ("x", x.half(), "x must be float32 or bfloat16"),
+        ("x", x.bfloat16(), "weight must be bfloat16, got float32"),
+        ("x", torch.randn(83, 5).t(), ""),
+        ("weight", panels.half(), "weight must be bfloat16 or float32"),
+        ("weight", half[..., 0], ""),
+        ("weight", panels.transpose(1, 2).contiguous().transpose(1, 2), ""),
+        ("bias", bias[1:], ""),
+        ("n", 129, "weight must"),
+        ("n", 64, "weight must"),
+        ("n", -1, "n must not be negative"),
+    ]
+    check_errors(ops.packed_linear, {"x": x, "weight": panels, "bias": bias, "n": 70}, bad)
