@@ -104,7 +104,7 @@ class EngineOptions(TypedDict, total=False):
             question about the same pictures computes only its own text. "auto" is 1 GiB on a CPU, none on CUDA.
         fused_decode: on CUDA with float16 or bfloat16, decoding of up to 8 sequences runs a layer as five kernels
             (docs/performance.md); "auto": where that was measured to be faster.
-        pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout the matrix units read
+        pack_weights: on a CPU, keep the linear layers' weights a second time, in the layout they are multiplied in
             (faster prompts); "auto": where all weights take at most a quarter of the machine's memory.
     """
 

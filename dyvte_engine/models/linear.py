@@ -24,7 +24,7 @@ _ROWS = 64  # oneDNN picks a layout for about so many
 
 @dataclass(eq=False)
 class Linear:
-    """weight [n, k], bias [n] or None; where it was packed, also in `panels` for our own kernel, or as oneDNN has it."""
+    """weight [n, k], bias [n] or None; once packed also in `panels`, for our own kernel, or in oneDNN's layout."""
 
     weight: Tensor
     bias: Tensor | None = None

@@ -56,8 +56,8 @@ def _unchanged(hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
 class TowerLayers:
     """Those blocks below `root` that are computed here where a run asks for it.
 
-    pack: with weights a second time, in oneDNN's layout. Else with their own, queries', keys' and values' side by side,
-    so that what is written to them counts at once.
+    pack: with weights a second time, as a CPU multiplies them. Else with their own, queries', keys' and values' side by
+    side, so that what is written to them counts at once.
     """
 
     def __init__(self, root: nn.Module, pack: bool = True):

@@ -138,7 +138,7 @@ class VisionLanguageModel:
         return self.processor if self._quick is None else self._quick
 
     def pack(self) -> None:
-        """On a CPU: keep all linear layers' weights a second time, in oneDNN's layout. They must not change then."""
+        """On a CPU: keep all linear layers' weights a second time, packed. They must not change then."""
         for linear in self.decoder.linears:
             linear.pack()
         decoder = {*self.language_model.modules(), self.hf.get_output_embeddings()}
