@@ -225,38 +225,57 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return out;
 }
 
-Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t n) {
-  constexpr const char* op = "packed_linear";
-  const View vx(op, "x", x), w(op, "weight", weight);
-  if (vx.on_cuda()) fail(op, ": x must be on the CPU; torch.nn.functional.linear serves CUDA");
+// `wide`: columns of the result that a panel makes.
+static PackedLinearParams check_packed(const View& x, const View& weight, int64_t n, int64_t wide) {
+  const char* op = x.op;
+  if (x.on_cuda()) fail(op, ": x must be on the CPU; torch.nn.functional.linear serves CUDA");
   PackedLinearParams p{};
-  p.dtype = data_type(vx);
-  p.weight_dtype = data_type(w);
+  p.dtype = data_type(x);
+  p.weight_dtype = data_type(weight);
   if (p.dtype == DType::f16) fail(op, ": x must be float32 or bfloat16, got float16");
   if (p.weight_dtype != DType::bf16 && p.weight_dtype != p.dtype)
-    fail(op, ": weight must be bfloat16", p.dtype == DType::f32 ? " or float32" : "", ", got ", dtype_name(w.dtype));
-  check_shape(vx, {-1, -1}, "[N, k]");
-  p.rows = vx.size[0];
-  p.k = vx.size[1];
+    fail(op, ": weight must be bfloat16", p.dtype == DType::f32 ? " or float32" : "", ", got ",
+         dtype_name(weight.dtype));
+  check_shape(x, {-1, -1}, "[N, k]");
+  p.rows = x.size[0];
+  p.k = x.size[1];
   p.n = n;
   if (n < 0) fail(op, ": n must not be negative, got ", n);
-  const int64_t panels = (n + kPanel - 1) / kPanel;
+  const int64_t panels = (n + wide - 1) / wide;
   if (p.weight_dtype == DType::f32) {
-    check_shape(w, {panels, p.k, kPanel}, "[panels, k, 64]");
+    check_shape(weight, {panels, p.k, kPanel}, "[panels, k, 64]");
   } else {
-    check_shape(w, {panels, (p.k + 1) / 2, kPanel, 2}, "[panels, ceil(k / 2), 64, 2]");
+    check_shape(weight, {panels, (p.k + 1) / 2, kPanel, 2}, "[panels, ceil(k / 2), 64, 2]");
   }
-  check_dense(vx, 1);
-  check_dense(w);
-  check_device(vx, {&w});
-  p.x = vx.data;
-  p.x_stride = vx.row_stride();
-  p.weight = w.data;
-  p.bias = check_bias(op, bias, n, vx);
-  Tensor out = empty({p.rows, n}, vx.dtype, vx);
+  check_dense(x, 1);
+  check_dense(weight);
+  check_device(x, {&weight});
+  p.x = x.data;
+  p.x_stride = x.row_stride();
+  p.weight = weight.data;
+  p.gated = wide < kPanel;
+  return p;
+}
+
+static Tensor run_packed(PackedLinearParams p, const View& x) {
+  Tensor out = empty({p.rows, p.n}, x.dtype, x);
   p.out = out.data_ptr();
-  if (p.rows * n > 0) launch_cpu(op, [p] { return packed_linear_cpu(p, torch_parallel_for); });
+  if (p.rows * p.n > 0) launch_cpu(x.op, [p] { return packed_linear_cpu(p, torch_parallel_for); });
   return out;
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t n) {
+  constexpr const char* op = "packed_linear";
+  const View vx(op, "x", x);
+  PackedLinearParams p = check_packed(vx, View(op, "weight", weight), n, kPanel);
+  p.bias = check_bias(op, bias, n, vx);
+  return run_packed(p, vx);
+}
+
+Tensor packed_silu_mul(const Tensor& x, const Tensor& weight, int64_t n) {
+  constexpr const char* op = "packed_silu_mul";
+  const View vx(op, "x", x);
+  return run_packed(check_packed(vx, View(op, "weight", weight), n, kPanel / 2), vx);
 }
 
 }  // namespace dyvte::bind

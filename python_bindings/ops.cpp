@@ -33,6 +33,7 @@ STABLE_TORCH_LIBRARY(dyvte, m) {
   m.def("quick_gelu_(Tensor(a!) x) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor weight, Tensor? bias, int n) -> Tensor");
+  m.def("packed_silu_mul(Tensor x, Tensor weight, int n) -> Tensor");
   m.def("norm_gate_up(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias) -> Tensor");
   m.def("norm_linear(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias) -> Tensor");
   m.def("add_linear_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias) -> ()");
@@ -67,6 +68,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("quick_gelu_", TORCH_BOX(&quick_gelu_));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
+  m.impl("packed_silu_mul", TORCH_BOX(&packed_silu_mul));
   m.impl("norm_gate_up", TORCH_BOX(&norm_gate_up));
   m.impl("norm_linear", TORCH_BOX(&norm_linear));
   m.impl("add_linear_", TORCH_BOX(&add_linear_));

@@ -39,6 +39,7 @@ std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& y, cons
 void quick_gelu_(const Tensor& x);
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t n);
+Tensor packed_silu_mul(const Tensor& x, const Tensor& weight, int64_t n);
 Tensor norm_gate_up(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight,
                     const std::optional<Tensor>& bias);
 Tensor norm_linear(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight,

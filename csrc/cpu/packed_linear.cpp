@@ -21,7 +21,8 @@ class Product {
   explicit Product(const PackedLinearParams& p) : p_(p), steps_((p.k + kPart - 1) / kPart) {}
 
   void run(ParallelFor parallel_for) const {
-    const int64_t panels = (p_.n + kPanel - 1) / kPanel, chunks = (p_.rows + kChunk - 1) / kChunk;
+    const int64_t wide = p_.gated ? kPanel / 2 : kPanel, panels = (p_.n + wide - 1) / wide,
+                  chunks = (p_.rows + kChunk - 1) / kChunk;
     const int64_t work = kPanel * max64(1, p_.k) * min64(p_.rows, kChunk);
     parallel(parallel_for, panels * chunks, (kMinWork + work - 1) / work, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) {
@@ -57,6 +58,7 @@ class Product {
   void tall(int64_t rows, int64_t panel, int64_t row, int64_t begin, float* sums) const {
     if (rows == R) {
       for (int64_t column = 0; column < kPanel; column += kWide * kLanes) tile<R>(panel, column, row, begin, sums);
+      if (p_.gated && begin + kDeep >= steps_) gate<R>(panel, row, sums);
     } else if constexpr (R > 1) {
       tall<R - 1>(rows, panel, row, begin, sums);
     }
@@ -81,7 +83,7 @@ class Product {
         const int64_t at = column + i % kWide * kLanes;
         float* before = sums + i / kWide * kPanel + at;
         const Vec total = first ? sum[i] : load(before) + sum[i];
-        if (end < steps_) {
+        if (end < steps_ || p_.gated) {
           store(before, total);
         } else {
           finish(row + i / kWide, panel * kPanel + at, total);
@@ -122,8 +124,19 @@ class Product {
     return bit_cast<Vec>(pair - VecU{});
   }
 
+  template <int R>
+  void gate(int64_t panel, int64_t row, const float* sums) const {
+    constexpr int64_t kHalf = kPanel / 2;
+    for (int r = 0; r < R; ++r, sums += kPanel) {
+      for (int64_t c = 0; c < kHalf; c += kLanes) {
+        finish(row + r, panel * kHalf + c, silu(load(sums + c)) * load(sums + kHalf + c));
+      }
+    }
+  }
+
   // A vector of the result, or what there is of it.
   void finish(int64_t row, int64_t column, Vec sum) const {
+    if (column >= p_.n) return;
     const X* bias = static_cast<const X*>(p_.bias) + (p_.bias ? column : 0);
     X* out = static_cast<X*>(p_.out) + row * p_.n + column;
     if (column + kLanes <= p_.n) return store(out, p_.bias ? sum + load(bias) : sum);

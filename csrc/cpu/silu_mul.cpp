@@ -6,8 +6,6 @@ namespace dyvte {
 namespace DYVTE_ISA {
 namespace {
 
-Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
-
 template <class T>
 void silu_mul_row(const T* gate, const T* up, T* out, int64_t m) {
   int64_t i = 0;

@@ -222,6 +222,8 @@ inline Vec exp(Vec x) {
   return x < low ? Vec{} : p * power;
 }
 
+inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+
 // --- loops -----------------------------------------------------------------------------------------------------------
 
 template <class F>

@@ -50,17 +50,19 @@ void linear(DType dtype, int64_t rows, int64_t n, int64_t k, int64_t shift) {
   });
 }
 
-void packed_linear(DType dtype, DType weight_dtype, int64_t rows, int64_t n, int64_t k, int64_t shift) {
-  const int64_t panels = (n + kPanel - 1) / kPanel, part = weight_dtype == DType::f32 ? 1 : 2;
+void packed_linear(DType dtype, DType weight_dtype, int64_t rows, int64_t n, int64_t k, int64_t shift, bool gated) {
+  const int64_t wide = gated ? kPanel / 2 : kPanel, panels = (n + wide - 1) / wide,
+                part = weight_dtype == DType::f32 ? 1 : 2;
   const Values x(dtype, rows * (k + shift), shift),
       weight(weight_dtype, panels * (k + part - 1) / part * part * kPanel);
   const Values bias(dtype, n, shift);
   for (int64_t i = 0; i < weight.size(); ++i) weight.set(i, weight.get(i) / std::sqrt(static_cast<float>(k)));
-  compare(label("packed_linear", dtype, {rows, n, k, shift}), rounding(dtype), [&](const Implementation& with) {
+  compare(label("packed_linear", dtype, {rows, n, k, shift, gated}), rounding(dtype), [&](const Implementation& with) {
     const Values out(dtype, rows * n, shift);
     out.fill(NAN);
     const PackedLinearParams p{
-        x.data(), weight.data(), shift ? bias.data() : nullptr, out.data(), rows, n, k, k + shift, dtype, weight_dtype};
+        x.data(),     weight.data(), shift && !gated ? bias.data() : nullptr, out.data(), rows, n, k, k + shift, dtype,
+        weight_dtype, gated};
     check((with.packed_linear ? with.packed_linear : generic::packed_linear_cpu)(p, threaded_for), "packed_linear");
     std::vector<float> result;
     out.append_to(result);
@@ -693,8 +695,10 @@ void movement_and_fusions(DType dtype, int64_t shift) {
   }
   for (int64_t k : {1, 7, 83, 64, 769}) {
     linear(dtype, pick(1, 9), pick(1, 200), k, shift);
-    if (dtype != DType::f16) packed_linear(dtype, DType::bf16, pick(1, 120), pick(1, 200), k, shift);
-    if (dtype == DType::f32) packed_linear(dtype, dtype, pick(1, 120), pick(1, 200), 2 * k, shift);
+    for (bool gated : {false, true}) {
+      if (dtype != DType::f16) packed_linear(dtype, DType::bf16, pick(1, 120), pick(1, 200), k, shift, gated);
+      if (dtype == DType::f32) packed_linear(dtype, dtype, pick(1, 120), pick(1, 200), 2 * k, shift, gated);
+    }
   }
   kv_compact(dtype, 4, 16, 2, 64, shift);
   kv_compact(dtype, 3, 301, 1, 83, shift);

@@ -35,6 +35,7 @@ from .ref import (
     norm_linear_ref,
     norm_qkv_append_ref,
     packed_linear_ref,
+    packed_silu_mul_ref,
     paged_attention_ref,
     quick_gelu_ref,
     rms_norm_ref,
@@ -82,6 +83,8 @@ __all__ = [
     "norm_qkv_append_ref",
     "packed_linear",
     "packed_linear_ref",
+    "packed_silu_mul",
+    "packed_silu_mul_ref",
     "paged_attention",
     "paged_attention_ref",
     "quick_gelu_",
@@ -143,6 +146,7 @@ _add_rms_norm_into = torch.ops.dyvte.add_rms_norm_into_.default
 _rms_norm = torch.ops.dyvte.rms_norm.default
 _linear = torch.ops.dyvte.linear.default
 _packed_linear = torch.ops.dyvte.packed_linear.default
+_packed_silu_mul = torch.ops.dyvte.packed_silu_mul.default
 _silu_mul = torch.ops.dyvte.silu_mul.default
 _layer_norm = torch.ops.dyvte.layer_norm.default
 _add_layer_norm = torch.ops.dyvte.add_layer_norm.default
@@ -423,12 +427,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear(x, weight, bias)
 
 
-def in_panels(weight: Tensor) -> Tensor:
+def in_panels(weight: Tensor, gated: bool = False) -> Tensor:
     """weight [n, k] for `packed_linear`: its rows as columns, 64 side by side, and zeros where the last ones are none.
 
     float32 [panels, k, 64]; of bfloat16, or of float32 that bfloat16 has all numbers of, as checkpoints usually do,
-    bfloat16 [panels, ceil(k / 2), 64, 2].
+    bfloat16 [panels, ceil(k / 2), 64, 2]. gated: for `packed_silu_mul`, a panel is 32 gates, which are the first half
+    of the weight's rows, and the 32 rows that they belong to.
     """
+    if gated:
+        halves = (F.pad(half, (0, 0, 0, -len(half) % 32)).unflatten(0, (-1, 32)) for half in weight.chunk(2))
+        weight = torch.cat(list(halves), dim=1).flatten(0, 1)
     n, k = weight.shape
     half = weight.bfloat16()
     if weight.dtype == torch.float32 and not torch.equal(half.float(), weight):
@@ -459,6 +467,11 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Ten
     on the other rows, nor on how many there are, nor on the number of threads. bfloat16 is multiplied as by `linear`.
     """
     return _packed_linear(x, weight, bias, n)
+
+
+def packed_silu_mul(x: Tensor, weight: Tensor, n: int) -> Tensor:
+    """`silu_mul` of x [N, k] times a weight [2 n, k] that is `in_panels`, gated: [N, n]. See `packed_linear`."""
+    return _packed_silu_mul(x, weight, n)
 
 
 def norm_gate_up(hidden: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -570,6 +583,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @torch.library.register_fake("dyvte::packed_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+@torch.library.register_fake("dyvte::packed_silu_mul")
+def _(x: Tensor, weight: Tensor, n: int) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
 

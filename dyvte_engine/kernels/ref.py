@@ -206,11 +206,21 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _product(x, weight, bias).to(x.dtype)
 
 
+def _rows_of(panels: Tensor) -> Tensor:
+    """[panels * 64, k, or one more]."""
+    if panels.dim() == 4:  # two elements of each column together
+        panels = panels.transpose(2, 3).flatten(1, 2)
+    return panels.transpose(1, 2).flatten(0, 1)
+
+
 def packed_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    if weight.dim() == 4:  # two elements of each column together
-        weight = weight.transpose(2, 3).flatten(1, 2)
-    rows = weight.transpose(1, 2).flatten(0, 1)  # [panels * 64, k, or one more]
-    return linear_ref(x, rows[:n, : x.shape[1]], bias)
+    return linear_ref(x, _rows_of(weight)[:n, : x.shape[1]], bias)
+
+
+def packed_silu_mul_ref(x: Tensor, weight: Tensor, n: int) -> Tensor:
+    both = _product(x, _rows_of(weight)[:, : x.shape[1]], None).unflatten(1, (-1, 2, 32))
+    gate, up = both.transpose(1, 2).flatten(2)[:, :, :n].unbind(1)
+    return (F.silu(gate) * up).to(x.dtype)
 
 
 def silu_mul_ref(gate_up: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import DecoderShape
 from ..errors import ModelError
 from ..kernels import ops
-from .linear import Linear, stacked
+from .linear import GateUp, Linear, stacked
 from .rotary import rotations
 
 
@@ -34,13 +34,14 @@ class DecoderLayer:
     qkv: Linear
     qk_norm: tuple[Tensor, Tensor] | None
     out: Linear
-    gate_up: Linear
+    gate_up: GateUp
     down: Linear
 
     @classmethod
     def from_hf(cls, layer: Any, shape: DecoderShape) -> DecoderLayer:
         attn, mlp = layer.self_attn, layer.mlp
         q_norm = getattr(attn, "q_norm", None)
+        gate_up = stacked((mlp.gate_proj, mlp.up_proj))
         return cls(
             shape=shape,
             input_norm=layer.input_layernorm.weight.data,
@@ -49,7 +50,7 @@ class DecoderLayer:
             qkv=stacked((attn.q_proj, attn.k_proj, attn.v_proj)),
             qk_norm=None if q_norm is None else (q_norm.weight.data, attn.k_norm.weight.data),
             out=_linear(attn.o_proj),
-            gate_up=stacked((mlp.gate_proj, mlp.up_proj)),
+            gate_up=GateUp(gate_up.weight, gate_up.bias),
             down=_linear(mlp.down_proj),
         )
 
@@ -89,7 +90,7 @@ class DecoderLayer:
 
     def mlp(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
         """x [N, d], normalised -> [N, d], to be added to the residual stream. `workspace`: [N or more, 2 m]."""
-        return self.down(ops.silu_mul(self.gate_up(x, workspace)))
+        return self.down(self.gate_up(x, workspace))
 
 
 class LayerRows(Protocol):

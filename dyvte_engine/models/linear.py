@@ -81,6 +81,22 @@ class Linear:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu", [], approximate)
 
 
+class GateUp(Linear):
+    """Of an MLP: weight [2 m, k], the gates first."""
+
+    def pack(self) -> None:
+        if self.bias is None and ops.multiplies_panels(self.weight.dtype):
+            self.panels = ops.in_panels(self.weight, gated=True)
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS)
+
+    def __call__(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
+        """x [N, k] -> SwiGLU [N, m]. workspace: [N or more, 2 m] to compute in, or None."""
+        if self.panels is not None:
+            return ops.packed_silu_mul(x, self.panels, len(self.weight) // 2)
+        return ops.silu_mul(super().__call__(x, workspace))
+
+
 def stacked(linears: Sequence[nn.Linear]) -> Linear:
     """Linears with one input as one. Their weights (and biases) become views of the stack, unless they are already."""
     weight = _stack([m.weight for m in linears])

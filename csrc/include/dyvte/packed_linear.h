@@ -15,6 +15,7 @@ struct PackedLinearParams {
   void* out;           // [rows, n]
   int64_t rows, n, k, x_stride;
   DType dtype, weight_dtype;  // of all but the weight, whose bfloat16 serves both
+  bool gated;                 // a panel is 32 gates and their 32 factors, of which out has silu(gate) * factor; no bias
 };
 
 Status packed_linear_cpu(const PackedLinearParams& p, ParallelFor parallel_for);
