@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dyvte_engine.kernels import ops
 from dyvte_engine.models.fused import MOST_ROWS
-from dyvte_engine.models.linear import Linear, packing_fault
+from dyvte_engine.models.linear import packing_fault
 
 
 @dataclass(frozen=True)
@@ -245,16 +245,18 @@ def quick_gelu(i: Inputs) -> Case:
     return Case(lambda: ops.quick_gelu_(x), lambda: x * torch.sigmoid(1.702 * x), 2 * x.nbytes)
 
 
-def _linear(i: Inputs, rows: int) -> Case:
-    """The largest weight of a layer times so many rows."""
+def _linear(i: Inputs, rows: int, panels: bool = False) -> Case:
+    """The largest weight of a layer times so many rows. panels: of numbers that bfloat16 has."""
     x, weight = i.randn(rows, i.s.hidden), i.randn(2 * i.s.intermediate, i.s.hidden)
     packed: Callable[[], Any] | None = None
     if packing_fault(i.dtype) is None:
-        layer = Linear(weight)
-        layer.pack()
-        packed = functools.partial(layer, x)
-    flops = 2.0 * rows * weight.numel()
-    return Case(lambda: ops.linear(x, weight), lambda: F.linear(x, weight), weight.nbytes, flops, packed)
+        layout = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+        packed = functools.partial(torch.ops.mkldnn._linear_pointwise, x, layout, None, "none", [], "")
+    flops, theirs = 2.0 * rows * weight.numel(), functools.partial(F.linear, x, weight)
+    if panels:
+        copy = ops.in_panels(weight.bfloat16().to(i.dtype))
+        return Case(lambda: ops.packed_linear(x, copy, None, len(weight)), theirs, copy.nbytes, flops, packed)
+    return Case(lambda: ops.linear(x, weight), theirs, weight.nbytes, flops, packed)
 
 
 def linear_decode(i: Inputs) -> Case:
@@ -265,6 +267,14 @@ def linear_decode(i: Inputs) -> Case:
 def linear_text(i: Inputs) -> Case:
     """What remains of the prompts after an exit."""
     return _linear(i, i.batch * i.s.text)
+
+
+def packed_linear_decode(i: Inputs) -> Case:
+    return _linear(i, i.batch, panels=True)
+
+
+def packed_linear_text(i: Inputs) -> Case:
+    return _linear(i, i.batch * i.s.text, panels=True)
 
 
 def varlen_attention(i: Inputs) -> Case:
@@ -396,7 +406,13 @@ CASES = (
     add_layer_norm,
     quick_gelu,
 )
-CPU_CASES = (linear_decode, linear_text, varlen_attention)  # on CUDA torch's own products and FlashAttention serve
+CPU_CASES = (  # on CUDA torch's own products and FlashAttention serve
+    linear_decode,
+    linear_text,
+    packed_linear_decode,
+    packed_linear_text,
+    varlen_attention,
+)
 CUDA_CASES = (
     add_rms_norm_decode,
     rope_append_attention,

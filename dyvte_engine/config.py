@@ -97,7 +97,8 @@ class EngineOptions(TypedDict, total=False):
         max_stall: rows times layers of other prompts that a running answer may wait for between two of its tokens, at
             least one layer. A block of the vision tower counts by its share of a layer's weights where a tower can stop
             between blocks (CPU, packed weights, CLIP and SigLIP); elsewhere it runs as a whole. 0 is 1024 on a CPU,
-            8192 on CUDA; with less the answers under way wait less, and fewer requests are answered in a second.
+            8192 on CUDA; with less the answers under way wait less, and fewer requests are answered in a second. On a
+            CPU it is half of that while fewer than 8 requests are here, growing to all of it with 16.
         picture_cache: bytes for the rows that vision tower and projector made of pictures; later requests take
             them from there (docs/again.md). "auto" is 256 MiB, 0 none.
         prefix_cache: bytes for what prompts are up to their last visual token, most of them in the K/V pool; another

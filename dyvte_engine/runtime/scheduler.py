@@ -40,6 +40,7 @@ from .running import picked
 from .sampling import most_likely, token_logprobs
 from .sequence import Sequence
 
+_MANY = 16  # requests
 _REMEMBERED = 8  # requests that the usual share of the worst case is a mean of, about
 
 
@@ -352,10 +353,21 @@ class Scheduler:
         except Exception as error:
             self._fail_running(error)
 
+    @property
+    def _slice(self) -> float:
+        """Row-layers that those who run wait for in a step: on a CPU not all of `max_stall` where few are here.
+
+        There a row costs about the same however many are decoded together, so short waits cost little. They decide how
+        many that are: half as long a slice begins half as many answers a token. So where many wait, it is long.
+        """
+        if self._queued:
+            return self._max_stall
+        return self._max_stall * min(1.0, max(0.5, sum(self.counts.values()) / _MANY))
+
     def _prefill(self) -> None:
         """One group to its end, or where somebody waits for it, of one after the other what fits into a slice."""
         alone, used, least = not self._sequences, 0.0, True
-        row_layers = float("inf") if alone else self._max_stall
+        row_layers = float("inf") if alone else self._slice
         while least or not (alone or self._group):
             if self._group is None:
                 self._admit()
@@ -427,7 +439,7 @@ class Scheduler:
         chosen: dict[Sequence, Prefix | None] = {}
         room, pages = self._slots - len(self._sequences), self.runner.pool.claimable
         later = pages + sum(self._running.cache.claims)  # when nobody runs any more
-        rows, policy = self._max_stall if self._sequences else float("inf"), None
+        rows, policy = self._slice if self._sequences else float("inf"), None
         for s in waiting:
             if chosen and s.policy is not policy:
                 continue

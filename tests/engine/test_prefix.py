@@ -23,6 +23,7 @@ from dyvte_engine import (
     compose,
 )
 from dyvte_engine.kernels import ops
+from dyvte_engine.runtime import scheduler as scheduler_module
 from tests import tiny
 from tests.engine.conftest import build
 from tests.engine.test_exit import random_heads
@@ -442,8 +443,9 @@ def test_pages_of_a_known_prefix_are_promised_once(depth, admitted, monkeypatch)
 @pytest.mark.parametrize(
     ("depth", "policy", "together"), [("keep-all", None, 4), ("fixed 2", None, 1), ("keep-all", FastV(2, 0.5), 1)]
 )
-def test_a_group_within_a_slice_counts_the_rows_that_it_computes(depth, policy, together):
+def test_a_group_within_a_slice_counts_the_rows_that_it_computes(depth, policy, together, monkeypatch):
     """While somebody is answered, a layer of those who begin is of at most 30 rows; a prompt here has 37."""
+    monkeypatch.setattr(scheduler_module, "_MANY", 1)  # slices are whole
     engine, _ = build(max_len=192, page_size=4, max_batch=8, max_stall=30)
     ask(engine, 2, 0, depth)
     text, pictures = BEGINNINGS[2]

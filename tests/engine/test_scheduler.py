@@ -37,6 +37,7 @@ from dyvte_engine import (
 from dyvte_engine.models.linear import packing_fault
 from dyvte_engine.models.tower_layers import BlocksAhead
 from dyvte_engine.policies import Composed
+from dyvte_engine.runtime import scheduler as scheduler_module
 from dyvte_engine.runtime import sequence as sequence_module
 from dyvte_engine.runtime.prefill import Prefill
 from tests import tiny
@@ -460,9 +461,24 @@ def test_a_group_does_not_stall_those_who_run_for_longer_than_a_slice():
     assert seen and all(seen)
 
 
+def test_few_wait_for_half_a_slice():
+    """On a CPU; there it costs little, and where many are here a short slice would leave few to be decoded together."""
+    engine, _ = build(page_size=4, max_batch=6, max_stall=30)
+    slices, asked = [], Request("w1", chat=False, options=dict(max_new_tokens=24, eos_token_id=[]))
+    for n in (1, 7, 4, 4, 4):
+        for _ in range(n):
+            engine._enqueue(engine._prepare_request(asked))
+        engine._scheduler.step()  # the first begins, the others wait
+        slices.append(engine._scheduler._slice)
+    assert slices == [15, 15, 22.5, 30, 30]
+    engine._scheduler._queued = True  # a device whose steps cost the same for one and for many
+    assert engine._scheduler._slice == 30
+
+
 @pytest.mark.parametrize("prefix_cache", [0, 1 << 20])
 @pytest.mark.parametrize(("more", "slices"), [(3.1, [3, 1]), (2.9, [2, 2]), (2, [2, 2]), (0.9, [1, 1, 1, 1])])
 def test_a_slice_is_as_many_layers_as_fit_into_it(prefix_cache, more, slices, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_MANY", 1)  # slices are whole
     text, rows = next((t, len(t.split())) for t, pictures in zip(TEXTS, IMAGES) if not pictures)
     engine, _ = build(page_size=4, max_batch=2, max_stall=int(more * rows), prefix_cache=prefix_cache)
     asked = [
