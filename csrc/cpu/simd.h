@@ -160,12 +160,18 @@ inline float hsum(Vec v) {
 }
 #endif
 
+#if defined(__AVX512F__)
+inline Vec quads(Vec a, Vec b, Vec c, Vec d) {
+  const Vec ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+  const Vec cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
+  return _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+}
+#endif
+
 // Four sums at once, for less than the price of two.
 inline Vec4 hsum4(Vec a, Vec b, Vec c, Vec d) {
 #if defined(__AVX512F__)
-  const Vec ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
-  const Vec cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
-  Vec s = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);  // four partial sums each
+  Vec s = quads(a, b, c, d);
   s += _mm512_permute_ps(s, 0xb1);
   s += _mm512_permute_ps(s, 0x4e);
   const __m512i firsts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
@@ -180,13 +186,85 @@ inline Vec4 hsum4(Vec a, Vec b, Vec c, Vec d) {
 #endif
 }
 
+inline float hmax(Vec4 v) {
+  const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+  return a > b ? a : b;
+}
+#if defined(__AVX2__)
+inline float hmax(Vec8 v) {
+  Vec4 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  return hmax(half[0] > half[1] ? half[0] : half[1]);
+}
+#endif
+#if defined(__AVX512F__)
 inline float hmax(Vec v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  }
-  return lane[0];
+  Vec8 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  return hmax(half[0] > half[1] ? half[0] : half[1]);
+}
+#endif
+
+// Four partial sums of each vector, one vector behind the other.
+inline void store_quads(float* to, Vec a, Vec b, Vec c, Vec d) {
+#if defined(__AVX512F__)
+  store(to, quads(a, b, c, d));
+#elif defined(__AVX2__)
+  store(to, _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31));
+  store(to + 8, _mm256_permute2f128_ps(c, d, 0x20) + _mm256_permute2f128_ps(c, d, 0x31));
+#else
+  store(to, a);
+  store(to + 4, b);
+  store(to + 8, c);
+  store(to + 12, d);
+#endif
+}
+
+// Each number is the sum of four neighbours of those in v.
+inline Vec sum_quads(const Vec* v) {
+#if defined(__AVX512F__)
+  const Vec ab = _mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]);
+  const Vec cd = _mm512_unpacklo_ps(v[2], v[3]) + _mm512_unpackhi_ps(v[2], v[3]);
+  const Vec sums = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+  return _mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), sums);
+#elif defined(__AVX2__)
+  const Vec sums = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  return _mm256_permutevar8x32_ps(sums, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+#else
+  Vec sum = {};
+  for (int i = 0; i < 4; ++i) sum += Vec{v[0][i], v[1][i], v[2][i], v[3][i]};
+  return sum;
+#endif
+}
+
+inline VecI lane_numbers() {
+  VecI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// Keeps a vector that is used several times in a register, where the compiler would load it again for each use.
+inline Vec once(Vec v) {
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// The first n of a vector, if there are no more; zeros behind them.
+template <class T>
+inline Vec load_part(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+#if defined(__AVX512F__)
+  const uint32_t wanted = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(wanted, p);
+  const __m256i part = _mm256_maskz_loadu_epi16(wanted, p);
+  return load(reinterpret_cast<const T*>(&part));
+#else
+  T part[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+#endif
 }
 
 // v rounded to T, still as floats.

@@ -718,6 +718,7 @@ void attention(DType dtype, int64_t shift) {
   decode_attention(dtype, {40, 513}, 9, 1, 83, 64, shift);
   decode_attention(dtype, {64, 130}, 2, 1, 256, 32, shift);
   decode_attention(dtype, {37, 2}, 3, 1, 7, 8, shift);
+  decode_attention(dtype, {192, 1, 0, 195}, 80, 2, 40, 4, shift);
   for (int64_t rows : {1, 3, 40}) {
     attend_to_nan(dtype, rows, false);
     attend_to_nan(dtype, rows, true);

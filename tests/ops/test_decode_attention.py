@@ -48,6 +48,8 @@ CASES = [
     ([37, 2], (3, 1), 7, 8),
     ([1500] * 3, (32, 8), 128, 64),
     ([5], (1, 1), 1, 1),
+    ([191, 192, 193, 0, 385], (4, 2), 64, 16),
+    ([21, 3], (80, 2), 40, 4),
 ]
 
 
@@ -83,6 +85,23 @@ def test_rows_past_the_length_are_not_read(device: str, dtype: torch.dtype) -> N
     page = args["block_table"][0, 1]
     args["k_pool"][page, 3:], args["v_pool"][page, 3:] = torch.nan, torch.nan
     assert torch.equal(ops.decode_attention(**args), expected)
+
+
+def test_sequences_do_not_mix(dtype: torch.dtype) -> None:
+    """A sequence's result is the same alone and among others, whatever these hold, and on any number of threads."""
+    args = make("cpu", dtype, [83, 7, 0, 300, 1], (4, 2), 64, 16)
+    expected, threads = ops.decode_attention(**args), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(ops.decode_attention(**args), expected)
+    finally:
+        torch.set_num_threads(threads)
+    for b in range(len(expected)):
+        one = {n: args[n][b : b + 1] for n in ("q", "block_table", "kv_lens")}
+        assert torch.equal(ops.decode_attention(**args | one)[0], expected[b])
+    args["k_pool"][args["block_table"][1]], args["v_pool"][args["block_table"][1]] = torch.nan, torch.inf
+    others = [0, 2, 3, 4]
+    assert torch.equal(ops.decode_attention(**args)[others], expected[others])
 
 
 def test_large_scores_and_nan(device: str) -> None:
