@@ -186,6 +186,17 @@ inline Vec4 hsum4(Vec a, Vec b, Vec c, Vec d) {
 #endif
 }
 
+// a > b ? a : b, also where one of them is NaN, in one instruction.
+inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 inline float hmax(Vec4 v) {
   const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
   return a > b ? a : b;
@@ -237,6 +248,35 @@ inline Vec sum_quads(const Vec* v) {
 #endif
 }
 
+// v[i][j] becomes v[j][i].
+inline void transpose(Vec (&v)[kLanes]) {
+#if defined(__AVX512F__)
+  Vec t[kLanes];
+  for (int i = 0; i < kLanes; i += 4) {  // four by four numbers in each quarter
+    const Vec a = _mm512_unpacklo_ps(v[i], v[i + 1]), b = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    const Vec c = _mm512_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm512_unpackhi_ps(v[i + 2], v[i + 3]);
+    t[i] = _mm512_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // then four by four quarters
+    const Vec a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x44), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xee);
+    const Vec c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x44), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xee);
+    v[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    v[i + 4] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    v[i + 8] = _mm512_shuffle_f32x4(b, d, 0x88);
+    v[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+#else
+  float t[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) t[j][i] = v[i][j];
+  }
+  for (int i = 0; i < kLanes; ++i) v[i] = load(t[i]);
+#endif
+}
+
 inline VecI lane_numbers() {
   VecI v;
   for (int i = 0; i < kLanes; ++i) v[i] = i;
@@ -283,8 +323,12 @@ inline Vec rounded(Vec v, const f16*) {
 // e^x, within 2 units in the last place; 0 below -87.3, NaN stays NaN.
 inline Vec exp(Vec x) {
   const Vec low = splat(-87.33654f), high = splat(88.37626f);
+#if defined(__AVX512F__)
+  const Vec clamped = _mm512_min_ps(high, x);
+#else
   Vec clamped = x < low ? low : x;
   clamped = clamped > high ? high : clamped;
+#endif
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec n = (clamped * 1.44269504f + magic) - magic;
   const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -295,9 +339,13 @@ inline Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), p, n);
+#else
   const Vec bounded = n == n ? n : Vec{};
   const Vec power = bit_cast<Vec>((__builtin_convertvector(bounded, VecI) + 127) << 23);
   return x < low ? Vec{} : p * power;
+#endif
 }
 
 inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
@@ -355,10 +403,7 @@ inline float exp_row(float* s, int64_t n, float* total) {
   int64_t i = 0;
   if (n >= kLanes) {
     Vec top = load(s);
-    for (i = kLanes; i + kLanes <= n; i += kLanes) {
-      const Vec v = load(s + i);
-      top = v > top ? v : top;
-    }
+    for (i = kLanes; i + kLanes <= n; i += kLanes) top = larger(load(s + i), top);
     best = hmax(top);
   }
   for (; i < n; ++i) best = s[i] > best ? s[i] : best;

@@ -6,49 +6,47 @@ namespace dyvte {
 namespace DYVTE_ISA {
 namespace {
 
-constexpr int kVecs = kLanes == 16 ? 4 : 2;
-constexpr int kSlots = kVecs * kLanes;         // queries of one task, side by side in vectors
-constexpr int kSums = kLanes == 16 ? 24 : 12;  // vector registers that hold running sums
-constexpr int kKeys = 64;                      // keys between two corrections of the running softmax
+constexpr int kVecs = 3;
+constexpr int kSlots = kVecs * kLanes;            // queries of one task, side by side in vectors
+constexpr int kKeys = 96;                         // keys between two corrections of the running softmax
+constexpr int kValueVecs = kLanes == 16 ? 4 : 2;  // vectors of values side by side
 
-// c[i][slots] = sum over l < n of a[i * a_row + l * a_col] * b[l][slots], plus what c holds if ADD, for i < I.
-template <int I, int V, bool ADD>
-void tile(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t n, float* c) {
-  Vec sum[I * V] = {};
-  for (int i = 0; ADD && i < I; ++i) {
-    for (int j = 0; j < V; ++j) sum[i * V + j] = load(c + i * kSlots + j * kLanes);
-  }
+// So many rows of V vectors of sums fit the registers; kKeys is a multiple of all but one of these numbers.
+constexpr int tall(int V) { return kLanes < 16 ? 12 / V : V == 4 ? 6 : V == 1 ? 16 : 8; }
+
+// c[i] = sum over l < n of a[i * a_row + l * a_col] * b[l], plus what c holds unless it is new, for i < I. Rows of b
+// and c are V vectors.
+template <int I, int V>
+void tile(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int64_t n, float* c,
+          int64_t c_row, bool fresh) {
+  Vec sum[I * V];
+  for (int i = 0; i < I * V; ++i) sum[i] = fresh ? Vec{} : load(c + i / V * c_row + i % V * kLanes);
   for (int64_t l = 0; l < n; ++l) {
     Vec y[V];
-    for (int j = 0; j < V; ++j) y[j] = load(b + l * kSlots + j * kLanes);
+    for (int j = 0; j < V; ++j) y[j] = load(b + l * b_row + j * kLanes);
     for (int i = 0; i < I; ++i) {
-      const float x = a[i * a_row + l * a_col];
+      const Vec x = once(splat(a[i * a_row + l * a_col]));
       for (int j = 0; j < V; ++j) sum[i * V + j] += y[j] * x;
     }
   }
   for (int i = 0; i < I; ++i) {
-    for (int j = 0; j < V; ++j) store(c + i * kSlots + j * kLanes, sum[i * V + j]);
+    for (int j = 0; j < V; ++j) store(c + i * c_row + j * kLanes, sum[i * V + j]);
   }
 }
 
-// The same for i < m: as many as fit the registers at a time, then the rest.
-template <int V, bool ADD, int I = kSums / V>
-void product(const float* a, int64_t a_row, int64_t a_col, int64_t m, const float* b, int64_t n, float* c) {
-  for (; m >= I; m -= I, a += I * a_row, c += I * kSlots) tile<I, V, ADD>(a, a_row, a_col, b, n, c);
-  if constexpr (I > 1) product<V, ADD, I / 2>(a, a_row, a_col, m, b, n, c);
-}
-
-// V vectors of queries that share one K/V head: the heads of a row, then those of the next. Each lane is a query, so K
-// and V are read as they lie, one number at a time, and the softmax needs no sum across lanes.
+// V vectors of queries that share one K/V head: the heads of a row, then those of the next. In the scores each lane is
+// a query, so K is read as it lies, one number at a time, and the softmax needs no sum across lanes; in the output each
+// lane is a channel, so V is read as it lies, too.
 template <class T, int V>
 struct Block {
   const VarlenAttentionParams& p;
   int64_t seq, first_row, rows, before, kv_head, first_slot, slots;
-  alignas(64) float q[kMaxHeadDim * kSlots];  // [dim][slots], scaled
-  alignas(64) float s[kKeys * kSlots];        // [keys][slots], scores, then exp(score - largest)
-  alignas(64) float acc[kMaxHeadDim * kSlots];
-  alignas(64) float converted[kKeys * kMaxHeadDim];
-  int32_t seen[kSlots];  // the last key that each query sees
+  int64_t width;                                     // numbers of a head in whole vectors
+  alignas(64) float q[kMaxHeadDim * kSlots];         // [width, slots], scaled
+  alignas(64) float s[kKeys * kSlots];               // [keys, slots], scores, then exp(score - largest)
+  alignas(64) float acc[kSlots * kMaxHeadDim];       // [slots, width]
+  alignas(64) float converted[kKeys * kMaxHeadDim];  // [keys, width]
+  int32_t seen[V * kLanes];                          // the last key that each query sees
   Vec largest[V], total[V];
 
   // Not an aggregate: the arrays stay uninitialised.
@@ -60,7 +58,8 @@ struct Block {
         before(p.before ? p.before[seq] : 0),
         kv_head(kv_head_),
         first_slot(first_slot_),
-        slots(slots_) {}
+        slots(slots_),
+        width((p.dim + kLanes - 1) / kLanes * kLanes) {}
 
   // Row of its sequence, and where the query lies in a tensor [rows, heads_q, dim] with that row stride.
   int64_t row(int64_t slot) const { return (first_slot + slot) / (p.heads_q / p.heads_kv); }
@@ -69,12 +68,22 @@ struct Block {
     return (first_row + row(slot)) * stride + head * p.dim;
   }
 
-  void load_queries() {
-    for (int64_t i = 0; i < V * kLanes; ++i) {
-      const int64_t slot = min64(i, slots - 1);  // lanes to spare repeat the last query
-      const T* from = static_cast<const T*>(p.q) + at(slot, p.q_stride);
-      for (int64_t c = 0; c < p.dim; ++c) q[c * kSlots + i] = to_float(from[c]) * p.scale;
-      seen[i] = static_cast<int32_t>(before + (p.causal ? row(slot) : rows - 1));
+  void start() {
+    for (int64_t i = 0; i < V * kLanes; i += kLanes) {
+      largest[i / kLanes] = splat(-INFINITY);
+      total[i / kLanes] = Vec{};
+      const T* from[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t slot = min64(i + lane, slots - 1);  // lanes to spare repeat the last query
+        from[lane] = static_cast<const T*>(p.q) + at(slot, p.q_stride);
+        seen[i + lane] = static_cast<int32_t>(before + (p.causal ? row(slot) : rows - 1));
+      }
+      for (int64_t c = 0; c < p.dim; c += kLanes) {
+        Vec x[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) x[lane] = load_part(from[lane] + c, p.dim - c) * p.scale;
+        transpose(x);
+        for (int lane = 0; lane < kLanes; ++lane) store(q + (c + lane) * kSlots + i, x[lane]);
+      }
     }
   }
 
@@ -92,24 +101,35 @@ struct Block {
     return static_cast<const T*>(base) + at * stride + kv_head * p.dim;
   }
 
-  // Calls body(numbers, their row stride, j, run) for keys or values key + j to key + j + run, until there were n.
-  template <class Body>
-  void as_floats(const void* base, int64_t stride, int64_t key, int64_t n, const Body& body) {
+  // n keys or values from number `key` on, in whole vectors of floats, and the stride of their rows: where they are, if
+  // they are that and follow one another; else a copy.
+  const float* as_floats(const void* base, int64_t stride, int64_t key, int64_t n, int64_t* row) {
     int64_t run;
-    for (int64_t first = 0; first < n; first += run) {
-      const T* from = rows_at(base, stride, key + first, n - first, &run);
-      if constexpr (std::is_same_v<T, float>) {
-        body(from, stride, first, run);
-      } else {
-        for (int64_t j = 0; j < run; ++j) {
-          float* to = converted + (first + j) * p.dim;
-          int64_t c = 0;
-          for (; c + kLanes <= p.dim; c += kLanes) store(to + c, load(from + j * stride + c));
-          for (; c < p.dim; ++c) to[c] = to_float(from[j * stride + c]);
-        }
-      }
+    const T* from = rows_at(base, stride, key, n, &run);
+    if constexpr (std::is_same_v<T, float>) {
+      *row = stride;
+      if (run == n && p.dim == width) return from;
     }
-    if constexpr (!std::is_same_v<T, float>) body(converted, p.dim, 0, n);
+    for (int64_t j = 0; j < n; ++j, --run, from += stride) {
+      if (run == 0) from = rows_at(base, stride, key + j, n - j, &run);
+      for (int64_t c = 0; c < p.dim; c += kLanes) store(converted + j * width + c, load_part(from + c, p.dim - c));
+    }
+    *row = width;
+    return converted;
+  }
+
+  // Scores of m keys from number `key` on, as many as fit the registers at a time, then the rest; for the last N
+  // vectors of queries, once the others see no more keys.
+  template <int N = V, int I = tall(N)>
+  void score(const float* k, int64_t stride, int64_t key, int64_t m, float* to) {
+    constexpr int kSkipped = (V - N) * kLanes;
+    for (; m >= I; m -= I, key += I, k += I * stride, to += I * kSlots) {
+      if constexpr (N > 1) {
+        if (key > seen[kSkipped + kLanes - 1]) return score<N - 1>(k, stride, key, m, to);
+      }
+      tile<I, N>(k, stride, 1, q + kSkipped, kSlots, p.dim, to + kSkipped, kSlots, true);
+    }
+    if constexpr (I > 1) score<N, I / 2>(k, stride, key, m, to);
   }
 
   void hide_later_keys(int64_t key, int64_t n) {
@@ -123,32 +143,54 @@ struct Block {
     }
   }
 
+  void scale_row(int64_t slot, float factor) {
+    float* row = acc + slot * width;
+    for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) * factor);
+  }
+
   // The running softmax takes in n more scores of each query; what was summed up before is scaled to the new largest.
   void take_in(int64_t n, bool first) {
+    Vec best[V], sum[V];
     for (int i = 0; i < V; ++i) {
-      float* scores = s + i * kLanes;
-      Vec best = first ? splat(-INFINITY) : largest[i];
-      for (int64_t j = 0; j < n; ++j) {
-        const Vec x = load(scores + j * kSlots);
-        best = x > best ? x : best;
-      }
-      Vec sum = {};
-      for (int64_t j = 0; j < n; ++j) {
-        const Vec e = exp(load(scores + j * kSlots) - best);
-        store(scores + j * kSlots, e);
-        sum += e;
-      }
-      if (!first) {
-        const Vec correction = exp(largest[i] - best);
-        sum += total[i] * correction;
-        for (int64_t c = 0; c < p.dim; ++c) {
-          float* value = acc + c * kSlots + i * kLanes;
-          store(value, load(value) * correction);
-        }
-      }
-      largest[i] = best;
-      total[i] = sum;
+      best[i] = largest[i];
+      sum[i] = Vec{};
     }
+    for (int64_t j = 0; j < n; ++j) {
+      for (int i = 0; i < V; ++i) best[i] = larger(load(s + j * kSlots + i * kLanes), best[i]);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      for (int i = 0; i < V; ++i) {
+        const Vec e = exp(load(s + j * kSlots + i * kLanes) - best[i]);
+        store(s + j * kSlots + i * kLanes, e);
+        sum[i] += e;
+      }
+    }
+    float factor[V * kLanes];
+    for (int i = 0; i < V; ++i) {
+      const Vec correction = exp(largest[i] - best[i]);
+      store(factor + i * kLanes, correction);
+      largest[i] = best[i];
+      total[i] = total[i] * correction + sum[i];
+    }
+    for (int64_t slot = 0; slot < slots && !first; ++slot) {
+      if (factor[slot] != 1.0f) scale_row(slot, factor[slot]);
+    }
+  }
+
+  // acc += weight * v over n keys, or begins with them, for N vectors of values. No query looks behind what it sees.
+  template <int N, int I = tall(N)>
+  void add_vectors(const float* v, int64_t stride, int64_t key, int64_t n, float* to, int64_t slot = 0) {
+    for (; slot + I <= slots; slot += I) {
+      const int64_t visible = min64(n, seen[slot + I - 1] + 1 - key);
+      tile<I, N>(s + slot, 1, kSlots, v, stride, visible, to + slot * width, width, key == 0);
+    }
+    if constexpr (I > 1) add_vectors<N, I / 2>(v, stride, key, n, to, slot);
+  }
+
+  template <int N = kValueVecs>
+  void add_values(const float* v, int64_t stride, int64_t key, int64_t n, int64_t c = 0) {
+    for (; c + N * kLanes <= width; c += N * kLanes) add_vectors<N>(v + c, stride, key, n, acc + c);
+    if constexpr (N > 1) add_values<N - 1>(v, stride, key, n, c);
   }
 
   void write() {
@@ -156,27 +198,25 @@ struct Block {
     for (int i = 0; i < V; ++i) store(scale + i * kLanes, 1.0f / total[i]);
     for (int64_t slot = 0; slot < slots; ++slot) {
       T* to = static_cast<T*>(p.out) + at(slot, p.heads_q * p.dim);
-      for (int64_t c = 0; c < p.dim; ++c) from_float(acc[c * kSlots + slot] * scale[slot], to + c);
+      const float* from = acc + slot * width;
+      int64_t c = 0;
+      for (; c + kLanes <= p.dim; c += kLanes) store(to + c, load(from + c) * scale[slot]);
+      for (; c < p.dim; ++c) from_float(from[c] * scale[slot], to + c);
     }
   }
 
   void run() {
-    load_queries();
+    start();
     const int64_t keys = seen[slots - 1] + 1;
     for (int64_t key = 0; key < keys; key += kKeys) {
       const int64_t n = min64(kKeys, keys - key);
-      as_floats(p.k, p.k_stride, key, n, [&](const float* k, int64_t stride, int64_t j, int64_t run) {
-        product<V, false>(k, stride, 1, run, q, p.dim, s + j * kSlots);
-      });
+      int64_t row;
+      const float* k = as_floats(p.k, p.k_stride, key, n, &row);
+      score(k, row, key, n, s);
       if (key + n - 1 > seen[0]) hide_later_keys(key, n);
       take_in(n, key == 0);
-      as_floats(p.v, p.v_stride, key, n, [&](const float* v, int64_t stride, int64_t j, int64_t run) {
-        if (key + j == 0) {
-          product<V, false>(v, 1, stride, p.dim, s, run, acc);
-        } else {
-          product<V, true>(v, 1, stride, p.dim, s + j * kSlots, run, acc);
-        }
-      });
+      const float* v = as_floats(p.v, p.v_stride, key, n, &row);
+      add_values(v, row, key, n);
     }
     write();
   }
