@@ -736,6 +736,7 @@ void attention(DType dtype, int64_t shift) {
     varlen_attention(dtype, {0, 83, 7, 130, 1}, 6, 2, 64, causal, shift);
     varlen_attention(dtype, {65, 17}, 3, 1, 83, causal, shift);
     varlen_attention(dtype, {31}, 2, 2, 256, causal, shift);
+    varlen_attention(dtype, {24, 97}, 4, 2, 72, causal, shift);
   }
   paged_attention(dtype, {0}, {1}, 1, 1, 1, 1, shift);
   paged_attention(dtype, {144, 0, 70, 9}, {20, 65, 0, 1}, 6, 2, 64, 16, shift);

@@ -50,6 +50,8 @@ CASES = [
     ([31], (2, 1), 256),
     ([17, 2], (3, 1), 7),
     ([700], (2, 2), 64),
+    ([95, 96, 97, 24, 25], (4, 2), 72),
+    ([48, 49], (3, 1), 112),
 ]
 
 
@@ -96,6 +98,16 @@ def test_large_scores_and_nan() -> None:
     torch.testing.assert_close(ops.varlen_attention(**args).double(), plain(args, torch.float64), rtol=1e-3, atol=1e-3)
     args["k"][130, 0, 3] = torch.nan
     assert ops.varlen_attention(**args).isnan().all()
+
+
+def test_nan_in_a_query() -> None:
+    args = make(torch.float32, [200], (4, 2), 64)
+    expected = ops.varlen_attention(**args)
+    args["q"][37, 1, 5] = torch.nan
+    out = ops.varlen_attention(**args)
+    assert out[37, 1].isnan().all()
+    out[37, 1] = expected[37, 1]
+    assert torch.equal(out, expected)
 
 
 def test_empty() -> None:
