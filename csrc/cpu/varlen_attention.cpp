@@ -35,8 +35,8 @@ void tile(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t 
 }
 
 // V vectors of queries that share one K/V head: the heads of a row, then those of the next. In the scores each lane is
-// a query, so K is read as it lies, one number at a time, and the softmax needs no sum across lanes; in the output each
-// lane is a channel, so V is read as it lies, too.
+// a query, so K needs no transposing, is read one number at a time, and the softmax needs no sum across lanes; in the
+// output each lane is a channel, so V needs no transposing either.
 template <class T, int V>
 struct Block {
   const VarlenAttentionParams& p;
