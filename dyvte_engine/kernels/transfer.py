@@ -94,18 +94,20 @@ class DeviceLock:
 
     def __init__(self, device: torch.device):
         self._device, self._lock = device, threading.RLock()
-        self._entered: list[ExitStack] = []
+        self._entered: list[ExitStack | None] = []  # None: there was nothing to arrange
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        around = ExitStack()
-        if self._device.type == "cuda":
+        cuda, autocast = self._device.type == "cuda", torch.is_autocast_enabled(self._device.type)
+        around = ExitStack() if cuda or autocast else None
+        if around is not None and cuda:
             around.enter_context(on(self._device))
-        if torch.is_autocast_enabled(self._device.type):
+        if around is not None and autocast:
             around.enter_context(torch.autocast(self._device.type, enabled=False))
         self._entered.append(around)
 
     def __exit__(self, *exc: Any) -> None:
-        if self._entered:
-            self._entered.pop().close()
+        around = self._entered.pop() if self._entered else None
+        if around is not None:
+            around.close()
         self._lock.release()

@@ -325,7 +325,9 @@ class Scheduler:
             self._choose()
             while self._late:
                 self._drop(self._late.pop(), RequestCancelledError("the request was cancelled"))
-            self._begun = [s for s in self._begun if not s.done]
+            under_way = len(self._sequences) + (0 if self._group is None else len(self._group.sequences))
+            if len(self._begun) > under_way:
+                self._begun = [s for s in self._begun if not s.done]
             if not self.has_work:
                 self.runner.check_integrity()
 
@@ -369,7 +371,7 @@ class Scheduler:
         alone, used, least = not self._sequences, 0.0, True
         row_layers = float("inf") if alone else self._slice
         while least or not (alone or self._group):
-            if self._group is None:
+            if self._group is None and self._waiting:
                 self._admit()
             if self._group is None:
                 return
