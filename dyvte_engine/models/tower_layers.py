@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
-from .guard import addresses, is_heard, version, versions
+from .guard import addresses, is_heard, tree, version, versions
 from .linear import Linear, stacked
 from .samples import Samples
 from .tower_attention import KIND, arrange_attention, attend_rows, attention_configs
@@ -188,7 +188,8 @@ class BlocksAhead:
 
 def _weights(layers: Iterable[_Layer]) -> list[tuple[int, int]]:
     """Changes when one of theirs does, norms included."""
-    return _state(t for layer in layers for t in layer.module.parameters())
+    modules = (m for layer in layers for m in tree(layer.module))  # `parameters` would take most of a step
+    return _state(t for m in modules for t in m._parameters.values() if t is not None)
 
 
 def _recalled(

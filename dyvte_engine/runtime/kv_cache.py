@@ -147,7 +147,7 @@ class KVCache:
         self._host_table = np.full((layers, slots, pool.pages(max_len)), pool.spare, dtype=np.int32)
         self._held = np.zeros((layers, slots), dtype=np.int64)  # pages
         self._shared = np.zeros((layers, slots), dtype=np.int64)  # the first of these, which are not its own
-        self.host_lens = np.zeros((layers, slots), dtype=np.int64)
+        self._host_lens, self._grown = np.zeros((layers, slots), dtype=np.int64), 0
         self._room = 0  # rows that every sequence surely has pages for, in all layers
         self.claims = [0] * count
         self.leases: list[SharedPages | None] = [None] * count  # what their first pages are of
@@ -168,8 +168,24 @@ class KVCache:
         return torch.zeros_like(self.lens)
 
     @property
+    def host_lens(self) -> np.ndarray:
+        """int64 [L, S]"""
+        self._count_rows()
+        return self._host_lens
+
+    def _count_rows(self) -> None:
+        """Before `count` changes: these sequences have grown, and no others."""
+        if self._grown:
+            self._host_lens[:, : self.count] += self._grown
+            self._grown = 0
+
+    def grew(self) -> None:
+        """Every sequence has one more row in every layer; `host_lens` says so when somebody looks."""
+        self._grown += 1
+
+    @property
     def slots(self) -> int:
-        return self.host_lens.shape[1]
+        return self._host_lens.shape[1]
 
     def claim(self, sequence: int, pages: int) -> None:
         """The sequence may hold so many pages from here on, at least those that it holds now.
@@ -309,6 +325,7 @@ class KVCache:
 
     def join(self, other: KVCache) -> None:
         """Take over the sequences of `other`, which is empty afterwards. There must be slots for them."""
+        self._count_rows()
         self._room = 0
         new, theirs = slice(self.count, self.count + other.count), slice(other.count)
         for name in ("_host_table", "_held", "_shared", "host_lens"):
@@ -328,6 +345,7 @@ class KVCache:
             self._leave(b)
         if left:
             self.pool.released()
+        self._count_rows()
         before, order = self.count, list(keep)
         self.count = now = len(order)
         self.claims = [self.claims[b] for b in order]
@@ -383,7 +401,7 @@ class KVCache:
 
     def forget(self) -> None:
         """Be empty without giving anything back: whoever calls this counts anew (`Runner.forget`)."""
-        self.count, self.claims, self.leases, self._room = 0, [], [], 0
+        self.count, self.claims, self.leases, self._room, self._grown = 0, [], [], 0, 0
         self.given_up.clear()
         self._held[:] = self._shared[:] = 0
 

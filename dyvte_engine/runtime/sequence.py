@@ -25,6 +25,7 @@ class Sequence:
     `index` is its number in the call; `policy` is bound to the model; `picture_flops` are those of the vision tower,
     under the policy and without one. `logprobs`: how many most likely tokens to name at every place, if any.
     `may_leave`: of its visual tokens all but the last row of a prompt that ends in a picture, which stays.
+    `worst_pages`: what it needs at most, sharing none.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Sequence:
         tokenizer: Any,
         visual_tokens: int,
         may_leave: int,
+        worst_pages: int,
         picture_flops: tuple[float, float],
         priority: int = 0,
         stop_text: abc.Sequence[str] = (),
@@ -45,10 +47,12 @@ class Sequence:
     ):
         self.index, self.prompt, self.policy, self.priority = index, prompt, policy, priority
         self.max_new_tokens, self.visual_tokens, self.may_leave = max_new_tokens, visual_tokens, may_leave
+        self.worst_pages = worst_pages
         self.sampler, self._stops, self._picture_flops = sampler, stops, picture_flops
         self._growing = GrowingText(tokenizer)
         self.logprobs, self.newest_logprobs = logprobs, None if logprobs is None else TokenLogprobs(0.0)
         self.handle: Handle | None = None
+        self.streams = True  # else only its last chunk is made: nobody reads the others
         self.ids, self.new = list(prompt.input_ids), list[int]()
         self.finish_reason: str | None = None
         self._stop_text, self._decoded = stop_text, ""  # the text of all of `new`
@@ -120,6 +124,8 @@ class Sequence:
     def emit(self) -> None:
         """Hand the newest token on, with the text it adds and, if it is the last, the result."""
         assert self.handle is not None
+        if self.finish_reason is None and not self.streams:
+            return
         text = self._new_text()
         result = None if self.finish_reason is None else self._result(self.finish_reason)
         self.handle.put(StreamChunk(self.index, self.new[-1], text, result, self.newest_logprobs))

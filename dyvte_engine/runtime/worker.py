@@ -14,6 +14,8 @@ from asyncio import AbstractEventLoop
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+import torch
+
 from ..errors import DeviceError
 from .scheduler import Scheduler
 
@@ -109,12 +111,13 @@ class Worker:
     def _run(self, enough: Ready) -> bool:
         """As the one who leads: steps until it is enough or no work is left. Returns whether there is some."""
         try:
-            while self._scheduler.has_work:
-                if enough():
-                    return True
-                self._scheduler.step()
-                if self._waiters:
-                    self.notify()
+            with torch.inference_mode():
+                while self._scheduler.has_work:
+                    if enough():
+                        return True
+                    self._scheduler.step()
+                    if self._waiters:
+                        self.notify()
             return False
         finally:
             with self._mutex:

@@ -7,6 +7,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dyvte_engine.runtime.sequence import GrowingText
+from tests import tiny
+from tests.engine.conftest import build
 
 BYTES = [f"<0x{n:02X}>" for n in range(256)]
 WORDS = ["\u2581on", "e", "\u2581", "\u2581\u2581", ",", "\u2581two", "\u00e9", "s", "\u2581'", "n't", "."]
@@ -97,3 +99,18 @@ def test_an_own_way_to_decode_is_asked(of, name, monkeypatch):
     instead = (lambda self, *ids, **options: "two") if of == "class" else (lambda *ids, **options: "two")
     monkeypatch.setattr(type(tokenizer) if of == "class" else tokenizer, name, instead)
     assert GrowingText(tokenizer).text(ids) == tokenizer.decode(ids) == "two"
+
+
+def test_an_answer_that_nobody_streams_is_read_once(monkeypatch):
+    engine, _ = build()
+    texts, images = tiny.prompts(seed=7, n=2)
+    options = dict(chat=False, max_new_tokens=12, eos_token_id=[])
+    streamed = list(engine.stream(texts, images, **options))
+    read, text = [], GrowingText.text
+    monkeypatch.setattr(GrowingText, "text", lambda self, *args: read.append(args) or text(self, *args))
+    results = engine.generate(texts, images, **options)
+    assert len(read) == 2
+    for index, result in enumerate(results):
+        said = "".join(chunk.text for chunk in streamed if chunk.index == index)
+        whole = engine.model.processor.tokenizer.decode(result.token_ids, skip_special_tokens=True)
+        assert result.text == said == whole
