@@ -57,7 +57,7 @@ def addresses(module: nn.Module) -> tuple[Any, ...] | None:
     tensors: list[Tensor | None] = []
     classes: list[type] = []
     waiting: list[nn.Module | None] = [module]
-    while waiting:  # as `tree`, written out: a tower is looked at before every run, while the device waits
+    while waiting:  # as `_tree`, written out: a tower is looked at before every run, while the device waits
         m = waiting.pop()
         if m is None:
             continue
@@ -122,7 +122,7 @@ class Guard:
         weights: list[Tensor] = []
         norms: set[float] = set()
         kinds: set[str] = set()
-        for module in (*tree(decoder), self._hf.get_output_embeddings()):
+        for module in (*_tree(decoder), self._hf.get_output_embeddings()):
             cls, state = type(module), module.__dict__
             if cls not in classes:
                 self._check_class(module, home)
@@ -200,7 +200,7 @@ class Guard:
     def _check_layout(self) -> None:
         """Rows of weights are whole; projections that are computed as one have biases together."""
         decoder = getattr(self._hf.model, self._name) if self._name else self._hf.model
-        for module in (*tree(decoder), self._hf.get_output_embeddings()):
+        for module in (*_tree(decoder), self._hf.get_output_embeddings()):
             if not all(t is None or t.is_contiguous() for t in module._parameters.values()):
                 raise ModelError(f"{self._where(module)} has weights in another layout; accepted: contiguous")
         for layer in decoder.layers:
@@ -226,7 +226,7 @@ class Guard:
         return found or "the model"
 
 
-def tree(module: nn.Module) -> Iterator[nn.Module]:
+def _tree(module: nn.Module) -> Iterator[nn.Module]:
     """The module and all below it, as `modules()`, in a fraction of its time."""
     waiting = [module]
     while waiting:

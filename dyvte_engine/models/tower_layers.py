@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
-from .guard import addresses, is_heard, tree, version, versions
+from .guard import addresses, is_heard, version, versions
 from .linear import Linear, stacked
 from .samples import Samples
 from .tower_attention import KIND, arrange_attention, attend_rows, attention_configs
@@ -69,7 +69,7 @@ class TowerLayers:
         self._next = {known[a]: known[b] for row in rows for a, b in pairwise(row) if a in known and b in known}
         self._layers = list(known.values())
         self._settled = list[_Layer]()  # as `_look` was at `_below`, and `_samples`
-        self._below, self._samples = [m for layer in self._layers for m in layer.module.modules()], Samples(())
+        self._theirs, self._below, self._samples = list[_Layer](), list[nn.Module](), Samples(())
         self._look: tuple[list[Any], list[int]] | None = None
         self._arranged: set[_Layer] = set()
 
@@ -86,7 +86,7 @@ class TowerLayers:
         if self._layers and not self._pack:
             arrange_attention(run, attention_configs([self._root]))
         self._arranged = set(self._ready())
-        recalls = {} if ahead is None else ahead.recalls()
+        recalls = {} if ahead is None else ahead.recalls(self._look)
         for layer in self._arranged:
             behind = self._next.get(layer)
             unseen = behind in self._arranged and not (layer.heard or behind.heard)
@@ -100,9 +100,11 @@ class TowerLayers:
     def _ready(self) -> list[_Layer]:
         """Those that still are what their classes say, and are asked for torch's attention or ours."""
         written = self._samples.changed()
-        if self._look is None or written or not _same(_look(self._below), self._look):
+        # Those with a forward of their own run as they are; that of blocks which a run skips is another every time.
+        theirs = [layer for layer in self._layers if "forward" not in layer.module.__dict__]
+        if self._look is None or written or theirs != self._theirs or not _same(_look(self._below), self._look):
             self._look = None  # until all is settled: an interrupt may come
-            self._below = [m for layer in self._layers for m in layer.module.modules()]
+            self._theirs, self._below = theirs, [m for layer in theirs for m in layer.module.modules()]
             look = _look(self._below)  # before they are settled: what somebody changes meanwhile is seen next time
             self._settled = [layer for layer in self._layers if layer.settle(written)]
             self._samples = Samples(t for layer in self._layers for t in layer.copied)
@@ -121,7 +123,7 @@ class TowerLayers:
         layers = [layer for layer in self._layers if layer.module not in unused]
 
         def stop(hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> None:
-            raise AtBlocks(BlocksAhead(layers, hidden_states, attention_mask, options, layer_weights))
+            raise AtBlocks(BlocksAhead(layers, hidden_states, attention_mask, options, layer_weights, self._look))
 
         if not layers or not self._arranged.issuperset(layers):
             return False
@@ -140,18 +142,24 @@ class BlocksAhead:
     """Blocks of a tower that run before transformers' code asks for them: picture by picture, one block at a time.
 
     layers: in their order; hidden [B, n, d] and the rest as the first one is called with. layer_weights: numbers in the
-    products of a layer of the decoder, in whose rows times layers the work here is counted.
+    products of a layer of the decoder, in whose rows times layers the work here is counted; look: what they are now.
     """
 
     def __init__(
-        self, layers: list[_Layer], hidden: Tensor, mask: Tensor | None, options: dict[str, Any], layer_weights: int
+        self,
+        layers: list[_Layer],
+        hidden: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+        layer_weights: int,
+        look: object,
     ):
         self._layers, self._options, self._hidden = layers, options, hidden
         own_masks = mask is not None and len(mask) == len(hidden)
         self._masks = mask.split(1) if mask is not None and own_masks else [mask] * len(hidden)
         self._pictures = hidden.split(1)
         self._became = [list[Tensor]() for _ in layers]  # of each block, what it made of the first pictures
-        self._weights = _weights(layers)
+        self._look = look
         self._cost = hidden.shape[1] * layers[0].weights / layer_weights
 
     @property
@@ -173,23 +181,17 @@ class BlocksAhead:
         given = self._became[k - 1][b] if k else self._pictures[b]
         self._became[k].append(self._layers[k](given, self._masks[b], **self._options))
 
-    def recalls(self) -> dict[_Layer, Callable[..., Tensor]]:
-        """The blocks, which compute nothing where they are asked for what is known.
+    def recalls(self, look: object) -> dict[_Layer, Callable[..., Tensor]]:
+        """The blocks, which compute nothing where they are asked for what is known. look: what they are now.
 
         Empty where some have not run, or ran with other weights than they have now.
         """
         recalls, given = dict[_Layer, Callable[..., Tensor]](), self._hidden
-        if self.done and self._weights == _weights(self._layers):
+        if self.done and look is self._look:
             for layer, became in zip(self._layers, map(torch.cat, self._became), strict=True):
                 recalls[layer] = partial(_recalled, layer, given, became)
                 given = became
         return recalls
-
-
-def _weights(layers: Iterable[_Layer]) -> list[tuple[int, int]]:
-    """Changes when one of theirs does, norms included."""
-    modules = (m for layer in layers for m in tree(layer.module))  # `parameters` would take most of a step
-    return _state(t for m in modules for t in m._parameters.values() if t is not None)
 
 
 def _recalled(
@@ -241,7 +243,7 @@ class _Layer:
         written: some have, though nothing counted it.
         """
         parts, self.heard = _parts(self.module), is_heard(self.module)
-        if parts != self._parts:  # somebody has put another module in
+        if written or parts != self._parts:  # somebody has put another module in, or other numbers
             self._parts, self._state = parts, []
         self._plain, kind = _are_plain(self.module, parts), type(parts[4]) if parts else nn.Module
         name = kind.__name__ if kind.__module__ == "transformers.activations" else ""
@@ -254,7 +256,7 @@ class _Layer:
         tensors = [m._parameters.get(name) for m in (*parts[2:4], *self.linears) for name in ("weight", "bias")]
         if any(type(t) is not nn.Parameter for t in tensors):  # missing, or quantised
             return False
-        if written or _state(tensors) != self._state:
+        if _state(tensors) != self._state:
             q, k, v, *others = self.linears
             kinds, shapes = {(t.dtype, t.device) for t in tensors}, {m.weight.shape for m in (q, k, v)}
             tied = len({t.data_ptr() for t in tensors}) < len(tensors)  # one weight cannot be in two places of a stack
@@ -347,6 +349,8 @@ def _look(modules: Sequence[nn.Module]) -> tuple[list[Any], list[int]]:
     The same objects and equal numbers as long as nothing has changed. One kind of thing after the other, without code
     of Python in between: before a run nothing of this is in the processor's caches.
     """
+    if not modules:
+        return [], []
     states = [*map(vars, modules)]
     training, *dicts = zip(*map(_STATE, states), strict=True)
     full = [*filter(None, chain.from_iterable(dicts))]

@@ -541,6 +541,45 @@ def test_what_has_not_changed_is_looked_at_as_a_whole(monkeypatch):
     assert linears == 18 and torch.equal(again, first)
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_tower_all_of_whose_blocks_have_their_own_forwards(pack):
+    made, x = tower(), pixels()
+    layers = TowerLayers(made, pack)
+    run(made, layers, x)
+    for block in made.encoder.layers:
+        block.forward = lambda hidden, *args, **options: hidden / 2
+    with torch.no_grad():
+        want = made(x).last_hidden_state
+    rows, linears = run(made, layers, x)
+    assert linears == 0
+    torch.testing.assert_close(rows, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_so_it_is_where_blocks_are_skipped(vision, monkeypatch):
+    engine, prompts = packed(vision, picture_cache=0)
+    for _ in range(2):  # in the first run transformers installs hooks
+        want = engine.model.prepare(prompts)
+    monkeypatch.setattr(tower_layers._Layer, "settle", lambda *args: pytest.fail("part by part"))
+    for rows, right in zip(engine.model.prepare(prompts), want):
+        assert torch.equal(rows.inputs_embeds, right.inputs_embeds)
+
+
+def test_what_is_written_while_a_block_runs_as_it_is_counts():
+    made, x = tower(), pixels()
+    layers, block = TowerLayers(made), made.encoder.layers[1]
+    run(made, layers, x)
+    handle = block.mlp.register_forward_hook(lambda m, args, out: out + 0)
+    through_data(block.self_attn.v_proj)
+    assert run(made, layers, x)[1] == 12
+    handle.remove()
+    with torch.no_grad():
+        want = made(x).last_hidden_state
+    rows, linears = run(made, layers, x)
+    assert linears == 18
+    torch.testing.assert_close(rows, want, atol=1e-4, rtol=1e-4)
+
+
 def exchanged(block):
     attention = block.self_attn
     attention.q_proj, attention.k_proj = attention.k_proj, attention.q_proj
