@@ -351,6 +351,7 @@ class Engine:
         return vision_flops(self.model.hf.config.vision_config)
 
     def _enqueue(self, sequences: list[sequence.Sequence], chunks: deque[StreamChunk] | None = None) -> list[Handle]:
+        self._worker.check_process()  # before a lock is taken that a thread held when this process was forked
         for s in sequences:
             s.handle = Handle(self._worker, functools.partial(self._cancel, s), chunks, len(s.prompt.input_ids))
         self._scheduler.submit(sequences)
