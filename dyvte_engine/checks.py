@@ -10,7 +10,7 @@ from .errors import InvalidArgumentError
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def is_real(value: Any) -> TypeGuard[float]:

@@ -246,7 +246,10 @@ class Engine:
         """
         config = self._config(generation_config, options)
         inputs = self._tokenize(prompts, images, videos, video_fps, chat)
-        handles = self._enqueue(self._sequences(inputs, policy, seed, config))
+        sequences = self._sequences(inputs, policy, seed, config)
+        for s in sequences:
+            s.streams = False
+        handles = self._enqueue(sequences)
         with _cancelling(handles):
             results = [handle.result() for handle in handles]
         return results[0] if is_single(prompts) else results
@@ -322,7 +325,7 @@ class Engine:
         for index, (prompt, one_seed) in enumerate(zip(inputs, seeds, strict=True)):
             n, budget = len(prompt.input_ids), self._budget(len(prompt.input_ids), config)
             passes, may_leave = self.model.tower_passes(prompt), self.model.count_visual(prompt.input_ids[:-1])
-            self.runner.worst_pages(n + budget, may_leave, bound, None)  # refused here, not when its turn comes
+            worst = self.runner.worst_pages(n + budget - 1, may_leave, bound, None)  # refused here, not in its turn
             out.append(
                 sequence.Sequence(
                     index,
@@ -334,6 +337,7 @@ class Engine:
                     tokenizer,
                     self.model.count_visual(prompt.input_ids),
                     may_leave,
+                    worst,
                     (passes * flops, passes * self._tower_flops),
                     priority,
                     stop_text,
@@ -347,6 +351,7 @@ class Engine:
         return vision_flops(self.model.hf.config.vision_config)
 
     def _enqueue(self, sequences: list[sequence.Sequence], chunks: deque[StreamChunk] | None = None) -> list[Handle]:
+        self._worker.check_process()  # before a lock is taken that a thread held when this process was forked
         for s in sequences:
             s.handle = Handle(self._worker, functools.partial(self._cancel, s), chunks, len(s.prompt.input_ids))
         self._scheduler.submit(sequences)

@@ -226,6 +226,12 @@ class Handle:
         return self.result()
 
     async def _until(self, ready: Callable[[], bool]) -> None:
-        came = asyncio.Event()
-        with self._worker.waking(ready, came.set, asyncio.get_running_loop()):
-            await came.wait()
+        loop = asyncio.get_running_loop()
+        came = loop.create_future()
+
+        def wake() -> None:
+            if not came.done():
+                came.set_result(None)
+
+        with self._worker.waking(ready, wake, loop):
+            await came

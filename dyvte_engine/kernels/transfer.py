@@ -36,8 +36,13 @@ Values = tuple[Sequence[Any] | Tensor, torch.dtype]
 
 
 def to_device_together(parts: Sequence[Values], device: torch.device) -> list[Tensor]:
-    """As `to_device`, several values of the host in one copy, the widest dtypes first. The tensors share memory."""
+    """As `to_device`, several values of the host in one copy, the widest dtypes first: there they share memory."""
     given = [torch.as_tensor(values, dtype=dtype, device="cpu") for values, dtype in parts]
+    return given if device.type == "cpu" else in_one_copy(given, device)
+
+
+def in_one_copy(given: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the host, on the device."""
     flat = [t.flatten().view(torch.uint8) for t in given]
     sizes = [t.nbytes for t in given]
     whole = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
@@ -93,19 +98,21 @@ class DeviceLock:
     """
 
     def __init__(self, device: torch.device):
-        self._device, self._lock = device, threading.RLock()
-        self._entered: list[ExitStack] = []
+        self._device, self._lock, self._type = device, threading.RLock(), device.type
+        self._entered: list[ExitStack | None] = []  # None: there was nothing to arrange
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        around = ExitStack()
-        if self._device.type == "cuda":
+        cuda, autocast = self._type == "cuda", torch.is_autocast_enabled(self._type)
+        around = ExitStack() if cuda or autocast else None
+        if around is not None and cuda:
             around.enter_context(on(self._device))
-        if torch.is_autocast_enabled(self._device.type):
-            around.enter_context(torch.autocast(self._device.type, enabled=False))
+        if around is not None and autocast:
+            around.enter_context(torch.autocast(self._type, enabled=False))
         self._entered.append(around)
 
     def __exit__(self, *exc: Any) -> None:
-        if self._entered:
-            self._entered.pop().close()
+        around = self._entered.pop() if self._entered else None
+        if around is not None:
+            around.close()
         self._lock.release()

@@ -6,8 +6,9 @@ ignored. It is refused instead, when a model is taken over and at each call that
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def version(tensor: Tensor) -> int:
     """Counts changes in place, but those through `.data`. Tensors made under inference_mode do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """`version` of each, in a third of the time where all of them count."""
+    try:
+        return [*map(_VERSION, tensors)]
+    except RuntimeError:
+        return [*map(version, tensors)]
+
+
+_VERSION = operator.attrgetter("_version")
 
 
 def is_patched(module: nn.Module) -> bool:

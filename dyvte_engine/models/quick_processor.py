@@ -144,7 +144,9 @@ class ByteImages:
             height, width = self._scaled(picture)
             picture = picture.resize((width, height), resample=self.own.resample)
         array = np.asarray(picture).transpose(2, 0, 1)
-        return array if self._crop is None else center_crop(array, self._crop, "channels_first", "channels_first")
+        if self._crop is None or self._crop == array.shape[1:]:
+            return array
+        return center_crop(array, self._crop, "channels_first", "channels_first")
 
     def _axes(self, picture: Image.Image) -> tuple[Axis, Axis]:
         """As `_cut`."""

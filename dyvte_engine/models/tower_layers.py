@@ -8,18 +8,20 @@ transformers made it, runs as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from inspect import signature
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
-from .guard import addresses, is_heard, version
-from .linear import Linear, some_bits, stacked
+from .guard import addresses, is_heard, version, versions
+from .linear import Linear, stacked
+from .samples import Samples
 from .tower_attention import KIND, arrange_attention, attend_rows, attention_configs
 from .vision_run import VisionRun
 
@@ -66,6 +68,9 @@ class TowerLayers:
         rows = [m for m in root.modules() if isinstance(m, nn.ModuleList)]
         self._next = {known[a]: known[b] for row in rows for a, b in pairwise(row) if a in known and b in known}
         self._layers = list(known.values())
+        self._settled = list[_Layer]()  # as `_look` was at `_below`, and `_samples`
+        self._theirs, self._below, self._samples = list[_Layer](), list[nn.Module](), Samples(())
+        self._look: tuple[list[Any], list[int]] | None = None
         self._arranged: set[_Layer] = set()
 
     def settle(self) -> None:
@@ -80,17 +85,33 @@ class TowerLayers:
         """
         if self._layers and not self._pack:
             arrange_attention(run, attention_configs([self._root]))
-        self._arranged = {layer for layer in self._layers if layer.ready()}
-        heard = {layer for layer in self._arranged if is_heard(layer.module)}
-        recalls = {} if ahead is None else ahead.recalls()
+        self._arranged = set(self._ready())
+        recalls = {} if ahead is None else ahead.recalls(self._look)
         for layer in self._arranged:
             behind = self._next.get(layer)
-            layer.behind = behind if behind in self._arranged and not heard & {layer, behind} else None
+            unseen = behind in self._arranged and not (layer.heard or behind.heard)
+            layer.behind = behind if unseen else None
             run.replace(layer.module, recalls.get(layer, layer))
         if not self._pack:
             for layer in set(self._layers) - self._arranged:
                 layer.arrange_activation(run)
         return {linear for layer in self._arranged for linear in layer.linears}
+
+    def _ready(self) -> list[_Layer]:
+        """Those that still are what their classes say, and are asked for torch's attention or ours."""
+        written = self._samples.changed()
+        # Those with a forward of their own run as they are; that of blocks which a run skips is another every time.
+        theirs = [layer for layer in self._layers if "forward" not in layer.module.__dict__]
+        if self._look is None or written or theirs != self._theirs or not _same(_look(self._below), self._look):
+            self._look = None  # until all is settled: an interrupt may come
+            self._theirs, self._below = theirs, [m for layer in theirs for m in layer.module.modules()]
+            look = _look(self._below)  # before they are settled: what somebody changes meanwhile is seen next time
+            self._settled = [layer for layer in self._layers if layer.settle(written)]
+            self._samples = Samples(t for layer in self._layers for t in layer.copied)
+            self._look = look
+        configs = {id(config): config for config in (layer.config for layer in self._settled)}
+        ours = {name for name, config in configs.items() if config._attn_implementation == KIND}
+        return [layer for layer in self._settled if id(layer.config) in ours]
 
     def stop_before(self, run: VisionRun, but: Iterable[nn.Module], layer_weights: int) -> bool:
         """To be called when they are arranged: this run ends with `AtBlocks` where it asks for the first of them.
@@ -102,7 +123,7 @@ class TowerLayers:
         layers = [layer for layer in self._layers if layer.module not in unused]
 
         def stop(hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> None:
-            raise AtBlocks(BlocksAhead(layers, hidden_states, attention_mask, options, layer_weights))
+            raise AtBlocks(BlocksAhead(layers, hidden_states, attention_mask, options, layer_weights, self._look))
 
         if not layers or not self._arranged.issuperset(layers):
             return False
@@ -121,18 +142,24 @@ class BlocksAhead:
     """Blocks of a tower that run before transformers' code asks for them: picture by picture, one block at a time.
 
     layers: in their order; hidden [B, n, d] and the rest as the first one is called with. layer_weights: numbers in the
-    products of a layer of the decoder, in whose rows times layers the work here is counted.
+    products of a layer of the decoder, in whose rows times layers the work here is counted; look: what they are now.
     """
 
     def __init__(
-        self, layers: list[_Layer], hidden: Tensor, mask: Tensor | None, options: dict[str, Any], layer_weights: int
+        self,
+        layers: list[_Layer],
+        hidden: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+        layer_weights: int,
+        look: object,
     ):
         self._layers, self._options, self._hidden = layers, options, hidden
         own_masks = mask is not None and len(mask) == len(hidden)
         self._masks = mask.split(1) if mask is not None and own_masks else [mask] * len(hidden)
         self._pictures = hidden.split(1)
         self._became = [list[Tensor]() for _ in layers]  # of each block, what it made of the first pictures
-        self._weights = _weights(layers)
+        self._look = look
         self._cost = hidden.shape[1] * layers[0].weights / layer_weights
 
     @property
@@ -154,22 +181,17 @@ class BlocksAhead:
         given = self._became[k - 1][b] if k else self._pictures[b]
         self._became[k].append(self._layers[k](given, self._masks[b], **self._options))
 
-    def recalls(self) -> dict[_Layer, Callable[..., Tensor]]:
-        """The blocks, which compute nothing where they are asked for what is known.
+    def recalls(self, look: object) -> dict[_Layer, Callable[..., Tensor]]:
+        """The blocks, which compute nothing where they are asked for what is known. look: what they are now.
 
         Empty where some have not run, or ran with other weights than they have now.
         """
         recalls, given = dict[_Layer, Callable[..., Tensor]](), self._hidden
-        if self.done and self._weights == _weights(self._layers):
+        if self.done and look is self._look:
             for layer, became in zip(self._layers, map(torch.cat, self._became), strict=True):
                 recalls[layer] = partial(_recalled, layer, given, became)
                 given = became
         return recalls
-
-
-def _weights(layers: Iterable[_Layer]) -> list[tuple[int, int]]:
-    """Changes when one of theirs does, norms included."""
-    return _state(t for layer in layers for t in layer.module.parameters())
 
 
 def _recalled(
@@ -196,12 +218,11 @@ class _Layer:
         self._given: tuple[Tensor, int, Tensor] | None = None  # rows, their version, and those behind its first norm
         self._join = _packed if pack else stacked
         self._parts: tuple[Any, ...] = ()
-        self._plain = False
+        self._plain = self.heard = False
         self._gelu: str | None = None
         self._quick = False
         self._state: list[tuple[int, int]] = []
-        self._some: list[Tensor] = []  # numbers of weights that were copied, and all of them as they were then
-        self._written = torch.empty(0)
+        self.copied: list[Tensor] = []  # weights as they are in another layout here
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -212,18 +233,21 @@ class _Layer:
         """Numbers in its products."""
         return sum(m.weight.numel() for m in self.linears)
 
-    def ready(self) -> bool:
-        """Whether the block still is what its class says, and is asked for torch's attention or ours."""
-        return self.settle() and self._parts[0].config._attn_implementation == KIND
+    @property
+    def config(self) -> Any:
+        return self._parts[0].__dict__["config"]
 
-    def settle(self) -> bool:
-        """Whether the block still is what its class says; weights that have changed are put together anew."""
-        parts = _parts(self.module)
-        if parts != self._parts:  # somebody has put another module in
-            self._parts, self._plain, self._state = parts, _are_plain(self.module, parts), []
-            kind = type(parts[4]) if parts else nn.Module
-            name = kind.__name__ if kind.__module__ == "transformers.activations" else ""
-            self._gelu, self._quick = _GELU.get(name), name == "QuickGELUActivation"
+    def settle(self, written: bool = False) -> bool:
+        """Whether the block still is what its class says; weights that have changed are put together anew.
+
+        written: some have, though nothing counted it.
+        """
+        parts, self.heard = _parts(self.module), is_heard(self.module)
+        if written or parts != self._parts:  # somebody has put another module in, or other numbers
+            self._parts, self._state = parts, []
+        self._plain, kind = _are_plain(self.module, parts), type(parts[4]) if parts else nn.Module
+        name = kind.__name__ if kind.__module__ == "transformers.activations" else ""
+        self._gelu, self._quick = _GELU.get(name), name == "QuickGELUActivation"
         own = _runs_its_class(self.module) and "forward" not in self.module.__dict__
         if not self._plain or not own or not all(map(_is_untouched, parts)):
             return False
@@ -232,7 +256,7 @@ class _Layer:
         tensors = [m._parameters.get(name) for m in (*parts[2:4], *self.linears) for name in ("weight", "bias")]
         if any(type(t) is not nn.Parameter for t in tensors):  # missing, or quantised
             return False
-        if _state(tensors) != self._state or (self._some and not torch.equal(torch.cat(self._some), self._written)):
+        if _state(tensors) != self._state:
             q, k, v, *others = self.linears
             kinds, shapes = {(t.dtype, t.device) for t in tensors}, {m.weight.shape for m in (q, k, v)}
             tied = len({t.data_ptr() for t in tensors}) < len(tensors)  # one weight cannot be in two places of a stack
@@ -241,8 +265,7 @@ class _Layer:
             self._qkv, self._out, self._fc1, self._fc2 = map(self._join, ([q, k, v], *([m] for m in others)))
             self._state = _state(tensors)
             if self._join is _packed:
-                self._some = [some_bits(t) for t in tensors]
-                self._written = torch.cat(self._some)
+                self.copied = tensors[4:]  # norms are read where they are
         return True
 
     def arrange_activation(self, run: VisionRun) -> None:
@@ -318,6 +341,32 @@ def _runs_its_class(module: nn.Module) -> bool:
 
 def _is_untouched(module: nn.Module) -> bool:
     return _runs_its_class(module) and not is_heard(module)
+
+
+def _look(modules: Sequence[nn.Module]) -> tuple[list[Any], list[int]]:
+    """All that decides what they compute, but for what is written through `.data`.
+
+    The same objects and equal numbers as long as nothing has changed. One kind of thing after the other, without code
+    of Python in between: before a run nothing of this is in the processor's caches.
+    """
+    if not modules:
+        return [], []
+    states = [*map(vars, modules)]
+    training, *dicts = zip(*map(_STATE, states), strict=True)
+    full = [*filter(None, chain.from_iterable(dicts))]
+    objects = [*map(type, modules), *(state.get("forward") for state in states), *training]
+    objects += [*chain.from_iterable(full), *chain.from_iterable(map(dict.values, full))]
+    objects += [getattr(cls, "forward", None) for cls in dict.fromkeys(map(type, modules))]
+    tensors = [t for t in chain.from_iterable(map(dict.values, dicts[0])) if t is not None]
+    return objects, [*map(len, chain.from_iterable(dicts)), *map(Tensor.data_ptr, tensors), *versions(tensors)]
+
+
+_STATE = operator.itemgetter("training", "_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks")
+
+
+def _same(look: tuple[list[Any], list[int]], before: tuple[list[Any], list[int]]) -> bool:
+    (objects, numbers), (objects_before, numbers_before) = look, before
+    return numbers == numbers_before and all(map(operator.is_, objects, objects_before))
 
 
 def _state(tensors: Iterable[Any]) -> list[tuple[int, int]]:

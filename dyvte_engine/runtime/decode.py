@@ -157,20 +157,24 @@ class DecodeGraphs:
 
     def buckets(self) -> list[tuple[int, int]]:
         """Every (sequences, pages) that a step can ask for."""
-        counts = sorted({self._count(n) for n in range(1, self._slots + 1)})
+        if not self._padded:
+            return [(n, self._pages) for n in range(1, self._slots + 1)]
+        counts = sorted({padded(n, self._slots) for n in range(1, self._slots + 1)})
         pages = sorted({self._bucket(n) for n in range(self._pages)})
         return [(n, p) for n in counts for p in pages]
 
-    def _count(self, count: int) -> int:
-        return padded(count, self._slots) if self._padded else count
-
     def _bucket(self, full_pages: int) -> int:
-        return min(self._pages, 1 << full_pages.bit_length()) if self._padded else self._pages
+        return min(self._pages, 1 << full_pages.bit_length())
+
+    def _key(self, cache: KVCache) -> tuple[int, int]:
+        """Of the graph that a step of `cache` takes."""
+        if not self._padded:
+            return cache.count, self._pages
+        return padded(cache.count, self._slots), self._bucket(cache.longest // self.pool.page_size)
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor | None:
         """`decode_step` of the state in `cache`, lengths and positions raised; None where no graph covers it."""
-        count = cache.count
-        key = self._count(count), self._bucket(cache.longest // self.pool.page_size)
+        count, key = cache.count, self._key(cache)
         if cache.slots > self._slots or (key not in self._replays and self.sealed):
             return None
         home = self._home

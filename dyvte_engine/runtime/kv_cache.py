@@ -147,7 +147,8 @@ class KVCache:
         self._host_table = np.full((layers, slots, pool.pages(max_len)), pool.spare, dtype=np.int32)
         self._held = np.zeros((layers, slots), dtype=np.int64)  # pages
         self._shared = np.zeros((layers, slots), dtype=np.int64)  # the first of these, which are not its own
-        self.host_lens = np.zeros((layers, slots), dtype=np.int64)
+        self._host_lens, self._grown = np.zeros((layers, slots), dtype=np.int64), 0
+        self._room = 0  # rows that every sequence surely has pages for, in all layers
         self.claims = [0] * count
         self.leases: list[SharedPages | None] = [None] * count  # what their first pages are of
         self.given_up: set[int] = set()
@@ -167,8 +168,24 @@ class KVCache:
         return torch.zeros_like(self.lens)
 
     @property
+    def host_lens(self) -> np.ndarray:
+        """int64 [L, S]"""
+        self._count_rows()
+        return self._host_lens
+
+    def _count_rows(self) -> None:
+        """Before `count` changes: these sequences have grown, and no others."""
+        if self._grown:
+            self._host_lens[:, : self.count] += self._grown
+            self._grown = 0
+
+    def grew(self) -> None:
+        """Every sequence has one more row in every layer; `host_lens` says so when somebody looks."""
+        self._grown += 1
+
+    @property
     def slots(self) -> int:
-        return self.host_lens.shape[1]
+        return self._host_lens.shape[1]
 
     def claim(self, sequence: int, pages: int) -> None:
         """The sequence may hold so many pages from here on, at least those that it holds now.
@@ -238,10 +255,14 @@ class KVCache:
 
     def reserve_next(self) -> None:
         """Room for one more row everywhere; touches the device only when a page is full."""
-        full = self.host_lens == self._held * self.pool.page_size
-        full[:, self.count :] = False
-        if full.any():
-            self._take(range(len(full)), full[:, : self.count].astype(np.int64))
+        if self._room == 0:
+            held, size = self._held[:, : self.count], self.pool.page_size
+            room = held * size - self.host_lens[:, : self.count]
+            full = room == 0
+            if full.any():
+                self._take(range(len(full)), full.astype(np.int64))
+            self._room = int(np.where(full, size, room).min(initial=size))
+        self._room -= 1
 
     def _take(self, layers: range, missing: np.ndarray) -> None:
         """missing: int64 [layers, B], pages that each of the first B sequences takes in these layers."""
@@ -250,18 +271,19 @@ class KVCache:
         after = held + missing
         if after.max(initial=0) > most:
             raise CacheError(f"a sequence has more than the {most * self.pool.page_size} rows of its {most} pages")
-        counts = missing.sum(axis=0).tolist()
-        for b, n in enumerate(counts):
-            if n and self.held(b) + n > self.claims[b]:
-                self.claim(b, self.held(b) + n)
+        counts, own = missing.sum(axis=0), (self._held - self._shared).sum(axis=0)
+        for b in counts.nonzero()[0].tolist():
+            if own[b] + counts[b] > self.claims[b]:
+                self.claim(b, int(own[b] + counts[b]))
         places = np.arange(most)
         new = (places >= held[..., None]) & (places < after[..., None])
-        table[:, : len(counts)][new] = self.pool.allocator.alloc(sum(counts))
+        table[:, : len(counts)][new] = self.pool.allocator.alloc(int(counts.sum()))
         held[:] = after
         copy_into(self.block_table[layers.start : layers.stop], torch.from_numpy(table))
 
     def set_lens(self, rows: Sequence[Sequence[int]], next_positions: Tensor) -> None:
         """Layer l now holds `rows[l][b]` rows of sequence b. next_positions: int32 [L, B]."""
+        self._room = 0
         self.host_lens[:] = rows
         copy_into(self.lens, torch.from_numpy(self.host_lens.astype(np.int32)))
         self.positions.copy_(next_positions)
@@ -277,6 +299,7 @@ class KVCache:
 
     def _free(self, sequence: int, layers: range, keep: int = 0) -> None:
         """These layers give back all but `keep` pages of the sequence."""
+        self._room = 0
         these = slice(layers.start, layers.stop), sequence
         held, shared, pages = self._held[these], self._shared[these], self._host_table[these]
         places = np.arange(pages.shape[1])
@@ -302,6 +325,8 @@ class KVCache:
 
     def join(self, other: KVCache) -> None:
         """Take over the sequences of `other`, which is empty afterwards. There must be slots for them."""
+        self._count_rows()
+        self._room = 0
         new, theirs = slice(self.count, self.count + other.count), slice(other.count)
         for name in ("_host_table", "_held", "_shared", "host_lens"):
             getattr(self, name)[:, new] = getattr(other, name)[:, theirs]
@@ -320,21 +345,26 @@ class KVCache:
             self._leave(b)
         if left:
             self.pool.released()
+        self._count_rows()
         before, order = self.count, list(keep)
         self.count = now = len(order)
         self.claims = [self.claims[b] for b in order]
         self.leases = [self.leases[b] for b in order]
         self.given_up = {new for new, b in enumerate(order) if b in self.given_up}
+        first = next((new for new, b in enumerate(order) if new != b), now)  # the others are in their places
+        moved, index = order[first:], None
+        if moved:
+            index = to_device(moved, self.lens.device, torch.int64)
         for name, empty in (("_host_table", self.pool.spare), ("_held", 0), ("_shared", 0), ("host_lens", 0)):
             state = getattr(self, name)
-            state[:, :now] = state[:, order]
+            state[:, first:now] = state[:, moved]
             state[:, now:before] = empty
-        index = None if order == list(range(now)) else to_device(order, self.lens.device, torch.int64)
         for name, empty in (("block_table", self.pool.spare), ("lens", 0), ("positions", 0)):
             state = getattr(self, name)
             if index is not None:
-                state[:, :now] = state.index_select(1, index)
-            state[:, now:before].fill_(empty)
+                state[:, first:now] = state.index_select(1, index)
+            if now < before:
+                state[:, now:before].fill_(empty)
 
     @property
     def longest(self) -> int:
@@ -371,7 +401,7 @@ class KVCache:
 
     def forget(self) -> None:
         """Be empty without giving anything back: whoever calls this counts anew (`Runner.forget`)."""
-        self.count, self.claims, self.leases = 0, [], []
+        self.count, self.claims, self.leases, self._room, self._grown = 0, [], [], 0, 0
         self.given_up.clear()
         self._held[:] = self._shared[:] = 0
 

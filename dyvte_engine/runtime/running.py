@@ -87,7 +87,7 @@ class Running:
             logits = decode_step(self.decoder, cache.pool, tokens, positions, table, lens, self._fused)
             lens += 1
             positions += 1
-        cache.host_lens[:, : cache.count] += 1
+        cache.grew()
         self.logits = logits
 
     def _checked(self, tokens: Sequence[int] | Tensor) -> Tensor:

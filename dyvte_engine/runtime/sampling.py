@@ -120,8 +120,11 @@ class Sampler:
 def most_likely(logits: Tensor) -> tuple[Tensor, Callable[[], list[int]]]:
     """f32 [B, vocab] -> int64 [B] on its device, which may be written to, and a function that reads them by then.
 
-    It gives -1 where the logits are not finite. One kernel and one copy.
+    It gives -1 where the logits are not finite. On CUDA one kernel and one copy.
     """
+    if not logits.is_cuda:
+        best, tokens = logits.max(-1)  # NaN is above all
+        return tokens, lambda: _finite(best.tolist(), tokens.tolist())
     n = len(logits)
     memory = torch.empty(12 * n, dtype=torch.uint8, device=logits.device)
 
@@ -129,13 +132,16 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Callable[[], list[int]]]:
         return of[8 * n :].view(torch.float32), of[: 8 * n].view(torch.int64)
 
     best, tokens = views(memory)
-    torch.max(logits, -1, out=(best, tokens))  # NaN is above all
+    torch.max(logits, -1, out=(best, tokens))
 
     def taken(of: Tensor) -> list[int]:
-        values, numbers = (there.tolist() for there in views(of))
-        return [token if math.isfinite(value) else -1 for value, token in zip(values, numbers, strict=True)]
+        return _finite(*(there.tolist() for there in views(of)))
 
     return tokens, lambda: copy_later(memory, taken)()
+
+
+def _finite(values: list[float], tokens: list[int]) -> list[int]:
+    return [token if math.isfinite(value) else -1 for value, token in zip(values, tokens, strict=True)]
 
 
 def token_logprobs(logits: Tensor, token: Tensor, top: int) -> TokenLogprobs:

@@ -82,7 +82,9 @@ class _Group:
             if prefix is not None:
                 self.cache.lease(b, prefix.pages)
         for s, prefix in zip(self.sequences, self._prefixes, strict=True):
-            self.worst[s] = self._runner.worst_pages(s.rows, s.may_leave, s.policy, prefix)
+            self.worst[s] = s.worst_pages
+            if prefix is not None:
+                self.worst[s] = self._runner.worst_pages(s.rows, s.may_leave, s.policy, prefix)
         self._tight = self._share < 1 and sum(self.worst.values()) > self._runner.pool.claimable
         for b, s in enumerate(self.sequences):
             self.cache.claim(b, _usual(s, self.worst[s], self._share) if self._tight else self.worst[s])
@@ -313,19 +315,24 @@ class Scheduler:
         waiting.fail(error)
         self._waiting.remove(waiting)
 
-    @torch.inference_mode()
     def step(self) -> None:
         """One token for everybody, and at most `max_stall` row-layers of a prefill where somebody waits for it.
 
-        What goes wrong ends the requests concerned, never the others.
+        What goes wrong ends the requests concerned, never the others. Whoever takes many steps is in torch's inference
+        mode already: to enter it takes as long as half of what a step of one sequence does around its kernels.
         """
+        if not torch.is_inference_mode_enabled():
+            with torch.inference_mode():
+                return self.step()
         with self.runner.lock, self._change():
             self._feed()
             self._prefill()
             self._choose()
             while self._late:
                 self._drop(self._late.pop(), RequestCancelledError("the request was cancelled"))
-            self._begun = [s for s in self._begun if not s.done]
+            under_way = len(self._sequences) + (0 if self._group is None else len(self._group.sequences))
+            if len(self._begun) > under_way:
+                self._begun = [s for s in self._begun if not s.done]
             if not self.has_work:
                 self.runner.check_integrity()
 
@@ -369,7 +376,7 @@ class Scheduler:
         alone, used, least = not self._sequences, 0.0, True
         row_layers = float("inf") if alone else self._slice
         while least or not (alone or self._group):
-            if self._group is None:
+            if self._group is None and self._waiting:
                 self._admit()
             if self._group is None:
                 return
@@ -459,12 +466,11 @@ class Scheduler:
         So one who is alone may fit without a prefix where it does not fit with it.
         """
         runner, prefix = self.runner, self.runner.known(s.prompt, s.policy)
-        alone = runner.worst_pages(s.rows, s.may_leave, s.policy, None)
         if prefix is None:
-            return alone, None
+            return s.worst_pages, None
         shared = 0 if prefix.pages.users or prefix in counted else prefix.pages.count
         needed = runner.worst_pages(s.rows, s.may_leave, s.policy, prefix) + shared
-        return (needed, prefix) if needed <= free else (alone, None)
+        return (needed, prefix) if needed <= free else (s.worst_pages, None)
 
     def _choose(self) -> None:
         """A token for everybody; those that are finished leave."""

@@ -7,6 +7,8 @@ from collections import abc
 from functools import partial
 from typing import Any
 
+import transformers
+
 from ..config import DecoderShape
 from ..flops import paper_flops, true_flops
 from ..models import Decoder, TokenizedPrompt
@@ -23,6 +25,7 @@ class Sequence:
     `index` is its number in the call; `policy` is bound to the model; `picture_flops` are those of the vision tower,
     under the policy and without one. `logprobs`: how many most likely tokens to name at every place, if any.
     `may_leave`: of its visual tokens all but the last row of a prompt that ends in a picture, which stays.
+    `worst_pages`: what it needs at most, sharing none.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Sequence:
         tokenizer: Any,
         visual_tokens: int,
         may_leave: int,
+        worst_pages: int,
         picture_flops: tuple[float, float],
         priority: int = 0,
         stop_text: abc.Sequence[str] = (),
@@ -43,9 +47,12 @@ class Sequence:
     ):
         self.index, self.prompt, self.policy, self.priority = index, prompt, policy, priority
         self.max_new_tokens, self.visual_tokens, self.may_leave = max_new_tokens, visual_tokens, may_leave
-        self.sampler, self._stops, self._tokenizer, self._picture_flops = sampler, stops, tokenizer, picture_flops
+        self.worst_pages = worst_pages
+        self.sampler, self._stops, self._picture_flops = sampler, stops, picture_flops
+        self._growing = GrowingText(tokenizer)
         self.logprobs, self.newest_logprobs = logprobs, None if logprobs is None else TokenLogprobs(0.0)
         self.handle: Handle | None = None
+        self.streams = True  # else only its last chunk is made: nobody reads the others
         self.ids, self.new = list(prompt.input_ids), list[int]()
         self.finish_reason: str | None = None
         self._stop_text, self._decoded = stop_text, ""  # the text of all of `new`
@@ -111,12 +118,14 @@ class Sequence:
         self.new.append(token)
         self._decoded = ""
         self.finish_reason = self._stops.reason(self.ids, self.new)
-        if self.finish_reason is None and any(stop in self._decode() for stop in self._stop_text):
-            self.finish_reason = "stop_string"
+        if self._stop_text and self.finish_reason is None and any(stop in self._decode() for stop in self._stop_text):
+            self.finish_reason, self._decoded = "stop_string", ""
 
     def emit(self) -> None:
         """Hand the newest token on, with the text it adds and, if it is the last, the result."""
         assert self.handle is not None
+        if self.finish_reason is None and not self.streams:
+            return
         text = self._new_text()
         result = None if self.finish_reason is None else self._result(self.finish_reason)
         self.handle.put(StreamChunk(self.index, self.new[-1], text, result, self.newest_logprobs))
@@ -124,13 +133,13 @@ class Sequence:
     def _new_text(self) -> str:
         """What the newest token adds; an unfinished multi-byte character waits for its rest."""
         text = self._decode()
-        if text.endswith("\ufffd") and self.finish_reason is None:
+        if text.endswith(_UNFINISHED) and self.finish_reason is None:
             return ""
         added, self._text = text[len(self._text) :], text
         return added
 
     def _decode(self) -> str:
-        self._decoded = self._decoded or self._tokenizer.decode(self.new, skip_special_tokens=True)
+        self._decoded = self._decoded or self._growing.text(self.new, self.finish_reason is not None)
         return self._decoded
 
     def _result(self, finish_reason: str) -> GenerationResult:
@@ -148,6 +157,45 @@ class Sequence:
             **self._flops(),
         )
         return GenerationResult(self._text, list(self.new), finish_reason, stats)
+
+
+class GrowingText:
+    """The text of tokens that become more, by what the last few of them decode to: the way there does not get longer.
+
+    What a token adds depends on those before it: characters may be several tokens, and decoders leave out the space
+    that a text begins with. So known text ends with a whole character, and those asked for begin with some of it.
+    """
+
+    def __init__(self, tokenizer: Any):
+        decode = tokenizer.backend_tokenizer.decode if _adds_nothing(tokenizer) else tokenizer.decode
+        self._decode = partial(decode, skip_special_tokens=True)
+        self._first = self._known = 0  # tokens are asked for from the one on; up to the other their text is known
+        self._before = self._again = ""  # the text of those known, and of those of them that are asked for again
+
+    def text(self, ids: list[int], whole: bool = False) -> str:
+        """Of all ids, which begin with those of the last call. `whole`: by one look at all of them."""
+        asked = "" if whole else self._decode(ids[self._first :])
+        if whole or not asked.startswith(self._again):  # a decoder that changes what is known
+            self._first, self._known, self._before, self._again = 0, 0, "", ""
+            asked = self._decode(ids)
+        text = self._before + asked[len(self._again) :]
+        if len(ids) - self._known >= _ASKED and not text.endswith(_UNFINISHED):
+            again = self._decode(ids[self._known :])
+            if again.strip():
+                self._first, self._known, self._before, self._again = self._known, len(ids), text, again
+        return text
+
+
+def _adds_nothing(tokenizer: Any) -> bool:
+    """Whether its `decode` is that of the library it is from."""
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast) or tokenizer.clean_up_tokenization_spaces:
+        return False
+    homes = (getattr(tokenizer, name).__module__ or "" for name in ("decode", "_decode"))
+    return all(home.startswith("transformers.tokenization_utils") for home in homes)
+
+
+_ASKED = 8  # tokens at least whose text is asked for again
+_UNFINISHED = "\ufffd"
 
 
 def _flops(shape: DecoderShape, rows: list[int], n: int, under: float, without: float) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from asyncio import AbstractEventLoop
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+import torch
+
 from ..errors import DeviceError
 from .scheduler import Scheduler
 
@@ -39,7 +41,7 @@ class Worker:
 
         Raises DeviceError as `start`.
         """
-        self._check_process()
+        self.check_process()
         end = None if timeout is None else time.monotonic() + float(timeout)
         while not ready():
             left = None if end is None else end - time.monotonic()
@@ -78,7 +80,7 @@ class Worker:
         Raises:
             DeviceError: in a process that was forked while another thread ran steps, and held locks.
         """
-        self._check_process()
+        self.check_process()
         with self._mutex:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="dyvte-engine", daemon=True)
@@ -90,7 +92,8 @@ class Worker:
         with self._mutex:
             self._wake()
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raises DeviceError as `start`."""
         others = self._thread is not None or self._leader not in (None, threading.get_ident())
         if others and os.getpid() != self._process:
             given = "the engine's thread ran when this process was forked"
@@ -109,12 +112,13 @@ class Worker:
     def _run(self, enough: Ready) -> bool:
         """As the one who leads: steps until it is enough or no work is left. Returns whether there is some."""
         try:
-            while self._scheduler.has_work:
-                if enough():
-                    return True
-                self._scheduler.step()
-                if self._waiters:
-                    self.notify()
+            with torch.inference_mode():
+                while self._scheduler.has_work:
+                    if enough():
+                        return True
+                    self._scheduler.step()
+                    if self._waiters:
+                        self.notify()
             return False
         finally:
             with self._mutex:

@@ -1001,7 +1001,7 @@ def test_a_character_of_several_tokens_comes_when_it_is_whole():
         (sequence,) = engine._prepare_request(Request("w1", chat=False, options=dict(max_new_tokens=n)))
         engine._enqueue([sequence])
         engine._scheduler._waiting.clear()
-        sequence._tokenizer, sequence._figures = Bytes(), answer_figures()
+        sequence._growing, sequence._figures = sequence_module.GrowingText(Bytes()), answer_figures()
         for byte in data:
             sequence.accept(byte)
             sequence.emit()

@@ -530,3 +530,94 @@ def test_what_blocks_made_with_other_weights_is_not_used(part):
     for rows, right, old in zip(got, want, before):
         torch.testing.assert_close(rows.inputs_embeds, right.inputs_embeds, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(rows.inputs_embeds, old.inputs_embeds, atol=1e-3)
+
+
+def test_what_has_not_changed_is_looked_at_as_a_whole(monkeypatch):
+    made, x = tower(), pixels()
+    layers = TowerLayers(made)
+    first, _ = run(made, layers, x)
+    monkeypatch.setattr(tower_layers._Layer, "settle", lambda *args: pytest.fail("part by part"))
+    again, linears = run(made, layers, x)
+    assert linears == 18 and torch.equal(again, first)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_tower_all_of_whose_blocks_have_their_own_forwards(pack):
+    made, x = tower(), pixels()
+    layers = TowerLayers(made, pack)
+    run(made, layers, x)
+    for block in made.encoder.layers:
+        block.forward = lambda hidden, *args, **options: hidden / 2
+    with torch.no_grad():
+        want = made(x).last_hidden_state
+    rows, linears = run(made, layers, x)
+    assert linears == 0
+    torch.testing.assert_close(rows, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_so_it_is_where_blocks_are_skipped(vision, monkeypatch):
+    engine, prompts = packed(vision, picture_cache=0)
+    for _ in range(2):  # in the first run transformers installs hooks
+        want = engine.model.prepare(prompts)
+    monkeypatch.setattr(tower_layers._Layer, "settle", lambda *args: pytest.fail("part by part"))
+    for rows, right in zip(engine.model.prepare(prompts), want):
+        assert torch.equal(rows.inputs_embeds, right.inputs_embeds)
+
+
+def test_what_is_written_while_a_block_runs_as_it_is_counts():
+    made, x = tower(), pixels()
+    layers, block = TowerLayers(made), made.encoder.layers[1]
+    run(made, layers, x)
+    handle = block.mlp.register_forward_hook(lambda m, args, out: out + 0)
+    through_data(block.self_attn.v_proj)
+    assert run(made, layers, x)[1] == 12
+    handle.remove()
+    with torch.no_grad():
+        want = made(x).last_hidden_state
+    rows, linears = run(made, layers, x)
+    assert linears == 18
+    torch.testing.assert_close(rows, want, atol=1e-4, rtol=1e-4)
+
+
+def exchanged(block):
+    attention = block.self_attn
+    attention.q_proj, attention.k_proj = attention.k_proj, attention.q_proj
+
+
+def renamed(block):
+    """The same modules in the same order under each other's names."""
+    attention = block.self_attn
+    parts = dict(attention._modules)
+    parts["k_proj"], parts["v_proj"] = parts["v_proj"], parts["k_proj"]
+    order = [name for wanted in attention._modules.values() for name, part in parts.items() if part is wanted]
+    attention._modules.clear()
+    attention._modules.update((name, parts[name]) for name in order)
+
+
+def another_class(block):
+    class Halved(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    block.mlp.fc2.__class__ = Halved
+
+
+def exchanged_weights(block):
+    fc1, out = block.mlp.fc1, block.self_attn
+    fc1.bias.data = fc1.bias.data.flip(0).clone()
+    out.q_proj.weight, out.k_proj.weight = out.k_proj.weight, out.q_proj.weight
+
+
+@pytest.mark.parametrize("change", [exchanged, renamed, another_class, exchanged_weights])
+@pytest.mark.parametrize("pack", [True, False])
+def test_what_changes_between_two_runs_counts(pack, change):
+    made, x = tower(), pixels()
+    layers = TowerLayers(made, pack)
+    before, _ = run(made, layers, x)
+    with torch.no_grad():
+        change(made.encoder.layers[1])
+        want = made(x).last_hidden_state
+    assert not torch.allclose(before, want, atol=1e-3)
+    for _ in range(2):
+        torch.testing.assert_close(run(made, layers, x)[0], want, atol=1e-4, rtol=1e-4)

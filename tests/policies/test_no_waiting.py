@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyvte_engine import DivPrune, Downsample, DynamicExit, FastV, FixedExit, PyramidDrop, Random, compose
 from dyvte_engine.kernels import transfer
-from dyvte_engine.kernels.transfer import on, read_later, to_device, to_device_together
+from dyvte_engine.kernels.transfer import in_one_copy, on, read_later, to_device, to_device_together
 from dyvte_engine.models import Decoder
 from dyvte_engine.models.rows import Rows
 from dyvte_engine.policies import composed
@@ -130,13 +130,16 @@ def test_rows_that_leave_whole_are_those_that_the_device_finds(seed):
 @pytest.mark.parametrize("device", [META, torch.device("cpu")])
 def test_several_values_go_to_the_device_in_one_copy(device):
     parts = [(torch.arange(3), torch.int64), ([], torch.int32), ([[1, 2], [3, 4]], torch.int32), ([True], torch.bool)]
+    given = [torch.as_tensor(values, dtype=dtype) for values, dtype in parts]
     with Waits():
-        made = to_device_together(parts, device)
+        made = to_device_together(parts, device) if device == META else in_one_copy(given, device)
     assert [(t.dtype, t.device.type) for t in made] == [(dtype, device.type) for _, dtype in parts]
     assert len({t.untyped_storage()._cdata for t in made}) == 1
     for (values, dtype), tensor in zip(parts, made, strict=True):
         want = torch.as_tensor(values, dtype=dtype)
         assert tensor.shape == want.shape and (device == META or torch.equal(tensor, want))
+    for want, stays in zip(given, to_device_together(parts, torch.device("cpu")), strict=True):
+        assert stays.dtype == want.dtype and torch.equal(stays, want)
 
 
 @pytest.mark.parametrize("policy", [DivPrune(0.5), Downsample(2), Random(0, 0.5)])
