@@ -138,7 +138,7 @@ def enable(model: Any, policy: VisualTokenPolicy | str | None = None, **options:
 
     The model's weights are used where they are. Those that are exchanged later, by `to`, `load_state_dict` or a merged
     adapter, are read anew at the next call. With pack_weights so are those that are written to, unless by `.data` into
-    some numbers of a row alone.
+    some numbers of a row alone, or of a vision tower's weight into a few rows alone.
 
     Raises:
         ModelError: a family that the engine does not run, or something around the decoder (adapters, hooks, layers of

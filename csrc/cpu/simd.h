@@ -320,9 +320,9 @@ inline Vec rounded(Vec v, const f16*) {
   return load(half);
 }
 
-// e^x, within 2 units in the last place; 0 below -87.3, NaN stays NaN.
+// e^x, within 2 units in the last place; 0 below -87.3, infinity above 88.4 or a little more, NaN stays NaN.
 inline Vec exp(Vec x) {
-  const Vec low = splat(-87.33654f), high = splat(88.37626f);
+  const Vec low = splat(-87.33654f), high = splat(89.0f);
 #if defined(__AVX512F__)
   const Vec clamped = _mm512_min_ps(high, x);
 #else

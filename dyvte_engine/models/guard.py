@@ -109,7 +109,7 @@ class Guard:
 
     def _values(self) -> tuple[list[int], Tensor]:
         """Of those copied, how often they were changed, and the bits of some of their numbers."""
-        some = [t.detach().flatten()[:: t.shape[-1] + 1] for t in self._copied]
+        some = [t.detach().flatten()[:: max(1, t.shape[-1] - 1)] for t in self._copied]  # longer steps would miss rows
         return [version(t) for t in self._copied], torch.cat(some).view(torch.uint8) if some else torch.empty(0)
 
     def _look(self) -> tuple[Any, ...]:

@@ -233,6 +233,11 @@ def rows_written_by_data(model):
     layer(model).mlp.up_proj.weight.data[::3] = 0.2
 
 
+def row_written_by_data(model):
+    weight = layer(model).mlp.up_proj.weight.data
+    weight[weight.shape[1]] = 5.0  # as many rows further on as there are columns
+
+
 def columns_written_by_data(model):
     layer(model).mlp.up_proj.weight.data[:, 40:50] = 0.2
 
@@ -253,7 +258,7 @@ def turned(model):
     "change",
     [
         *(assigned, replaced, exchanged, resized, merged, merged_in_place, trained, turned),
-        *(written_by_data, rows_written_by_data, columns_written_by_data),
+        *(written_by_data, rows_written_by_data, row_written_by_data, columns_written_by_data),
     ],
 )
 def test_changed_weights_are_read(change, pack):
