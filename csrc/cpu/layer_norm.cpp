@@ -56,7 +56,8 @@ Moments moments(const T* x, float near, int64_t d) {
     }
   }
   off /= static_cast<float>(d);
-  return {near + off, all / static_cast<float>(d) - off * off};
+  const float variance = all / static_cast<float>(d) - off * off;
+  return {near + off, variance < 0.0f ? 0.0f : variance};  // of equal channels, by rounding; NaN stays
 }
 
 template <class T>
