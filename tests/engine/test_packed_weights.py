@@ -80,9 +80,12 @@ def same_address(module):
     module.weight.data = at.mul_(2)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("change", [through_data, another_bias, same_address])
-def test_what_no_version_counts_is_noticed(change):
+def test_what_no_version_counts_is_noticed(change, transposed):
     module = torch.nn.Linear(32, 24)
+    if transposed:
+        module.weight.data = module.weight.data.t().contiguous().t()
     packed, x = PackedLinears([module]), torch.randn(4, 90, 32)
     for changed in (False, True):
         if changed:
