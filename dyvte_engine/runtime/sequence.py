@@ -173,7 +173,10 @@ class GrowingText:
         self._before = self._again = ""  # the text of those known, and of those of them that are asked for again
 
     def text(self, ids: list[int], whole: bool = False) -> str:
-        """Of all ids, which begin with those of the last call. `whole`: by one look at all of them."""
+        """Of all ids, which begin with those of the last call. `whole`: by one look at all of them.
+
+        What is between known text and the end of one that ends with "\\ufffd" may be left out.
+        """
         asked = "" if whole else self._decode(ids[self._first :])
         if whole or not asked.startswith(self._again):  # a decoder that changes what is known
             if asked.endswith(_UNFINISHED):  # as some do, bytes and all, until the last character is whole

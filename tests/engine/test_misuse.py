@@ -1,5 +1,6 @@
 """What no caller should do, and what may happen to one at any moment: right afterwards, or a typed error."""
 
+import contextlib
 import gc
 import os
 import random
@@ -300,6 +301,68 @@ def test_an_interrupt_between_two_counts(name, monkeypatch):
         handle.cancel()
     assert engine.pool.claimed == 0 and not engine._scheduler.has_work
     assert answers(engine, "fixed:1") == want
+
+
+@pytest.mark.parametrize("called", ["copy_into", "to_device", "_count_rows"])
+def test_an_interrupt_in_a_call_of_a_batch_ends_its_sequences(called, monkeypatch):
+    """Between a page and the table that names it, and in the midst of those that change places or come in."""
+    engine, _ = build(page_size=4, max_batch=3, max_len=192)
+    want = answers(engine, "fixed:1")
+    prompts = engine.prepare(TEXTS, IMAGES, chat=False)
+    running, alone = engine.prefill_prepared(prompts[:2]), engine.prefill_prepared(prompts[2:])
+
+    def steps_select_join():
+        for _ in range(4):
+            running.step([5] * 2)
+        running.select([1, 0])
+        running.join(alone.cache, alone.logits)
+
+    from dyvte_engine.runtime import kv_cache
+
+    owner = kv_cache.KVCache if called == "_count_rows" else kv_cache
+    monkeypatch.setattr(owner, called, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        steps_select_join()
+    monkeypatch.undo()
+    assert len(running) == len(running.logits) == 0
+    with pytest.raises(InvalidArgumentError, match="for each of 0 sequences"):
+        running.step([5] * 2)
+    running.close()
+    alone.close()
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+    assert answers(engine, "fixed:1") == want
+
+
+@pytest.mark.parametrize("called", ["fill_", "clone", "copy_"])
+def test_an_interrupt_where_batches_take_turns_leaves_the_other_one_whole(called, monkeypatch):
+    """The state that captured steps work on is one batch's at a time."""
+    engine, _ = build(page_size=4, max_batch=3, max_len=192)
+    first = engine.prefill_prepared(engine.prepare(TEXTS[0], IMAGES[0], chat=False))
+    both = engine.prefill_prepared(engine.prepare(TEXTS[:2], IMAGES[:2], chat=False))
+    for _ in range(3):
+        first.step([5])
+        both.step([5, 6])
+    for skipped in range(6):
+        own, left = getattr(torch.Tensor, called), [skipped]
+
+        def interrupted(tensor, *args, own=own, left=left):
+            out = own(tensor, *args)
+            left[0] -= 1
+            if left[0] == -1:
+                raise KeyboardInterrupt
+            return out
+
+        first.step([7])
+        both.step([7, 8])  # it has the place
+        with engine.prefill_prepared(engine.prepare(TEXTS[2], IMAGES[2], chat=False)) as other:
+            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(torch.Tensor, called, interrupted)
+                other.step([5])
+        torch.testing.assert_close(both.step([9, 9])[:1], first.step([9]), rtol=1e-4, atol=1e-4)
+    for batch in (first, both):
+        batch.close()
+    engine.check_integrity()
 
 
 def test_a_leader_that_was_interrupted_before_its_first_step_leads_again(engine):
