@@ -355,10 +355,10 @@ def test_an_interrupt_where_batches_take_turns_leaves_the_other_one_whole(called
 
         first.step([7])
         both.step([7, 8])  # it has the place
-        with engine.prefill_prepared(engine.prepare(TEXTS[2], IMAGES[2], chat=False)) as other:
-            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-                patch.setattr(torch.Tensor, called, interrupted)
-                other.step([5])
+        other = engine.prefill_prepared(engine.prepare(TEXTS[2], IMAGES[2], chat=False))
+        with other, monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(torch.Tensor, called, interrupted)
+            other.step([5])
         torch.testing.assert_close(both.step([9, 9])[:1], first.step([9]), rtol=1e-4, atol=1e-4)
     for batch in (first, both):
         batch.close()
