@@ -26,6 +26,7 @@ from dyvte_engine import (
     StreamChunk,
     compose,
 )
+from dyvte_engine.engine import _keep_freed_memory
 from dyvte_engine.policies import VisualTokenPolicy
 from dyvte_engine.requests import Handle
 from dyvte_engine.runtime import worker
@@ -221,6 +222,14 @@ def test_autocast_of_the_caller_changes_nothing(engine):
         assert answers(engine, "fixed:1") == want
 
 
+def test_the_callers_default_device_has_no_say_in_what_malloc_keeps(monkeypatch):
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: made.append(empty(*args, **options).device.type))
+    with torch.device("meta"):
+        _keep_freed_memory()
+    assert made == ["cpu"]
+
+
 @pytest.mark.parametrize("taken", [True, False])
 def test_an_interrupt_while_shared_pages_change_hands_leaves_nobody_behind(taken, monkeypatch):
     """After they were taken and before anybody knows, or when nobody knows any more and before they were returned."""
@@ -372,15 +381,25 @@ def test_a_leader_that_was_interrupted_before_its_first_step_leads_again(engine)
 
 FORKS = """
 import os
+import signal
+import threading
 from dyvte_engine import DeviceError, Request
 from tests.engine.conftest import build
 from tests.engine.test_misuse import IMAGES, TEXTS, answers
 
-def in_child():
+def asked():
+    return answers(engine, "fixed:1") == want
+
+def submitted():
+    request = Request(TEXTS[0], IMAGES[0], chat=False, options=dict(max_new_tokens=3))
+    return bool(engine.submit(request).result(20).token_ids)
+
+def in_child(call):
     pid = os.fork()
     if pid == 0:
+        signal.alarm(20)
         try:
-            os._exit(10 * (answers(engine, "fixed:1") == want))
+            os._exit(10 * call())
         except DeviceError:
             os._exit(20)
         finally:
@@ -389,10 +408,23 @@ def in_child():
 
 engine, _ = build(page_size=4, max_batch=3, max_len=192)
 want = answers(engine, "fixed:1")
-assert in_child() == 10
-engine.submit(Request(TEXTS[0], IMAGES[0], chat=False, options=dict(max_new_tokens=3))).result(20)
-assert in_child() == 20
-assert answers(engine, "fixed:1") == want
+assert in_child(asked) == in_child(submitted) == 10
+held, enough = threading.Event(), threading.Event()
+
+def at_work():
+    with engine.runner.lock:
+        held.set()
+        enough.wait(60)
+
+thread = threading.Thread(target=at_work)
+thread.start()
+held.wait()
+assert in_child(engine.forget) == in_child(asked) == 20
+enough.set()
+thread.join()
+assert in_child(asked) == 10 and submitted()
+assert in_child(asked) == in_child(submitted) == 20
+assert asked()
 """
 
 
