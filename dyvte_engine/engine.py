@@ -569,7 +569,7 @@ def _keep_freed_memory() -> None:
     That was a tenth of the prefill of four prompts. Once a block of up to 32 MiB has been freed, those of its size are
     kept, and twice as much at the end of the heap (mallopt(3), M_MMAP_THRESHOLD). The pages of this one stay untouched.
     """
-    torch.empty((32 << 20) - 4096, dtype=torch.uint8)
+    torch.empty((32 << 20) - 4096, dtype=torch.uint8, device="cpu")
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -11,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..errors import DeviceError
 
 T = TypeVar("T")
 
@@ -95,13 +99,27 @@ class DeviceLock:
     """Held by whoever uses a device, which is torch's current one meanwhile. One thread may enter it several times.
 
     Autocast is off meanwhile: it belongs to the thread, which may run steps for others.
+
+    Raises:
+        DeviceError: in a process that was forked while another thread held it, which nobody gives back there.
     """
 
     def __init__(self, device: torch.device):
         self._device, self._lock, self._type = device, threading.RLock(), device.type
         self._entered: list[ExitStack | None] = []  # None: there was nothing to arrange
+        self._lost = False
+        _locks.add(self)
+
+    def forked(self) -> None:
+        """In the new process, before anything else."""
+        self._lost = not self._lock.acquire(blocking=False)
+        if not self._lost:
+            self._lock.release()
 
     def __enter__(self) -> None:
+        if self._lost:
+            given = "another thread was at work on the device when this process was forked"
+            raise DeviceError(f"{given}; accepted: fork while none is, start with 'spawn', or another engine")
         self._lock.acquire()
         cuda, autocast = self._type == "cuda", torch.is_autocast_enabled(self._type)
         around = ExitStack() if cuda or autocast else None
@@ -116,3 +134,12 @@ class DeviceLock:
         if around is not None:
             around.close()
         self._lock.release()
+
+
+def _forked() -> None:
+    for lock in list(_locks):
+        lock.forked()
+
+
+_locks: weakref.WeakSet[DeviceLock] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_forked)

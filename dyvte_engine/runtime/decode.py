@@ -85,7 +85,8 @@ class _Home:
     block_table: Tensor
     lens: Tensor
     positions: Tensor
-    tenant: weakref.ref[KVCache] | None = field(default=None, init=False)
+    tenant: weakref.ref[KVCache] | None = field(default=None, init=False)  # if its lengths are those that were `lent`
+    lent: Tensor | None = field(default=None, init=False)
     count: int = field(default=0, init=False)  # of slots that are alive
 
     @classmethod
@@ -103,24 +104,31 @@ class _Home:
     def enliven(self, count: int) -> None:
         """The first slots; nothing is launched where as many were alive before."""
         if count != self.count:
+            self.count = 0  # until it is done: an interrupt may come between
             self.alive.fill_(0)
             self.alive[:count].fill_(1)
             self.count = count
 
     def admit(self, cache: KVCache) -> None:
-        """`cache` keeps its device state here from now on; one that still does takes its own along."""
+        """`cache` keeps its device state here from now on; one that still does takes its own along.
+
+        Whoever is interrupted in this finds either of them whole: all its state is replaced in one go.
+        """
         before = self.tenant() if self.tenant is not None else None
-        if before is cache:
-            return
+        if before is not None and before.lens is self.lent:
+            if before is cache:
+                return
+            vars(before).update({name: getattr(before, name).clone() for name in _STATE})
         slots = cache.lens.shape[1]
-        for name, empty in (("block_table", cache.pool.spare), ("lens", 0), ("positions", 0)):
-            here = getattr(self, name)
-            if before is not None:
-                setattr(before, name, getattr(before, name).clone())
-            here[:, slots:].fill_(empty)
-            here[:, :slots].copy_(getattr(cache, name))
-            setattr(cache, name, here[:, :slots])
-        self.tenant = weakref.ref(cache)
+        views = {name: getattr(self, name)[:, :slots] for name in _STATE}
+        for name, view in views.items():
+            getattr(self, name)[:, slots:].fill_(cache.pool.spare if name == "block_table" else 0)
+            view.copy_(getattr(cache, name))
+        self.tenant, self.lent = weakref.ref(cache), views["lens"]
+        vars(cache).update(views)
+
+
+_STATE = "block_table", "lens", "positions"
 
 
 def padded(count: int, most: int) -> int:

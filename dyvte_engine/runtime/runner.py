@@ -188,7 +188,7 @@ class Runner:
                     done = prefill.finish()
                 for b in range(len(prompts)):
                     cache.claim(b, cache.held(b))  # fewer than at its peak, where early K/V was dropped
-                return Running(self.model.decoder, cache, done, self.graphs, self.lock, self.fused)
+                return Running(self.model.decoder, cache, done, self.graphs, self.lock, self.fused, self.forget)
             except Exception:
                 cache.close()
                 raise
@@ -231,7 +231,8 @@ class Runner:
 
     def nobody(self, slots: int) -> Running:
         """A batch that prefilled sequences can join: so many slots, all empty."""
-        return Running(self.model.decoder, self.cache(slots, 0), None, self.graphs, self.lock, self.fused)
+        cache = self.cache(slots, 0)
+        return Running(self.model.decoder, cache, None, self.graphs, self.lock, self.fused, self.forget)
 
     def check_integrity(self) -> None:
         """Every page is free, or held once by a sequence or by what several share, and all claims add up.

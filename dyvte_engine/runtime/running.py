@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from .prefill import Prefilled
 class Running:
     """A prefilled batch that can be stepped; `logits` f32 [B, vocab] are those of the next token.
 
+    A call that is interrupted (Ctrl+C) may have done half of its work: all sequences end with it.
+
     Attributes:
         exit_layers, rows: of the prompts it began with, in their order, as in `Prefilled`.
     """
@@ -32,7 +35,10 @@ class Running:
         graphs: DecodeGraphs | None = None,
         lock: DeviceLock | None = None,
         fused: FusedLayers | None = None,
+        forget: Callable[..., object] = lambda *caches: None,
     ):
+        """forget: counts the pages anew without those of some caches, which are empty from then on."""
+        self._forget = forget
         self.decoder, self.cache, self._graphs, self._fused = decoder, cache, graphs, fused
         self._lock = lock or DeviceLock(cache.lens.device)
         self.exit_layers = [] if prefilled is None else prefilled.exit_layers
@@ -61,7 +67,7 @@ class Running:
             InvalidArgumentError: not one token id for each sequence.
             CacheError: the pool is out of pages, or a sequence has reached `max_len`.
         """
-        with self._lock:
+        with self._whole():
             checked = self._checked(tokens)
             if self._room == 0:
                 self._room = self._measured_room()
@@ -109,7 +115,7 @@ class Running:
         Raises:
             InvalidArgumentError: there are not so many free slots, or they are of another engine, or these here.
         """
-        with self._lock:
+        with self._whole(cache):
             if cache is self.cache or cache.pool is not self.cache.pool:
                 raise InvalidArgumentError(
                     "cache is of another engine, or this batch's own; accepted: one of this pool"
@@ -128,7 +134,7 @@ class Running:
         Raises:
             InvalidArgumentError: a number that is none of a sequence, or comes twice.
         """
-        with self._lock:
+        with self._whole():
             count = self.cache.count
             numbers = _numbers(keep, count)
             if numbers is None or len(set(numbers)) < len(numbers):
@@ -139,8 +145,21 @@ class Running:
     @torch.inference_mode()
     def close(self) -> None:
         """Give all memory of the cache back."""
-        with self._lock:
+        with self._whole():
             self.cache.close()
+
+    @contextmanager
+    def _whole(self, *others: KVCache) -> Iterator[None]:
+        """With the lock; after an interrupt nobody is left here or in the others, since nobody knows what was done."""
+        with self._lock:
+            try:
+                yield
+            except Exception:
+                raise
+            except BaseException:
+                self._forget(self.cache, *others)
+                self.logits = self.logits[:0]
+                raise
 
     def __enter__(self) -> Running:
         return self

@@ -173,15 +173,20 @@ class GrowingText:
         self._before = self._again = ""  # the text of those known, and of those of them that are asked for again
 
     def text(self, ids: list[int], whole: bool = False) -> str:
-        """Of all ids, which begin with those of the last call. `whole`: by one look at all of them."""
+        """Of all ids, which begin with those of the last call. `whole`: by one look at all of them.
+
+        What is between known text and the end of one that ends with "\\ufffd" may be left out.
+        """
         asked = "" if whole else self._decode(ids[self._first :])
         if whole or not asked.startswith(self._again):  # a decoder that changes what is known
+            if asked.endswith(_UNFINISHED):  # as some do, bytes and all, until the last character is whole
+                return self._before + _UNFINISHED
             self._first, self._known, self._before, self._again = 0, 0, "", ""
             asked = self._decode(ids)
         text = self._before + asked[len(self._again) :]
         if len(ids) - self._known >= _ASKED and not text.endswith(_UNFINISHED):
             again = self._decode(ids[self._known :])
-            if again.strip():
+            if again:  # else a decoder might strip what follows, too
                 self._first, self._known, self._before, self._again = self._known, len(ids), text, again
         return text
 

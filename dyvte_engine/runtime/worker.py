@@ -94,12 +94,14 @@ class Worker:
 
     def check_process(self) -> None:
         """Raises DeviceError as `start`."""
-        others = self._thread is not None or self._leader not in (None, threading.get_ident())
-        if others and os.getpid() != self._process:
+        if os.getpid() == self._process:
+            return
+        if self._thread is not None or self._leader not in (None, threading.get_ident()):
             given = "the engine's thread ran when this process was forked"
             raise DeviceError(
                 f"{given}; accepted: fork before the first `submit`, start with 'spawn', or another engine"
             )
+        self._process = os.getpid()  # whose threads are its own from here on
 
     def _lead(self) -> bool:
         me = threading.get_ident()

@@ -73,21 +73,32 @@ def test_it_is_the_text_of_all_tokens(make):
         growing = GrowingText(tokenizer)
         for end in range(1, len(ids) + 1):
             got, want = growing.text(ids[:end]), tokenizer.decode(ids[:end], skip_special_tokens=True)
-            lost = make == "with bytes" and "\ufffd" in want  # what is no character undoes the bytes before it
-            assert lost or got == want, (ids[:end], got, want)
+            waits = got.endswith("\ufffd") and want.endswith("\ufffd")  # nobody is shown either
+            assert waits or got == want, (ids[:end], got, want)
         assert growing.text(ids, whole=True) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("make", MAKES)
-def test_no_token_takes_longer_than_the_one_before(make, monkeypatch):
+LONG = [
+    ("bytes", ["e", "s"]),
+    ("bytes", ["\u010a"]),  # new lines
+    ("with bytes", ["e", "s"]),
+    ("with bytes", ["\u2581"]),
+    ("with bytes", [BYTES[byte] for byte in "世界".encode()]),
+    ("pieces", ["do", "it"]),
+    ("cleaned", ["do", "it"]),
+]
+
+
+@pytest.mark.parametrize(("make", "tokens"), LONG)
+def test_no_token_takes_longer_than_the_one_before(make, tokens):
     tokenizer, asked = MAKES[make](), []
-    ids = tokenizer.convert_tokens_to_ids(["do", "it"] if make in ("pieces", "cleaned") else ["e", "s"])
+    ids = tokenizer.convert_tokens_to_ids(tokens)
     own = tokenizer.decode
     tokenizer.decode = lambda ids, **options: asked.append(len(ids)) or own(ids, **options)
     growing = GrowingText(tokenizer)
     for end in range(1, 400):
         growing.text((ids * 200)[:end])
-    assert len(asked) > 400 and max(asked) <= 16
+    assert len(asked) > 400 and max(asked) <= 20  # known ones of two looks, and those of a character
 
 
 @pytest.mark.parametrize("name", ["decode", "_decode"])

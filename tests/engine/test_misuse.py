@@ -1,5 +1,6 @@
 """What no caller should do, and what may happen to one at any moment: right afterwards, or a typed error."""
 
+import contextlib
 import gc
 import os
 import random
@@ -25,6 +26,7 @@ from dyvte_engine import (
     StreamChunk,
     compose,
 )
+from dyvte_engine.engine import _keep_freed_memory
 from dyvte_engine.policies import VisualTokenPolicy
 from dyvte_engine.requests import Handle
 from dyvte_engine.runtime import worker
@@ -220,6 +222,14 @@ def test_autocast_of_the_caller_changes_nothing(engine):
         assert answers(engine, "fixed:1") == want
 
 
+def test_the_callers_default_device_has_no_say_in_what_malloc_keeps(monkeypatch):
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: made.append(empty(*args, **options).device.type))
+    with torch.device("meta"):
+        _keep_freed_memory()
+    assert made == ["cpu"]
+
+
 @pytest.mark.parametrize("taken", [True, False])
 def test_an_interrupt_while_shared_pages_change_hands_leaves_nobody_behind(taken, monkeypatch):
     """After they were taken and before anybody knows, or when nobody knows any more and before they were returned."""
@@ -302,6 +312,68 @@ def test_an_interrupt_between_two_counts(name, monkeypatch):
     assert answers(engine, "fixed:1") == want
 
 
+@pytest.mark.parametrize("called", ["copy_into", "to_device", "_count_rows"])
+def test_an_interrupt_in_a_call_of_a_batch_ends_its_sequences(called, monkeypatch):
+    """Between a page and the table that names it, and in the midst of those that change places or come in."""
+    engine, _ = build(page_size=4, max_batch=3, max_len=192)
+    want = answers(engine, "fixed:1")
+    prompts = engine.prepare(TEXTS, IMAGES, chat=False)
+    running, alone = engine.prefill_prepared(prompts[:2]), engine.prefill_prepared(prompts[2:])
+
+    def steps_select_join():
+        for _ in range(4):
+            running.step([5] * 2)
+        running.select([1, 0])
+        running.join(alone.cache, alone.logits)
+
+    from dyvte_engine.runtime import kv_cache
+
+    owner = kv_cache.KVCache if called == "_count_rows" else kv_cache
+    monkeypatch.setattr(owner, called, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        steps_select_join()
+    monkeypatch.undo()
+    assert len(running) == len(running.logits) == 0
+    with pytest.raises(InvalidArgumentError, match="for each of 0 sequences"):
+        running.step([5] * 2)
+    running.close()
+    alone.close()
+    engine.check_integrity()
+    assert engine.pool.claimed == 0
+    assert answers(engine, "fixed:1") == want
+
+
+@pytest.mark.parametrize("called", ["fill_", "clone", "copy_"])
+def test_an_interrupt_where_batches_take_turns_leaves_the_other_one_whole(called, monkeypatch):
+    """The state that captured steps work on is one batch's at a time."""
+    engine, _ = build(page_size=4, max_batch=3, max_len=192)
+    first = engine.prefill_prepared(engine.prepare(TEXTS[0], IMAGES[0], chat=False))
+    both = engine.prefill_prepared(engine.prepare(TEXTS[:2], IMAGES[:2], chat=False))
+    for _ in range(3):
+        first.step([5])
+        both.step([5, 6])
+    for skipped in range(6):
+        own, left = getattr(torch.Tensor, called), [skipped]
+
+        def interrupted(tensor, *args, own=own, left=left):
+            out = own(tensor, *args)
+            left[0] -= 1
+            if left[0] == -1:
+                raise KeyboardInterrupt
+            return out
+
+        first.step([7])
+        both.step([7, 8])  # it has the place
+        other = engine.prefill_prepared(engine.prepare(TEXTS[2], IMAGES[2], chat=False))
+        with other, monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(torch.Tensor, called, interrupted)
+            other.step([5])
+        torch.testing.assert_close(both.step([9, 9])[:1], first.step([9]), rtol=1e-4, atol=1e-4)
+    for batch in (first, both):
+        batch.close()
+    engine.check_integrity()
+
+
 def test_a_leader_that_was_interrupted_before_its_first_step_leads_again(engine):
     assert engine._worker._lead()  # and nothing runs: as if a signal came here
     assert answers(engine, "fixed:1") == answers(engine, "fixed:1")
@@ -309,15 +381,25 @@ def test_a_leader_that_was_interrupted_before_its_first_step_leads_again(engine)
 
 FORKS = """
 import os
+import signal
+import threading
 from dyvte_engine import DeviceError, Request
 from tests.engine.conftest import build
 from tests.engine.test_misuse import IMAGES, TEXTS, answers
 
-def in_child():
+def asked():
+    return answers(engine, "fixed:1") == want
+
+def submitted():
+    request = Request(TEXTS[0], IMAGES[0], chat=False, options=dict(max_new_tokens=3))
+    return bool(engine.submit(request).result(20).token_ids)
+
+def in_child(call):
     pid = os.fork()
     if pid == 0:
+        signal.alarm(20)
         try:
-            os._exit(10 * (answers(engine, "fixed:1") == want))
+            os._exit(10 * call())
         except DeviceError:
             os._exit(20)
         finally:
@@ -326,10 +408,23 @@ def in_child():
 
 engine, _ = build(page_size=4, max_batch=3, max_len=192)
 want = answers(engine, "fixed:1")
-assert in_child() == 10
-engine.submit(Request(TEXTS[0], IMAGES[0], chat=False, options=dict(max_new_tokens=3))).result(20)
-assert in_child() == 20
-assert answers(engine, "fixed:1") == want
+assert in_child(asked) == in_child(submitted) == 10
+held, enough = threading.Event(), threading.Event()
+
+def at_work():
+    with engine.runner.lock:
+        held.set()
+        enough.wait(60)
+
+thread = threading.Thread(target=at_work)
+thread.start()
+held.wait()
+assert in_child(engine.forget) == in_child(asked) == 20
+enough.set()
+thread.join()
+assert in_child(asked) == 10 and submitted()
+assert in_child(asked) == in_child(submitted) == 20
+assert asked()
 """
 
 
