@@ -73,8 +73,9 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor 
     ours = getattr(_run, "active", 0) and q.shape == k.shape == v.shape and not learns and not q.is_cuda
     if not ours or not _is_plain(module, q.dtype, n, dim, attention_mask, options):
         return sdpa_attention_forward(module, q, k, v, attention_mask, **options)
-    # a view, unless the heads of a row are apart
+    # a view, unless the heads of a row are apart, or the columns of a product of somebody's own
     q, k, v = (t.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, dim)) for t in (q, k, v))
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = ops.varlen_attention(q, k, v, _starts(batch, n), options.get("scaling") or dim**-0.5, causal=False)
     return out.unflatten(0, (batch, n)), None
 

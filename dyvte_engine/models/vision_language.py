@@ -401,7 +401,7 @@ class VisionLanguageModel:
             return picture_values(self._values, to_device(whole, self.device, torch.uint8))
         return to_device(whole, self.device, whole.dtype).to(self.dtype)
 
-    @cached_property
+    @property
     def _unused_blocks(self) -> list[Any]:
         return unused_blocks(self.hf)
 

@@ -92,6 +92,10 @@ CHANGES = {
     "hook of the model": (lambda m: m.register_forward_hook(lambda *a: None), "the model has a forward hook"),
     "hook of the decoder": (lambda m: decoder(m).register_forward_pre_hook(lambda *a: None), "language_model has a"),
     "forward of a layer": (setting(layer, "forward", lambda *a, **k: a[0]), r"layers\.1 has a forward of its own"),
+    "forward of another layer": (
+        lambda m: setattr(layer(m), "forward", decoder(m).layers[0].forward),
+        r"layers\.1 has a forward of its own",
+    ),
     "forward of the model": (
         lambda m: setattr(m, "forward", functools.partial(type(m).forward, m)),
         "the model has a forward of its own",
@@ -156,6 +160,12 @@ def test_a_peft_model_and_a_patched_class_and_hooks_for_all_modules(monkeypatch)
         patch.setattr(mlp, "forward", lambda self, x: x)
         with pytest.raises(ModelError, match=f"the forward of {mlp.__name__} is tests"):
             model.generate(**inputs, **HOOK)
+    for part in (layer(model).self_attn, model):  # by something that has the name of what it wraps
+        with monkeypatch.context() as patch:
+            own = type(part).forward
+            patch.setattr(type(part), "forward", functools.wraps(own)(lambda *args, **options: 0))
+            with pytest.raises(ModelError, match=type(part).__name__):
+                model.generate(**inputs, **HOOK)
     handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
     with pytest.raises(ModelError, match="hooks for all modules"):
         model.generate(**inputs, **HOOK)
