@@ -48,7 +48,13 @@ def arrange_attention(run: VisionRun, configs: Iterable[Any]) -> None:
     for config in configs:
         if config._attn_implementation == _REPLACED:
             config._attn_implementation = KIND
-            run.finally_(functools.partial(setattr, config, "_attn_implementation", _REPLACED))
+            run.finally_(functools.partial(_put_back, config))
+
+
+def _put_back(config: Any) -> None:
+    """Unless somebody has chosen another one meanwhile."""
+    if config._attn_implementation == KIND:
+        config._attn_implementation = _REPLACED
 
 
 def _left() -> None:
