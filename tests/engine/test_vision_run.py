@@ -168,6 +168,28 @@ def test_graphs_follow_the_tower():
     assert len(graphs._replays) == 1
 
 
+def test_graphs_skip_the_blocks_that_nobody_read_then(monkeypatch):
+    """Releases of transformers before 5.24 ask the tower for all hidden states, whichever of them is read."""
+    engine, plain = (build(picture_cache=0)[0] for _ in range(2))
+    tower = engine.model.hf.model.vision_tower
+    engine.model.tower_graphs, own = TowerGraphs(tower, Captures()), TowerGraphs._forward
+
+    def ask(self, plain, inside, pixel_values, **options):
+        return own(self, plain, inside, pixel_values, **options | {"output_hidden_states": True})
+
+    monkeypatch.setattr(TowerGraphs, "_forward", ask)
+    texts, images = tiny.prompts(seed=97, n=1, images=(1,))
+    inputs, rows = engine.model.tokenize(texts, images), []
+    for layer in (-2, -1):
+        for e in (engine, plain):
+            e.model.hf.config.vision_feature_layer = layer
+        for _ in range(2):
+            got, want = (e.model.prepare(inputs)[0].inputs_embeds for e in (engine, plain))
+            torch.testing.assert_close(got, want)
+        rows.append(got)
+    assert not torch.allclose(*rows, atol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, torch.zeros(1, 17, 32))])
 def test_a_part_that_is_torchscript_runs(make):
