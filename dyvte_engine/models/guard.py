@@ -233,6 +233,9 @@ class Guard:
                     raise ModelError(
                         f"{self._where(together[0])} and its kin: only some have a bias; accepted: all or none"
                     )
+                if len({p.is_inference() for linear in together for p in linear.parameters()}) > 1:
+                    given = f"{self._where(together[0])} and its kin: only some weights were made in inference mode"
+                    raise ModelError(f"{given}; accepted: all or none")
 
     def _check_weights(self, weights: list[Tensor]) -> None:
         first = weights[0]

@@ -282,7 +282,8 @@ class _Layer:
             return False
         if _state(tensors) != self._state:
             q, k, v, *others = self.linears
-            kinds, shapes = {(t.dtype, t.device) for t in tensors}, {m.weight.shape for m in (q, k, v)}
+            kinds = {(t.dtype, t.device, t.is_inference()) for t in tensors}  # no stack has weights of both modes
+            shapes = {m.weight.shape for m in (q, k, v)}
             tied = len({t.data_ptr() for t in tensors}) < len(tensors)  # one weight cannot be in two places of a stack
             if tied or len(kinds) > 1 or len(shapes) > 1 or not all(t.is_contiguous() for t in tensors[:4]):
                 return False

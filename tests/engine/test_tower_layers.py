@@ -357,7 +357,13 @@ def strided_norm(made):
     norm.weight = torch.nn.Parameter(torch.randn(48, 2)[:, 0])
 
 
-CHANGES = [hooked, another_part, own_forward, pruned, without_bias, tied, dropping, quantised]
+def made_in_inference_mode(made):
+    linear = made.encoder.layers[1].self_attn.v_proj
+    with torch.inference_mode():
+        linear.weight = torch.nn.Parameter(3 * linear.weight.detach(), requires_grad=False)
+
+
+CHANGES = [made_in_inference_mode, hooked, another_part, own_forward, pruned, without_bias, tied, dropping, quantised]
 CHANGES += [forward_of_another_block, sparse, traced, strided_norm]
 
 
@@ -378,6 +384,8 @@ def test_a_changed_block_runs_as_it_is(pack, change, early):
     got, linears = run(made, layers, x)
     assert linears == 12
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x).last_hidden_state, want, atol=1e-4, rtol=1e-4)  # and so does what is left
 
 
 @pytest.mark.parametrize("name, value", [("is_causal", True), ("scale", 3.0)])
