@@ -123,8 +123,9 @@ def some_bits(tensor: Tensor) -> Tensor:
     What writes through `.data` counts no change, as peft where it merges; and who holds them keeps the address.
     """
     bits = tensor.data.view(_BITS[tensor.element_size()])
-    bits = bits.flatten() if bits.dim() < 2 or bits.is_contiguous() else bits.diagonal()  # else it would be a copy
-    return bits[:: len(bits) // 64 + 1]
+    span = bits.numel() and 1 + sum((n - 1) * apart for n, apart in zip(bits.shape, bits.stride(), strict=True))
+    step = span // 64 + 1  # through memory: a weight that is transposed there has no flat view
+    return bits.as_strided((-(-span // step),), (step,))
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
