@@ -28,7 +28,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 def version(tensor: Tensor) -> int:
     """Counts changes in place, but those through `.data`. Tensors made under inference_mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return int(tensor._version)
+    except RuntimeError:
+        return 0
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
@@ -40,6 +43,26 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 _VERSION = operator.attrgetter("_version")
+
+
+def places(tensors: Sequence[Tensor]) -> list[Any]:
+    """Where these are, and how: what is cut or transposed through `.data` keeps its address and its version."""
+    try:
+        return [*map(Tensor.data_ptr, tensors), *map(Tensor.size, tensors), *map(Tensor.stride, tensors)]
+    except RuntimeError:  # a sparse one is nowhere
+        return places([t for t in tensors if t.layout is torch.strided])
+
+
+def runs_its_class(cls: type) -> bool:
+    """Whether it has the forward that it was written with: one that wraps this (`functools.wraps`) has its name."""
+    forward = getattr(cls, "forward", None)
+    return getattr(forward, "__module__", None) == cls.__module__ and _is_of(forward, cls.__module__)
+
+
+def _is_of(forward: Any, home: str) -> bool:
+    """Whether its code is of the package that module `home` is in, or of torch: both decorate forwards."""
+    code = getattr(forward, "__globals__", {}).get("__name__", "")
+    return code.partition(".")[0] in (home.partition(".")[0], "torch")
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -69,7 +92,7 @@ def addresses(module: nn.Module) -> tuple[Any, ...] | None:
         if m._modules:
             waiting += m._modules.values()
     forwards = [getattr(cls, "forward", None) for cls in dict.fromkeys(classes)]
-    return module.training, *classes, *forwards, *[t.data_ptr() for t in tensors if t is not None]
+    return module.training, *classes, *forwards, *places([t for t in tensors if t is not None])
 
 
 def _is_touched(state: dict[str, Any]) -> bool:
@@ -152,7 +175,7 @@ class Guard:
                 raise ModelError("torch has forward hooks for all modules, which the engine does not call; remove them")
         for module in (self._hf, self._hf.model):
             cls = module.__class__  # not its type: `hf_model` may be a weak proxy
-            if not cls.forward.__module__.startswith("transformers."):
+            if not (cls.forward.__module__.startswith("transformers.") and _is_of(cls.forward, "transformers")):
                 raise ModelError(f"the model is a {_named(cls)}; accepted: transformers' own classes{_advice(cls)}")
             self._check_patch(module)
 
@@ -162,8 +185,8 @@ class Guard:
         own = known and cls.__name__.endswith(_PARTS) and cls.__module__.startswith("transformers.")
         if not (own or cls in _PLAIN or (cls.__module__, cls.__name__) in _ACTIVATIONS):
             raise ModelError(f"{self._where(module)} is a {_named(cls)}, which the engine does not run{_advice(cls)}")
-        if cls.forward.__module__ != cls.__module__ and cls is not nn.ModuleList:  # which has none
-            theirs = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
+        if not runs_its_class(cls) and cls is not nn.ModuleList:  # which has none
+            theirs = f"{getattr(cls.forward, '__globals__', {}).get('__name__')}.{cls.forward.__qualname__}"
             raise ModelError(f"the forward of {cls.__name__} is {theirs}; accepted: transformers' own")
 
     def _check_patch(self, module: nn.Module) -> None:
@@ -210,6 +233,9 @@ class Guard:
                     raise ModelError(
                         f"{self._where(together[0])} and its kin: only some have a bias; accepted: all or none"
                     )
+                if len({p.is_inference() for linear in together for p in linear.parameters()}) > 1:
+                    given = f"{self._where(together[0])} and its kin: only some weights were made in inference mode"
+                    raise ModelError(f"{given}; accepted: all or none")
 
     def _check_weights(self, weights: list[Tensor]) -> None:
         first = weights[0]
@@ -239,8 +265,10 @@ def _patch_of(module: nn.Module, harmless: tuple[str, ...] = _HARMLESS) -> str |
     """What was put on a module that changes its forward, in words."""
     state = module.__dict__
     own = getattr(module.__class__, "forward", None)  # a scripted module's class has none
-    if "forward" in state and getattr(state["forward"], "__func__", False) is not own:
-        return "a forward of its own"
+    if "forward" in state:
+        given = state["forward"]
+        if getattr(given, "__func__", False) is not own or vars(given.__self__) is not state:  # of another module
+            return "a forward of its own"
     for name in _HOOKS:
         for hook in state[name].values():
             where = getattr(hook, "__module__", type(hook).__module__)

@@ -10,13 +10,14 @@ import functools
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import ops
-from .guard import version
+from .guard import places, runs_its_class, version
 from .vision_run import VisionRun
 
 _ROWS = 64  # oneDNN picks a layout for about so many
@@ -135,21 +136,25 @@ class PackedLinears:
 
     def __init__(self, modules: list[nn.Linear]):
         self._modules = modules
-        self._packed: dict[nn.Linear, tuple[tuple[int, ...], Tensor, Tensor, Linear]] = {}
+        self._packed: dict[nn.Linear, tuple[list[Any], Tensor, Tensor, Linear]] = {}
 
     def arrange(self, run: VisionRun, but: Set[nn.Module] = frozenset()) -> None:
         """They do in this run; a weight that has changed is packed anew, a module that was patched stays as it is.
 
         but: those that are not called.
         """
+        if not runs_its_class(nn.Linear):
+            return
         for module in self._modules:
             weight = module._parameters.get("weight")  # a module's own getattr takes longer than all of this
             if module in but or type(module) is not nn.Linear or "forward" in module.__dict__:
                 continue
-            if type(weight) is not nn.Parameter:  # missing, or quantised
-                continue
             bias = module._parameters.get("bias")
-            state = weight.data_ptr(), version(weight), 0 if bias is None else bias.data_ptr()
+            if not is_plain(weight) or packing_fault(weight.dtype) is not None:
+                continue
+            if module._forward_pre_hooks or not (bias is None or bias.is_contiguous()):  # hooks may write to it first
+                continue
+            state = [version(weight), *places([weight] if bias is None else [weight, bias])]
             held, some, written, linear = self._packed.get(module, _NOT_YET)
             if state != held or not torch.equal(some, written):
                 linear = _linear(module)
@@ -159,7 +164,12 @@ class PackedLinears:
             run.replace(module, linear)
 
 
-_NOT_YET = (), torch.empty(0), torch.empty(0), Linear(torch.empty(0))
+_NOT_YET: tuple[list[Any], Tensor, Tensor, Linear] = [], torch.empty(0), torch.empty(0), Linear(torch.empty(0))
+
+
+def is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
+    """Neither missing, nor quantised, nor sparse."""
+    return type(weight) is nn.Parameter and weight.layout is torch.strided
 
 
 def _linear(module: nn.Linear) -> Linear:

@@ -48,7 +48,13 @@ def arrange_attention(run: VisionRun, configs: Iterable[Any]) -> None:
     for config in configs:
         if config._attn_implementation == _REPLACED:
             config._attn_implementation = KIND
-            run.finally_(functools.partial(setattr, config, "_attn_implementation", _REPLACED))
+            run.finally_(functools.partial(_put_back, config))
+
+
+def _put_back(config: Any) -> None:
+    """Unless somebody has chosen another one meanwhile."""
+    if config._attn_implementation == KIND:
+        config._attn_implementation = _REPLACED
 
 
 def _left() -> None:
@@ -73,8 +79,9 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor 
     ours = getattr(_run, "active", 0) and q.shape == k.shape == v.shape and not learns and not q.is_cuda
     if not ours or not _is_plain(module, q.dtype, n, dim, attention_mask, options):
         return sdpa_attention_forward(module, q, k, v, attention_mask, **options)
-    # a view, unless the heads of a row are apart
+    # a view, unless the heads of a row are apart, or the columns of a product of somebody's own
     q, k, v = (t.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, dim)) for t in (q, k, v))
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = ops.varlen_attention(q, k, v, _starts(batch, n), options.get("scaling") or dim**-0.5, causal=False)
     return out.unflatten(0, (batch, n)), None
 

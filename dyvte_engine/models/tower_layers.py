@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
-from .guard import addresses, is_heard, version, versions
-from .linear import Linear, stacked
+from .guard import addresses, is_heard, places, runs_its_class, version, versions
+from .linear import Linear, is_plain, packing_fault, stacked
 from .samples import Samples
 from .tower_attention import KIND, arrange_attention, attend_rows, attention_configs
 from .vision_run import VisionRun
@@ -39,9 +39,25 @@ def unused_blocks(hf_model: Any) -> list[nn.Module]:
     tower = getattr(hf_model.model, "vision_tower", None)
     if layers is None or tower is None:
         return []
-    blocks = [m for m in tower.modules() if _is_known(type(m))]
+    blocks = _in_order(tower)
+    if not all(map(_is_known, set(map(type, blocks)))):
+        return []
     states = len(blocks) + 1  # that can be asked for: the first block's input, and what each gives
-    return blocks[max(layer % states for layer in (layers if isinstance(layers, (list, tuple)) else [layers])) :]
+    used = max(layer % states for layer in (layers if isinstance(layers, (list, tuple)) else [layers]))
+    return [block for block in blocks[used:] if block not in blocks[:used]]
+
+
+def _in_order(tower: nn.Module) -> list[nn.Module]:
+    """Its blocks, one as often as it is called; not a walk through all of its modules, as that is for every run."""
+    blocks, waiting = list[nn.Module](), [tower]
+    while waiting:
+        module = waiting.pop()
+        within = [m for m in module._modules.values() if m is not None]
+        if isinstance(module, nn.ModuleList):
+            blocks += within
+        else:
+            waiting += reversed(within)
+    return blocks
 
 
 def skip(run: VisionRun, blocks: Iterable[nn.Module]) -> None:
@@ -70,7 +86,7 @@ class TowerLayers:
         self._layers = list(known.values())
         self._settled = list[_Layer]()  # as `_look` was at `_below`, and `_samples`
         self._theirs, self._below, self._samples = list[_Layer](), list[nn.Module](), Samples(())
-        self._look: tuple[list[Any], list[int]] | None = None
+        self._look: tuple[list[Any], list[Any]] | None = None
         self._arranged: set[_Layer] = set()
 
     def settle(self) -> None:
@@ -104,7 +120,8 @@ class TowerLayers:
         theirs = [layer for layer in self._layers if "forward" not in layer.module.__dict__]
         if self._look is None or written or theirs != self._theirs or not _same(_look(self._below), self._look):
             self._look = None  # until all is settled: an interrupt may come
-            self._theirs, self._below = theirs, [m for layer in theirs for m in layer.module.modules()]
+            below = (m for layer in theirs for m in layer.module.modules())
+            self._theirs, self._below = theirs, [m for m in below if not isinstance(m, torch.jit.ScriptModule)]
             look = _look(self._below)  # before they are settled: what somebody changes meanwhile is seen next time
             self._settled = [layer for layer in self._layers if layer.settle(written)]
             self._samples = Samples(t for layer in self._layers for t in layer.copied)
@@ -179,7 +196,12 @@ class BlocksAhead:
         b = len(self._became[-1])
         k = next(k for k, became in enumerate(self._became) if len(became) == b)
         given = self._became[k - 1][b] if k else self._pictures[b]
-        self._became[k].append(self._layers[k](given, self._masks[b], **self._options))
+        try:
+            self._became[k].append(self._layers[k](given, self._masks[b], **self._options))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # somebody has changed what it is since: transformers' code is going to say how it ends
+            self._pictures, self._became, self._look = (), [[]], None
 
     def recalls(self, look: object) -> dict[_Layer, Callable[..., Tensor]]:
         """The blocks, which compute nothing where they are asked for what is known. look: what they are now.
@@ -221,8 +243,8 @@ class _Layer:
         self._plain = self.heard = False
         self._gelu: str | None = None
         self._quick = False
-        self._state: list[tuple[int, int]] = []
-        self.copied: list[Tensor] = []  # weights as they are in another layout here
+        self._state: list[Any] = []
+        self.copied: list[Tensor] = []  # weights as they are in another layout here, and norms
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -247,25 +269,30 @@ class _Layer:
             self._parts, self._state = parts, []
         self._plain, kind = _are_plain(self.module, parts), type(parts[4]) if parts else nn.Module
         name = kind.__name__ if kind.__module__ == "transformers.activations" else ""
-        self._gelu, self._quick = _GELU.get(name), name == "QuickGELUActivation"
-        own = _runs_its_class(self.module) and "forward" not in self.module.__dict__
+        self._gelu = _GELU.get(name) if self._plain and _calls_gelu(parts[4]) else None
+        self._quick = name == "QuickGELUActivation"
+        own = runs_its_class(type(self.module)) and "forward" not in self.module.__dict__
+        own = own and not self.module._forward_pre_hooks  # which may write to the weights first
         if not self._plain or not own or not all(map(_is_untouched, parts)):
             return False
         if self.module.training or parts[0].training:  # which draws what attention drops
             return False
         tensors = [m._parameters.get(name) for m in (*parts[2:4], *self.linears) for name in ("weight", "bias")]
-        if any(type(t) is not nn.Parameter for t in tensors):  # missing, or quantised
+        if not all(map(is_plain, tensors)):
             return False
         if _state(tensors) != self._state:
             q, k, v, *others = self.linears
-            kinds, shapes = {(t.dtype, t.device) for t in tensors}, {m.weight.shape for m in (q, k, v)}
+            kinds = {(t.dtype, t.device, t.is_inference()) for t in tensors}  # no stack has weights of both modes
+            shapes = {m.weight.shape for m in (q, k, v)}
             tied = len({t.data_ptr() for t in tensors}) < len(tensors)  # one weight cannot be in two places of a stack
-            if tied or len(kinds) > 1 or len(shapes) > 1:
+            if tied or len(kinds) > 1 or len(shapes) > 1 or not all(t.is_contiguous() for t in tensors[:4]):
+                return False
+            if self._join is _packed and packing_fault(tensors[0].dtype) is not None:
                 return False
             self._qkv, self._out, self._fc1, self._fc2 = map(self._join, ([q, k, v], *([m] for m in others)))
             self._state = _state(tensors)
             if self._join is _packed:
-                self.copied = tensors[4:]  # norms are read where they are
+                self.copied = tensors
         return True
 
     def arrange_activation(self, run: VisionRun) -> None:
@@ -273,7 +300,8 @@ class _Layer:
         if not self._plain or not self._quick:
             return
         _, mlp, _, _, activation, *_, fc1, _ = self._parts
-        if all(map(_is_untouched, (mlp, activation, fc1))):  # else somebody may hold what is written over
+        plain = is_plain(fc1._parameters.get("weight"))  # whose product is contiguous
+        if plain and all(map(_is_untouched, (mlp, activation, fc1))):  # else somebody may hold what is written over
             run.replace(activation, ops.quick_gelu_)
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -333,18 +361,18 @@ def _are_plain(layer: nn.Module, parts: tuple[Any, ...]) -> bool:
     return ours and all(type(m) is nn.LayerNorm for m in (norm1, norm2)) and all(type(m) is nn.Linear for m in linears)
 
 
-def _runs_its_class(module: nn.Module) -> bool:
-    """Whether its class has the forward that it was written with."""
-    cls = type(module)
-    return getattr(getattr(cls, "forward", None), "__module__", None) == cls.__module__
+def _calls_gelu(activation: nn.Module) -> bool:
+    """Whether it calls torch's function, and not what its formula is in Python."""
+    act = getattr(activation, "act", None)
+    return getattr(act, "func", act) is nn.functional.gelu
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    return _runs_its_class(module) and not is_heard(module)
+    return runs_its_class(type(module)) and not is_heard(module)
 
 
-def _look(modules: Sequence[nn.Module]) -> tuple[list[Any], list[int]]:
-    """All that decides what they compute, but for what is written through `.data`.
+def _look(modules: Sequence[nn.Module]) -> tuple[list[Any], list[Any]]:
+    """All that decides what they compute, attributes like a norm's eps too, but for what is written through `.data`.
 
     The same objects and equal numbers as long as nothing has changed. One kind of thing after the other, without code
     of Python in between: before a run nothing of this is in the processor's caches.
@@ -352,25 +380,24 @@ def _look(modules: Sequence[nn.Module]) -> tuple[list[Any], list[int]]:
     if not modules:
         return [], []
     states = [*map(vars, modules)]
-    training, *dicts = zip(*map(_STATE, states), strict=True)
-    full = [*filter(None, chain.from_iterable(dicts))]
-    objects = [*map(type, modules), *(state.get("forward") for state in states), *training]
-    objects += [*chain.from_iterable(full), *chain.from_iterable(map(dict.values, full))]
+    parameters, *others = zip(*map(_STATE, states), strict=True)
+    full = [*states, *filter(None, chain(parameters, *others))]
+    objects = [*map(type, modules), *chain.from_iterable(full), *chain.from_iterable(map(dict.values, full))]
     objects += [getattr(cls, "forward", None) for cls in dict.fromkeys(map(type, modules))]
-    tensors = [t for t in chain.from_iterable(map(dict.values, dicts[0])) if t is not None]
-    return objects, [*map(len, chain.from_iterable(dicts)), *map(Tensor.data_ptr, tensors), *versions(tensors)]
+    tensors = [t for t in chain.from_iterable(map(dict.values, parameters)) if t is not None]
+    return objects, [*map(len, full), *places(tensors), *versions(tensors)]
 
 
-_STATE = operator.itemgetter("training", "_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks")
+_STATE = operator.itemgetter("_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks")
 
 
-def _same(look: tuple[list[Any], list[int]], before: tuple[list[Any], list[int]]) -> bool:
+def _same(look: tuple[list[Any], list[Any]], before: tuple[list[Any], list[Any]]) -> bool:
     (objects, numbers), (objects_before, numbers_before) = look, before
     return numbers == numbers_before and all(map(operator.is_, objects, objects_before))
 
 
-def _state(tensors: Iterable[Any]) -> list[tuple[int, int]]:
-    return [(t.data_ptr(), version(t)) for t in tensors]
+def _state(tensors: Sequence[Any]) -> list[Any]:
+    return [*places(tensors), *versions(tensors)]
 
 
 def _packed(modules: Any) -> Linear:

@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -281,7 +281,7 @@ class VisionLanguageModel:
             inside = policy if policy is not None and policy.acts_in_tower else None
             graphs = self._graphs_with(inside)
             if graphs is not None and "pixel_values" in pictures:
-                graphs.begin(pictures["pixel_values"], None if inside is None else inside.tower_key)
+                graphs.begin(pictures["pixel_values"], self._graph_key(inside))
             n_images, lengths = sum(p.n_images for p in prompts), [len(p.input_ids) for p in prompts]
             ids = _padded([p.input_ids for p in prompts])
             visual = self.visual(ids)
@@ -401,7 +401,7 @@ class VisionLanguageModel:
             return picture_values(self._values, to_device(whole, self.device, torch.uint8))
         return to_device(whole, self.device, whole.dtype).to(self.dtype)
 
-    @cached_property
+    @property
     def _unused_blocks(self) -> list[Any]:
         return unused_blocks(self.hf)
 
@@ -417,13 +417,17 @@ class VisionLanguageModel:
         """What runs the tower captured while this policy acts in it, if that can be."""
         return self.tower_graphs if inside is None or inside.tower_key is not None else None
 
+    def _graph_key(self, inside: VisualTokenPolicy | None) -> Hashable:
+        """What the policy does in the tower; without one the graphs are of the blocks that are not skipped."""
+        return tuple(map(id, self._unused_blocks)) if inside is None else inside.tower_key
+
     def _arrange(
         self, run: VisionRun, inside: VisualTokenPolicy | None, full: int, ahead: BlocksAhead | None = None
     ) -> list[int]:
         """All that changes what the vision side does; the list holds the rows of each picture after the run."""
         graphs = self._graphs_with(inside)
         if graphs is not None:
-            graphs.arrange(run, None if inside is None else inside.tower_key)
+            graphs.arrange(run, self._graph_key(inside))
         tell_states(run, getattr(self.hf.model, "vision_tower", None))
         if self.device.type == "cpu":
             arrange_attention(run, self._attention_configs)

@@ -25,6 +25,28 @@ class _AtEntry(Exception):
         self.kwargs = kwargs
 
 
+class _Either:
+    """`method` in the thread of a run and while it lasts, `before` for all others; a copy of it is as `before`."""
+
+    def __init__(self, run: VisionRun, method: Callable[..., Any], before: Callable[..., Any]):
+        self.run, self.method = run, method
+        self.__wrapped__ = before  # HF's code looks at signatures
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        here = _ident() == self.run.thread  # `here`, written out: this is called for every product
+        return (self.method if here else self.__wrapped__)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.__wrapped__,)
+
+
+_ident = threading.get_ident
+
+
+def _itself(given: Any) -> Any:
+    return given
+
+
 class VisionRun:
     """While it is entered, `model` (HF's, without its LM head) does what was arranged here, for this thread alone.
 
@@ -34,14 +56,14 @@ class VisionRun:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._thread = 0
+        self.thread = 0
         with _locks_guard:
             self._lock = _locks.setdefault(model, threading.RLock())
         self._undo: list[Callable[[], object]] = []
 
     def __enter__(self) -> VisionRun:
         self._lock.acquire()
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -49,12 +71,13 @@ class VisionRun:
             while self._undo:
                 self._undo.pop()()
         finally:
+            self.thread = 0  # whatever a copy of the model has of this run, which another thread made
             self._lock.release()
 
     @property
     def here(self) -> bool:
         """Whether the calling thread is the one of this run."""
-        return threading.get_ident() == self._thread
+        return threading.get_ident() == self.thread
 
     def before(self, module: nn.Module, hook: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
         """`hook(args, kwargs)` before `module` runs; what it returns (args, kwargs), unless None, is used instead."""
@@ -74,16 +97,13 @@ class VisionRun:
 
     def replace(self, module: nn.Module, method: Callable[..., Any], name: str = "forward") -> None:
         """`method` instead of the module's own of that name."""
-        before, own = getattr(module, name), name in module.__dict__
-        ident, thread = threading.get_ident, self._thread  # `here`, written out: this runs for every product
-
-        def either(*args: Any, **kwargs: Any) -> Any:
-            return method(*args, **kwargs) if ident() == thread else before(*args, **kwargs)
-
-        either.__wrapped__ = before  # type: ignore[attr-defined]  # HF's code looks at signatures
-        attributes = module.__dict__  # a module's own setattr takes longer than all of this
-        attributes[name] = either
-        self.finally_(partial(operator.setitem, attributes, name, before) if own else partial(attributes.pop, name))
+        before, attributes = getattr(module, name), module.__dict__
+        either = _Either(self, method, before)
+        undo = (
+            partial(operator.setitem, attributes, name, before) if name in attributes else partial(attributes.pop, name)
+        )
+        attributes[name] = either  # a module's own setattr takes longer than all of this
+        self.finally_(lambda: attributes.get(name) is either and undo())  # else somebody has put theirs there meanwhile
 
     def finally_(self, undo: Callable[[], object]) -> None:
         """`undo()` at the end, the latest first."""

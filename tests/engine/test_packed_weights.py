@@ -1,5 +1,7 @@
 """Packed weights on a CPU change the time of a product and nothing else."""
 
+import functools
+
 import pytest
 import torch
 
@@ -80,12 +82,39 @@ def same_address(module):
     module.weight.data = at.mul_(2)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("change", [through_data, another_bias, same_address])
-def test_what_no_version_counts_is_noticed(change, transposed):
-    module = torch.nn.Linear(32, 24)
-    if transposed:
-        module.weight.data = module.weight.data.t().contiguous().t()
+def turned(module):
+    module.weight.data = module.weight.data.t()
+
+
+def for_the_class(module):
+    own = torch.nn.Linear.forward
+
+    @functools.wraps(own)
+    def forward(self, x):
+        return 2 * own(self, x)
+
+    torch.nn.Linear.forward = forward
+
+
+def sparse(module):
+    module.weight = torch.nn.Parameter(2 * module.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+def strided_bias(module):
+    module.bias = torch.nn.Parameter(torch.randn(32, 2)[:, 0])
+
+
+CHANGES = [through_data, another_bias, same_address, turned, for_the_class, sparse, strided_bias]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_what_no_version_counts_is_noticed(change, contiguous, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "forward", torch.nn.Linear.forward)
+    module = torch.nn.Linear(32, 32)
+    if not contiguous:
+        module.weight = torch.nn.Parameter(torch.randn(32, 32).t())
     packed, x = PackedLinears([module]), torch.randn(4, 90, 32)
     for changed in (False, True):
         if changed:
@@ -94,6 +123,22 @@ def test_what_no_version_counts_is_noticed(change, transposed):
         with VisionRun(module) as run, torch.no_grad():
             packed.arrange(run)
             torch.testing.assert_close(module(x), want)
+
+
+def test_a_hook_may_write_the_weight_first():
+    module = torch.nn.Linear(32, 24)
+    module.register_forward_pre_hook(lambda m, args: (m.weight.data.fill_(0.1), None)[1])
+    packed, x = PackedLinears([module]), torch.randn(4, 90, 32)
+    with VisionRun(module) as run, torch.no_grad():
+        packed.arrange(run)
+        torch.testing.assert_close(module(x), torch.nn.functional.linear(x, torch.full((24, 32), 0.1), module.bias))
+
+
+def test_a_dtype_that_cannot_be_packed_stays_torchs():
+    module = torch.nn.Linear(32, 24).half()
+    with VisionRun(module) as run:
+        PackedLinears([module]).arrange(run)
+        assert "forward" not in module.__dict__
 
 
 @pytest.mark.parametrize(("decoder", "vision"), FAMILIES)

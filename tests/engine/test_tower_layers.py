@@ -1,11 +1,13 @@
 """Blocks of a vision tower that the engine computes itself, against transformers' own."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import transformers
 
+from dyvte_engine.errors import ModelError
 from dyvte_engine.kernels import ops
 from dyvte_engine.models import tower_layers
 from dyvte_engine.models.linear import packing_fault
@@ -197,7 +199,8 @@ def test_attention_of_fewer_heads(make, pack):
 
 @pytest.mark.parametrize("early", [True, False], ids=["before", "between two runs"])
 @pytest.mark.parametrize("part", ["EncoderLayer", "Attention", "MLP"])
-def test_classes_that_somebody_patched_run_as_they_are(part, early, monkeypatch):
+@pytest.mark.parametrize("named", [False, True], ids=["by another name", "by its name"])
+def test_classes_that_somebody_patched_run_as_they_are(named, part, early, monkeypatch):
     made, x = tower(), pixels()
     layers = TowerLayers(made)
     if not early:
@@ -208,7 +211,7 @@ def test_classes_that_somebody_patched_run_as_they_are(part, early, monkeypatch)
         out = own(self, *args, **options)
         return (out[0] / 2, *out[1:]) if isinstance(out, tuple) else out / 2
 
-    monkeypatch.setattr(cls, "forward", halved)
+    monkeypatch.setattr(cls, "forward", functools.wraps(cls.forward)(halved) if named else halved)
     with torch.no_grad():
         want = made(x).last_hidden_state
     got, linears = run(made, layers, x)
@@ -333,8 +336,40 @@ def pruned(made):
     prune.random_unstructured(made.encoder.layers[1].mlp.fc1, "weight", 0.5)
 
 
+def forward_of_another_block(made):
+    made.encoder.layers[1].mlp.forward = made.encoder.layers[0].mlp.forward
+
+
+def sparse(made):
+    fc1 = made.encoder.layers[1].mlp.fc1
+    fc1.weight = torch.nn.Parameter(2 * fc1.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+def traced(made):
+    block = made.encoder.layers[1]
+    with torch.no_grad():
+        block.mlp.fc1.weight.mul_(2)
+    block.mlp = torch.jit.trace(block.mlp, torch.zeros(1, 37, 48))
+
+
+def strided_norm(made):
+    norm = made.encoder.layers[1].layer_norm2
+    norm.weight = torch.nn.Parameter(torch.randn(48, 2)[:, 0])
+
+
+def made_in_inference_mode(made):
+    linear = made.encoder.layers[1].self_attn.v_proj
+    with torch.inference_mode():
+        linear.weight = torch.nn.Parameter(3 * linear.weight.detach(), requires_grad=False)
+
+
+CHANGES = [made_in_inference_mode, hooked, another_part, own_forward, pruned, without_bias, tied, dropping, quantised]
+CHANGES += [forward_of_another_block, sparse, traced, strided_norm]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Sparse CSR")
 @pytest.mark.parametrize("early", [True, False], ids=["before", "between two runs"])
-@pytest.mark.parametrize("change", [hooked, another_part, own_forward, pruned, without_bias, tied, dropping, quantised])
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("pack", [True, False])
 def test_a_changed_block_runs_as_it_is(pack, change, early):
     made, x = tower(), pixels()
@@ -349,6 +384,8 @@ def test_a_changed_block_runs_as_it_is(pack, change, early):
     got, linears = run(made, layers, x)
     assert linears == 12
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x).last_hidden_state, want, atol=1e-4, rtol=1e-4)  # and so does what is left
 
 
 @pytest.mark.parametrize("name, value", [("is_causal", True), ("scale", 3.0)])
@@ -361,6 +398,15 @@ def test_the_attention_says_how(name, value):
         want = made(x).last_hidden_state
     assert not torch.allclose(want, before, atol=1e-2)
     torch.testing.assert_close(run(made, layers, x)[0], want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_hook_may_write_weights_first():
+    made, x = tower(), pixels()
+    made.encoder.layers[1].register_forward_pre_hook(lambda m, args: (m.mlp.fc1.weight.data.zero_(), None)[1])
+    got, linears = run(made, TowerLayers(made), x)
+    with torch.no_grad():
+        torch.testing.assert_close(got, made(x).last_hidden_state, atol=1e-4, rtol=1e-4)
+    assert linears == 12
 
 
 def test_a_hook_on_a_block_runs():
@@ -532,6 +578,106 @@ def test_what_blocks_made_with_other_weights_is_not_used(part):
         assert not torch.allclose(rows.inputs_embeds, old.inputs_embeds, atol=1e-3)
 
 
+def norm_through_data(block):
+    block.layer_norm1.weight.data.mul_(2)
+
+
+def eps(block):
+    block.layer_norm2.eps = 3.0
+
+
+def scale(block):
+    block.self_attn.scale = 2.0
+
+
+def order(block):
+    block.self_attn.is_causal = True
+
+
+@pytest.mark.parametrize("change", [norm_through_data, eps, scale, order])
+def test_a_picture_is_not_seen_by_half_a_tower_of_before_and_half_of_now(change):
+    engine, prompts = packed(picture_cache=0)
+    ahead = engine.model.look_ahead(prompts)
+    while not ahead.blocks.done:  # each block of the first picture before, of the second one after
+        ahead.blocks.advance(0)
+        if len(ahead.blocks._became[-1]) == 1:
+            change(next(m for m in engine.model.hf.modules() if type(m).__name__.endswith("EncoderLayer")))
+            ahead.blocks.advance()
+    got, want = engine.model.prepare(prompts, None, ahead), engine.model.prepare(prompts)
+    for rows, right in zip(got, want):
+        torch.testing.assert_close(rows.inputs_embeds, right.inputs_embeds, atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_that_cannot_go_on_leaves_it_to_transformers():
+    """To its code the norm is as good in any layout; where a weight has a dtype of its own, it says so."""
+    engine, prompts = packed(picture_cache=0)
+    block = next(m for m in engine.model.hf.modules() if type(m).__name__.endswith("EncoderLayer"))
+    ahead = engine.model.look_ahead(prompts)
+    block.layer_norm1.weight = torch.nn.Parameter(torch.randn(32, 2)[:, 0])
+    ahead.blocks.advance()
+    assert ahead.blocks.done
+    got, want = engine.model.prepare(prompts, None, ahead), engine.model.prepare(prompts)
+    assert torch.equal(got[0].inputs_embeds, want[0].inputs_embeds)
+    ahead = engine.model.look_ahead(prompts)
+    assert ahead is None, "a block is transformers'"
+    block.layer_norm1.half()
+    with pytest.raises(ModelError, match="before its decoder"):
+        engine.model.prepare(prompts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_tower_in_another_dtype(dtype):
+    made, x = tower(), pixels(dtype=dtype)
+    layers = TowerLayers(made)
+    run(made, layers, pixels())
+    made.to(dtype)
+    with torch.no_grad():
+        want = made(x).last_hidden_state
+    torch.testing.assert_close(run(made, layers, x)[0], want, atol=5e-2, rtol=5e-2)
+
+
+def another_layer(hf, blocks):
+    hf.config.vision_feature_layer = -1
+
+
+def another_order(hf, blocks):
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+
+
+def one_more(hf, blocks):
+    blocks.append(copy.deepcopy(blocks[0]))
+    hf.model.vision_tower.config.num_hidden_layers += 1
+
+
+def twice(hf, blocks):
+    blocks[0] = blocks[1]
+
+
+@pytest.mark.parametrize("change", [another_layer, another_order, one_more, twice])
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_which_blocks_are_read_may_change(vision, change):
+    engine, prompts = packed(vision, picture_cache=0)
+    hf = engine.model.hf
+    before = engine.model.prepare(prompts)
+    change(hf, next(m for m in hf.model.vision_tower.modules() if isinstance(m, torch.nn.ModuleList)))
+    texts, images = tiny.prompts(seed=90, n=2, images=(1,))
+    for text, pictures, rows, old in zip(texts, images, engine.model.prepare(prompts), before):
+        want, _, _ = tiny.embed(hf, engine.model.processor, text, pictures)
+        torch.testing.assert_close(rows.inputs_embeds, want, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(want, old.inputs_embeds, atol=1e-3)
+
+
+def test_weights_in_another_layout_are_looked_at_where_they_are():
+    made, x = tower(), pixels()
+    layers, linear = TowerLayers(made), made.encoder.layers[1].self_attn.v_proj
+    linear.weight = torch.nn.Parameter(torch.randn(48, 48).t())
+    run(made, layers, x)
+    linear.weight.data.mul_(3)
+    with torch.no_grad():
+        want = made(x).last_hidden_state
+    torch.testing.assert_close(run(made, layers, x)[0], want, atol=1e-4, rtol=1e-4)
+
+
 def test_what_has_not_changed_is_looked_at_as_a_whole(monkeypatch):
     made, x = tower(), pixels()
     layers = TowerLayers(made)
@@ -609,10 +755,32 @@ def exchanged_weights(block):
     out.q_proj.weight, out.k_proj.weight = out.k_proj.weight, out.q_proj.weight
 
 
-@pytest.mark.parametrize("change", [exchanged, renamed, another_class, exchanged_weights])
+def cut(block):
+    """A neuron less of each kind, as structured pruning does: the weights stay where they are."""
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    fc1.weight.data, fc1.bias.data, fc2.weight.data = (
+        fc1.weight.data[:-16],
+        fc1.bias.data[:-16],
+        fc2.weight.data[:, :-16],
+    )
+
+
+def turned(block):
+    weight = block.self_attn.v_proj.weight
+    weight.data = weight.data.t()
+
+
+def another_formula(block):
+    block.mlp.activation_fn.act = torch.relu
+
+
+CHANGES = [exchanged, renamed, another_class, exchanged_weights, cut, turned, another_formula]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("pack", [True, False])
 def test_what_changes_between_two_runs_counts(pack, change):
-    made, x = tower(), pixels()
+    made, x = tower(hidden_act="gelu"), pixels()
     layers = TowerLayers(made, pack)
     before, _ = run(made, layers, x)
     with torch.no_grad():

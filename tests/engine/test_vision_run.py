@@ -1,6 +1,8 @@
 """What is arranged around a tower acts for one thread and the time of a run, and follows what the tower is by then."""
 
+import copy
 import functools
+import pickle
 import threading
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from dyvte_engine import ModelError
 from dyvte_engine.models.guard import addresses
+from dyvte_engine.models.tower_attention import arrange_attention
 from dyvte_engine.models.tower_graphs import TowerGraphs
 from dyvte_engine.models.vision_run import VisionRun
 from tests import tiny
@@ -45,6 +48,55 @@ def test_a_forward_of_the_users_comes_back_after_an_error():
         assert torch.equal(model(torch.ones(1, 2)), -torch.ones(1, 2))
         raise ValueError("stop")
     assert model.forward is mine
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_that_is_made_meanwhile_is_the_models_own(make):
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(3, 4)
+    want = model(x)
+    with VisionRun(model) as run:
+        run.replace(model[0], torch.neg)
+        copied = elsewhere(lambda: make(model))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    torch.testing.assert_close(copied(x), want)
+
+
+def test_a_copy_that_is_made_meanwhile_has_no_hooks_that_act():
+    model, x = torch.nn.Linear(4, 4), torch.randn(3, 4)
+    with VisionRun(model) as run:
+        run.after(model, lambda out: 2 * out)
+        copied = elsewhere(lambda: copy.deepcopy(model))
+    torch.testing.assert_close(copied(x), model(x))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_another_thread_arranges_meanwhile_stays(before):
+    """Also where it is around what a run arranged, which acts no longer then."""
+    model, x = torch.nn.Linear(4, 4), torch.randn(3, 4)
+    if before:
+        model.forward = functools.partial(torch.nn.functional.linear, weight=torch.eye(4))
+    want = 2 * model(x)
+
+    def double():
+        around = model.forward
+        model.forward = lambda x: 2 * around(x)
+
+    with VisionRun(model) as run:
+        run.replace(model, torch.neg)
+        thread = threading.Thread(target=double)
+        thread.start()
+        thread.join(10)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_an_attention_that_is_chosen_meanwhile_stays():
+    config = tiny.model().model.vision_tower.config
+    config._attn_implementation = "sdpa"
+    with VisionRun(torch.nn.Identity()) as run:
+        arrange_attention(run, [config])
+        config._attn_implementation = "eager"
+    assert config._attn_implementation == "eager"
 
 
 def test_runs_of_one_model_take_turns():
@@ -114,6 +166,28 @@ def test_graphs_follow_the_tower():
     assert not torch.allclose(equal(), first)
     equal()
     assert len(graphs._replays) == 1
+
+
+def test_graphs_skip_the_blocks_that_nobody_read_then(monkeypatch):
+    """Releases of transformers before 5.24 ask the tower for all hidden states, whichever of them is read."""
+    engine, plain = (build(picture_cache=0)[0] for _ in range(2))
+    tower = engine.model.hf.model.vision_tower
+    engine.model.tower_graphs, own = TowerGraphs(tower, Captures()), TowerGraphs._forward
+
+    def ask(self, plain, inside, pixel_values, **options):
+        return own(self, plain, inside, pixel_values, **options | {"output_hidden_states": True})
+
+    monkeypatch.setattr(TowerGraphs, "_forward", ask)
+    texts, images = tiny.prompts(seed=97, n=1, images=(1,))
+    inputs, rows = engine.model.tokenize(texts, images), []
+    for layer in (-2, -1):
+        for e in (engine, plain):
+            e.model.hf.config.vision_feature_layer = layer
+        for _ in range(2):
+            got, want = (e.model.prepare(inputs)[0].inputs_embeds for e in (engine, plain))
+            torch.testing.assert_close(got, want)
+        rows.append(got)
+    assert not torch.allclose(*rows, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -78,6 +78,11 @@ def setting(where, name, value):
     return lambda model: setattr(where(model), name, value)
 
 
+def made_in_inference_mode(linear):
+    with torch.inference_mode():
+        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+
+
 CHANGES = {
     "hook of a layer": (lambda m: layer(m).register_forward_hook(lambda *a: None), r"layers\.1 has a forward hook"),
     "hook before q": (
@@ -92,6 +97,14 @@ CHANGES = {
     "hook of the model": (lambda m: m.register_forward_hook(lambda *a: None), "the model has a forward hook"),
     "hook of the decoder": (lambda m: decoder(m).register_forward_pre_hook(lambda *a: None), "language_model has a"),
     "forward of a layer": (setting(layer, "forward", lambda *a, **k: a[0]), r"layers\.1 has a forward of its own"),
+    "inference mode": (
+        lambda m: made_in_inference_mode(layer(m).self_attn.k_proj),
+        "only some weights were made in inference mode",
+    ),
+    "forward of another layer": (
+        lambda m: setattr(layer(m), "forward", decoder(m).layers[0].forward),
+        r"layers\.1 has a forward of its own",
+    ),
     "forward of the model": (
         lambda m: setattr(m, "forward", functools.partial(type(m).forward, m)),
         "the model has a forward of its own",
@@ -156,6 +169,12 @@ def test_a_peft_model_and_a_patched_class_and_hooks_for_all_modules(monkeypatch)
         patch.setattr(mlp, "forward", lambda self, x: x)
         with pytest.raises(ModelError, match=f"the forward of {mlp.__name__} is tests"):
             model.generate(**inputs, **HOOK)
+    for part in (layer(model).self_attn, model):  # by something that has the name of what it wraps
+        with monkeypatch.context() as patch:
+            own = type(part).forward
+            patch.setattr(type(part), "forward", functools.wraps(own)(lambda *args, **options: 0))
+            with pytest.raises(ModelError, match=type(part).__name__):
+                model.generate(**inputs, **HOOK)
     handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
     with pytest.raises(ModelError, match="hooks for all modules"):
         model.generate(**inputs, **HOOK)
