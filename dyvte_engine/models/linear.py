@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,12 @@ class Linear:
     bias: Tensor | None = None
     panels: Tensor | None = None
     packed: Tensor | None = None
+    gated: ClassVar[bool] = False  # whose panels are for `packed_silu_mul`, which takes no bias
 
     def pack(self) -> None:
         """Make the packed copy. The weight must not change afterwards."""
-        if ops.multiplies_panels(self.weight.dtype):
-            self.panels = ops.in_panels(self.weight)
+        if ops.multiplies_panels(self.weight.dtype) and not (self.gated and self.bias is not None):
+            self.panels = ops.in_panels(self.weight, self.gated)
         else:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS)
 
@@ -85,11 +86,7 @@ class Linear:
 class GateUp(Linear):
     """Of an MLP: weight [2 m, k], the gates first."""
 
-    def pack(self) -> None:
-        if self.bias is None and ops.multiplies_panels(self.weight.dtype):
-            self.panels = ops.in_panels(self.weight, gated=True)
-        else:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS)
+    gated = True
 
     def __call__(self, x: Tensor, workspace: Tensor | None = None) -> Tensor:
         """x [N, k] -> SwiGLU [N, m]. workspace: [N or more, 2 m] to compute in, or None."""
